@@ -1,0 +1,8 @@
+"""kvlib: KV-cache compression methods that free what they evict, on any decoder-only transformers model."""
+
+from kvlib import baselines  # noqa: F401  (registers its methods)
+from kvlib.models import load
+from kvlib.registry import METHODS, Method, method, register
+from kvlib.snapshot import snapshot
+
+__all__ = ["METHODS", "Method", "load", "method", "register", "snapshot"]

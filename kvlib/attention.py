@@ -1,0 +1,130 @@
+"""Attention over a packed cache, column sums of attention without the N x N matrix, and re-rotation of keys.
+
+The attention function is the only place that sees queries, keys, values and the positions of all of them, so this is
+where a method scores and evicts. It is registered with transformers under the name "kvlib" together with a mask
+function that builds no mask: padding is known from the step (see `kvlib.run`), and padded tokens are never stored.
+"""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "kvlib"
+
+
+def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """The attention function that transformers calls: store, attend, score, evict.
+
+    Args:
+        query: `(batch, query_heads, new, head_dim)`; key, value: `(batch, kv_heads, new, head_dim)`, only the new tokens.
+
+    Returns:
+        output `(batch, new, query_heads, head_dim)` and None for the weights.
+
+    Raises:
+        ValueError: for attention that kvlib does not reproduce (soft-capping, learned sinks, a sliding window shorter
+            than the tokens seen).
+    """
+    run = module.__dict__["_kvlib_run"]
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
+    window = kwargs.get("sliding_window")
+    if window is not None and run.step.seen > window:
+        raise ValueError(f"{run.step.seen} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
+    view = run.store(module, query, key, value, scaling, dropout)
+    output = run.method.attend(view)
+    run.settle(view)
+    return output, None
+
+
+AttentionInterface.register(NAME, forward)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def attend(view) -> torch.Tensor:
+    """Dense attention of the view's queries over its rectangle: `(batch, new, query_heads, head_dim)`.
+
+    The stock SDPA function does the work, with the very arguments that it gets in an unmodified model as long as no
+    row is padded and nothing has been evicted, so that results are bit-equal.
+    """
+    return sdpa_attention_forward(
+        view.module, view.query, view.key, view.value, visible(view), dropout=view.dropout, scaling=view.scaling
+    )[0]
+
+
+def visible(view) -> torch.Tensor | None:
+    """Which slots each query may see, `(batch or 1, query_heads or 1, new, slots)` bool, or None if a kernel flag says it."""
+    new, slots = view.query.shape[2], view.key.shape[2]
+    if view.uniform:
+        if new in (1, slots):
+            return None
+        causal = torch.ones(new, slots, dtype=torch.bool, device=view.query.device).tril(slots - new)
+        return causal[None, None]
+    keys, queries = view.positions[:, :, None], view.query_positions[:, None, :, None]
+    if bool((view.lengths == view.lengths[:, :1]).all()):
+        keys = keys[:, :1]  # what is stored from earlier is visible to all, and the new tokens lie in the same slots
+    else:
+        keys = keys.repeat_interleave(view.groups, dim=1)
+    # A padded query sees everything: its output is never used, and an empty softmax would be NaN.
+    return (keys >= 0) & (keys <= queries) | (queries < 0)
+
+
+def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:
+    """Sum over queries of the softmax attention that each key receives, never holding more than a block of rows.
+
+    One pass over blocks of query rows: each block's rows are complete, so each can be normalised at once.
+
+    Args:
+        query: `(batch, query_heads, new, head_dim)`, the last `new` tokens of every row.
+        key: `(batch, kv_heads, slots, head_dim)`, ends with the keys of those tokens.
+        query_positions: `(batch, new)`, -1 for padding (counted nowhere); None: no padding.
+        key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None with `query_positions=None`: plain causal.
+        scaling: factor on the logits, default `head_dim ** -0.5`.
+        block: rows at a time; default: as many as 16 MiB of float32 logits hold.
+
+    Returns:
+        `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
+        of query heads is reduced is the method's choice. Sums over slots equal the number of queries counted.
+
+    Source: papers/VATP section 1.2 needs S_k; the identity is S = sum_i softmax_i, blocked over i.
+    """
+    batch, query_heads, new, dim = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = dim**-0.5 if scaling is None else scaling
+    query = query.view(batch, kv_heads, -1, new, dim)
+    key = key.to(dtype)
+    block = block or max(1, 2**22 // (batch * query_heads * slots))
+    total = torch.zeros(batch, kv_heads, query.shape[2], slots, dtype=dtype, device=query.device)
+    for start in range(0, new, block):
+        end = min(start + block, new)
+        limit = slots - new + end  # slots are in text order, so later ones are in this block's future
+        rows = query[..., start:end, :].to(dtype) * scaling
+        logits = torch.einsum("bhgqd,bhkd->bhgqk", rows, key[:, :, :limit])
+        if query_positions is None:
+            own = torch.arange(slots - new + start, limit, device=query.device)
+            hidden = torch.arange(limit, device=query.device) > own[:, None]
+        else:
+            at = key_positions[:, :, None, None, :limit]
+            hidden = (at < 0) | (at > query_positions[:, None, None, start:end, None])
+        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+        if query_positions is not None:
+            weights = weights.nan_to_num_(0.0)  # rows of padding see nothing
+        total[..., :limit] += weights.sum(-2)
+    return total
+
+
+def rotate(x: torch.Tensor, offset: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
+    """Turn rotary-encoded vectors by `offset` positions, in float32 or better.
+
+    Args:
+        x: `(..., head_dim)`, already rotated; offset: `(...)`, positions to move by, negative = towards the start.
+        inverse_frequencies: `(head_dim / 2,)` of the model's rotary embedding.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    angle = offset[..., None].to(dtype) * inverse_frequencies.to(x.device, dtype)
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

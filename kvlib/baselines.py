@@ -1,0 +1,155 @@
+"""The baselines: full cache, random eviction, StreamingLLM, H2O, SnapKV and key norms.
+
+All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+
+from kvlib import attention
+from kvlib.registry import Method, register, require
+
+
+@register("full")
+class Full(Method):
+    """Nothing is evicted.
+
+    Raises:
+        ValueError: for any budget but 1.0.
+    """
+
+    def __post_init__(self):
+        require("budget", self.budget, self.budget == 1.0 and isinstance(self.budget, float), "the full cache keeps all, 1.0")
+
+
+@register("random")
+class Random(Method):
+    """Random tokens: the control that any score has to beat.
+
+    The order is a hash of (seed, layer, head, position), so that neither padding nor chunks nor other rows change it.
+    """
+
+    seed: int = 0
+
+    def score(self, view):
+        heads = torch.arange(view.lengths.shape[1], device=view.key.device)[:, None]
+        x = view.positions.long() + (heads << 24) + (view.layer_idx << 34) + (self.seed << 44)
+        for shift in (30, 27, 31):  # the finaliser of splitmix64, which spreads every input bit over all output bits
+            x = (x ^ (x >> shift)) * -0x40A7B892E31B1A47
+        return (x >> 40).float()
+
+
+@register("streaming_llm")
+class StreamingLLM(Method):
+    """Attention sinks and a recent window (Xiong et al., 2309.17453), evicting at every decode step.
+
+    The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) keys are read as
+    if the kept tokens stood next to each other: key and query rotate to their rank in the cache. Without it tokens
+    keep their original positions. `run.kept` reports original indices in both cases.
+    A budget of b leaves at most b - 1 sinks.
+    """
+
+    sinks: int = 4
+    renumber: bool = True
+    evicts_in_decode = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("sinks", self.sinks, self.sinks >= 0, "a number of tokens >= 0")
+
+    def score(self, view):
+        sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view)[:, 0] - 1)
+        return view.protect(view.positions.float(), first=sinks)
+
+    def attend(self, view):
+        if not self.renumber:
+            return super().attend(view)
+        frequencies, view = view.run.inverse_frequencies(view.key.shape[-1]), copy.copy(view)
+        slots = torch.arange(view.key.shape[2], device=view.key.device)
+        view.key = attention.rotate(view.key, slots - view.positions, frequencies)
+        moved = (view.lengths[:, 0] - view.tokens).to(view.query.device)[:, None, None]  # the same for every head
+        view.query = attention.rotate(view.query, moved.expand(view.query.shape[:-1]), frequencies)
+        return super().attend(view)
+
+
+@register("h2o")
+class H2O(Method):
+    """Heavy hitters and a recent window (Zhang et al., 2306.14048), evicting at every decode step.
+
+    Score: attention received from every query so far, summed over the query heads of a group. Half of the budget is
+    the recent window, the other half the highest scores outside it: int(budget / 2 x prompt) each, or, for a whole
+    number b, b // 2 recent and the rest heavy. The window is the last `recent` stored tokens; the next query sees these,
+    the heavy ones and itself.
+
+    Follows the mask-based code in the form of the VATP authors (recent = heavy ratio). Departures: sums per row of the
+    batch (theirs run over the batch) and in float32; at least one recent and one heavy token (with none the code
+    prunes nothing).
+    """
+
+    evicts_in_decode = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("budget", self.budget, self.budget != 1 or isinstance(self.budget, float), "room for a heavy and a recent token, >= 2")
+
+    def observe(self, view):
+        view.state["attention"] = view.state.get("attention", 0) + view.column_sums().sum(2)
+
+    def split(self, view):
+        """Heavy and recent tokens, `(batch,)` each."""
+        if isinstance(self.budget, float):
+            return (self.tokens(view, self.budget / 2),) * 2
+        return self.tokens(view, self.budget - self.budget // 2), self.tokens(view, self.budget // 2)
+
+    def budgets(self, view):
+        return sum(self.split(view))[:, None].expand_as(view.lengths)
+
+    def score(self, view):
+        return view.protect(view.state["attention"], last=self.split(view)[1])
+
+
+@register("snapkv")
+class SnapKV(Method):
+    """What the end of the prompt looks at (Li et al., 2404.14469).
+
+    Score: softmax attention of the last `window` queries over all keys, averaged over them and over the query heads of a
+    group, pooled over `kernel` neighbouring tokens. The window itself stays and counts in the budget.
+    Defaults are those of the paper's LongBench runs (window 32, kernel 7, max pooling).
+    Departures: the average over the group comes after the softmax and before pooling, one set per KV head (the code
+    repeats keys and keeps one set per query head); prompts of any length are compressed; the window takes at most half
+    of the budget.
+
+    Raises:
+        ValueError: for a window < 1, an even kernel, or pooling other than "max" and "avg".
+    """
+
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("window", self.window, self.window >= 1, "a number of queries >= 1")
+        require("kernel", self.kernel, self.kernel >= 1 and self.kernel % 2 == 1, "an odd number of tokens")
+        require("pooling", self.pooling, self.pooling in ("max", "avg"), "'max' or 'avg'")
+
+    def score(self, view):
+        window = view.clamp("window", self.window, 1, self.budgets(view)[:, 0] // 2)
+        attention = view.column_sums(last=window).mean(2)
+        outside = ~view.protect(torch.zeros_like(attention), last=window).isinf()
+        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+        pooled = pool(attention * outside, self.kernel, stride=1, padding=self.kernel // 2)
+        return view.protect(pooled, last=window)
+
+
+@register("knorm")
+class KNorm(Method):
+    """Keys of small norm attract attention (Devoto et al., 2406.11430): keep the tokens with the lowest ||k||_2.
+
+    Departure: every layer is compressed (the paper's example leaves layers 0 and 1 alone), so that the budget is met.
+    """
+
+    def score(self, view):
+        return -torch.linalg.vector_norm(view.key, dim=-1, dtype=torch.promote_types(view.key.dtype, torch.float32))

@@ -1,0 +1,212 @@
+"""The packed cache: one flat key tensor and one flat value tensor per layer.
+
+Every (row, KV head) pair owns one contiguous segment, segments follow each other row by row and head by head, and
+each may have its own length. What a segment does not hold is not in memory: evicting means writing shorter tensors.
+
+Two shapes occur throughout:
+
+- *flat* `(stored, ...)`: what is kept, nothing else;
+- *rectangle* `(batch, kv_heads, slots, ...)`: a temporary view for computing, `slots` = the longest segment, shorter
+  ones filled with arbitrary entries whose position is -1. With equal segments it is a view of the flat tensor.
+
+Lengths live on the CPU. They follow from budgets and masks, never from scores, so no step waits for a device.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class KVLayer(DynamicLayer):
+    """Keys, values and per-token state of one layer.
+
+    Attributes:
+        keys, values: flat `(stored, head_dim)`.
+        positions: flat `(stored,)` int32, the token's index among the real tokens of its row.
+        state: name -> flat `(stored, ...)`, whatever a method remembers per stored token.
+        lengths: `(batch, kv_heads)` int64 on the CPU, tokens stored per segment.
+        tokens: `(batch,)` int64 on the CPU, real tokens seen per row, evicted ones included.
+        prompt_tokens: the same at the end of the latest prompt.
+        reads: bytes of K and V read in the last pass if a method reads less than what is stored, else None.
+        seen: columns seen, padding included (what transformers calls the sequence length).
+        queries: the last queries of an unfinished prompt `(batch, query_heads, <= window, head_dim)` with their
+            positions `(batch, <= window)`, or None.
+    """
+
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.positions = self.queries = None
+        self.lengths = self.tokens = self.prompt_tokens = None
+        self.state: dict[str, torch.Tensor] = {}
+        self.seen = 0
+        self.reads = None
+        self.accepting = False
+        self.is_initialized = False
+
+    # What transformers asks of a layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare: `append` sizes the storage."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Return the new keys and values as they are; the attention function, which knows mask and positions, stores them."""
+        if not self.accepting:
+            raise RuntimeError("this cache was filled by kvlib and can only be continued inside a `with method(model)` block")
+        self.accepting = False
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns seen, not tokens stored: transformers slices its inputs with it."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes for a stock mask, which the kvlib mask function never builds."""
+        return self.seen + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: evicted tokens cannot come back."""
+        raise ValueError("a compressed cache cannot be cropped (assisted decoding is not supported)")
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Keep the rows `beam_idx`, in that order."""
+        self.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.lengths is not None:
+            self.select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (integers or a mask)."""
+        if self.lengths is not None:
+            self.select_rows(torch.arange(len(self.lengths))[indices.cpu()])
+
+    # Packed storage
+
+    @property
+    def uniform(self) -> bool:
+        """Do all segments have the same length?"""
+        return bool((self.lengths == self.lengths[0, 0]).all())
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat index and validity of every slot of the rectangle, both `(batch, kv_heads, slots)` on the CPU."""
+        slots = torch.arange(int(self.lengths.max()))
+        ends = self.lengths.flatten().cumsum(0).view_as(self.lengths)
+        valid = slots < self.lengths[..., None]
+        index = (ends - self.lengths)[..., None] + slots
+        return index.where(valid, 0), valid
+
+    def rectangles(self, *flats: torch.Tensor) -> list[torch.Tensor]:
+        """Flat tensors `(stored, ...)` as rectangles `(batch, kv_heads, slots, ...)`; no copy if segments are equal."""
+        if self.uniform:
+            return [flat.view(*self.lengths.shape, -1, *flat.shape[1:]) for flat in flats]
+        index = self.table()[0].to(self.keys.device)
+        return [flat[index] for flat in flats]
+
+    def position_rectangle(self) -> torch.Tensor:
+        """Positions `(batch, kv_heads, slots)`, ascending, then -1 in empty slots."""
+        (positions,) = self.rectangles(self.positions)
+        return positions if self.uniform else positions.where(self.table()[1].to(positions.device), -1)
+
+    def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
+        """The inverse of `rectangles`."""
+        if self.uniform:
+            return rectangle.flatten(0, 2)
+        return rectangle[self.table()[1].to(rectangle.device)]
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
+        """Add the real tokens of a chunk at the end of every segment.
+
+        Args:
+            key, value: `(batch, kv_heads, new, head_dim)`, keys rotated.
+            positions: `(batch, new)`, index among the row's real tokens, -1 for padding, which must come first.
+            counts: `(batch,)` on the CPU, real tokens of the chunk.
+        """
+        batch, heads, new, _ = key.shape
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, heads, dtype=torch.int64)
+            self.keys, self.values = key.new_empty(0, key.shape[-1]), value.new_empty(0, value.shape[-1])
+            self.positions = torch.empty(0, dtype=torch.int32, device=key.device)
+            self.is_initialized = True
+        positions = positions.to(key.device, torch.int32)[:, None].expand(batch, heads, new)
+        merge = self._merge(batch, heads, new, counts)
+        self.keys, self.values = merge(self.keys, key), merge(self.values, value)
+        self.positions = merge(self.positions, positions)
+        for name, flat in self.state.items():
+            self.state[name] = merge(flat, flat.new_zeros(batch, heads, new, *flat.shape[1:]))
+        self.lengths = self.lengths + counts[:, None]
+
+    def _merge(self, batch, heads, new, counts):
+        """A function (flat, chunk) -> flat that puts each segment's new entries behind its old ones."""
+        if self.uniform and bool((counts == new).all()):
+            shape = (batch, heads, int(self.lengths[0, 0]))
+            return lambda flat, chunk: torch.cat([flat.view(*shape, *flat.shape[1:]), chunk], dim=2).flatten(0, 2)
+        old, counts = self.lengths.flatten()[:, None], counts.repeat_interleave(heads)[:, None]
+        slot = torch.arange(int((old + counts).max()))
+        chunk_start = int(old.sum()) + torch.arange(batch * heads)[:, None] * new + new - counts
+        source = torch.where(slot < old, old.cumsum(0) - old + slot, chunk_start + slot - old)
+        source = source[slot < old + counts].to(self.keys.device)
+        return lambda flat, chunk: torch.cat([flat, chunk.flatten(0, 2)])[source]
+
+    def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Evict everything outside `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
+        self._take(self.flatten(mask).nonzero().squeeze(1), lengths)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keep the batch rows `rows`, in that order, repeats allowed."""
+        if self.lengths is None:
+            return
+        rows = rows.cpu()
+        index, valid = self.table()
+        self._take(index[rows][valid[rows]].to(self.keys.device), self.lengths[rows])
+        self.tokens, self.prompt_tokens = self.tokens[rows], self.prompt_tokens[rows]
+        if self.queries is not None:
+            self.queries = tuple(x[rows.to(x.device)] for x in self.queries)
+
+    def _take(self, index: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.keys, self.values, self.positions = self.keys[index], self.values[index], self.positions[index]
+        self.state = {name: flat[index] for name, flat in self.state.items()}
+        self.lengths = lengths
+
+
+class KVCache(Cache):
+    """A transformers cache whose layers are `KVLayer`s, filled by one method.
+
+    Attributes:
+        method: the method that fills it.
+        steps: tokens decoded since the latest prompt.
+    """
+
+    def __init__(self, layers: int, method):
+        super().__init__(layers=[KVLayer() for _ in range(layers)])
+        self.method = method
+        self.steps = 0
+
+    @classmethod
+    def adopt(cls, cache: Cache | None, layers: int, method) -> "KVCache":
+        """The cache to use in place of `cache`, which must be None, an empty dynamic cache or this method's own.
+
+        An empty dynamic cache becomes a `KVCache` in place, because `generate` holds on to the object it has made.
+
+        Raises:
+            ValueError: for a filled cache of another method or of transformers, and for static or quantised caches.
+        """
+        if cache is None:
+            return cls(layers, method)
+        if isinstance(cache, KVCache):
+            if cache.get_seq_length() and cache.method != method:
+                raise ValueError(f"the cache was filled by {cache.method!r}, not by {method!r}; start without past_key_values")
+            if cache.get_seq_length():
+                return cache
+        elif type(cache) is not DynamicCache:
+            raise ValueError(f"kvlib replaces a DynamicCache, got {type(cache).__name__}; drop `cache_implementation`")
+        elif cache.get_seq_length():
+            raise ValueError("a cache filled outside kvlib cannot be continued; start without past_key_values")
+        cache.__class__ = cls
+        cache.__init__(layers, method)
+        return cache
