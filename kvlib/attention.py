@@ -30,9 +30,9 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
-    window = kwargs.get("sliding_window")
-    if window is not None and run.step.seen > window:
-        raise ValueError(f"{run.step.seen} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
+    window, tokens = kwargs.get("sliding_window"), int(run.step.tokens.max())
+    if window is not None and tokens > window:
+        raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
     view = run.store(module, query, key, value, scaling, dropout)
     output = run.method.attend(view)
     run.settle(view)
@@ -63,7 +63,7 @@ def visible(view) -> torch.Tensor | None:
         causal = torch.ones(new, slots, dtype=torch.bool, device=view.query.device).tril(slots - new)
         return causal[None, None]
     keys, queries = view.positions[:, :, None], view.query_positions[:, None, :, None]
-    if bool((view.lengths == view.lengths[:, :1]).all()):
+    if view.intact and bool((view.lengths == view.lengths[:, :1]).all()):
         keys = keys[:, :1]  # what is stored from earlier is visible to all, and the new tokens lie in the same slots
     else:
         keys = keys.repeat_interleave(view.groups, dim=1)
@@ -72,9 +72,10 @@ def visible(view) -> torch.Tensor | None:
 
 
 def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:
-    """Sum over queries of the softmax attention that each key receives, never holding more than a block of rows.
+    """Sum over queries of the softmax attention that each key receives, without the N x N matrix.
 
-    One pass over blocks of query rows: each block's rows are complete, so each can be normalised at once.
+    On a CPU one pass over blocks of query rows: a block's rows are complete, so each can be normalised at once. On a
+    GPU the two passes of `kvlib.kernels.column_sums` (not for float64, nor for the single row of a decode step).
 
     Args:
         query: `(batch, query_heads, new, head_dim)`, the last `new` tokens of every row.
@@ -82,34 +83,40 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
         query_positions: `(batch, new)`, -1 for padding (counted nowhere); None: no padding.
         key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None with `query_positions=None`: plain causal.
         scaling: factor on the logits, default `head_dim ** -0.5`.
-        block: rows at a time; default: as many as 16 MiB of float32 logits hold.
+        block: query rows at a time; default: as many as 16 MiB of float32 logits hold. Given: always the blocked pass.
 
     Returns:
         `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
         of query heads is reduced is the method's choice. Sums over slots equal the number of queries counted.
-
-    Source: papers/VATP section 1.2 needs S_k; the identity is S = sum_i softmax_i, blocked over i.
     """
     batch, query_heads, new, dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = dim**-0.5 if scaling is None else scaling
+    if query.is_cuda and new > 1 and block is None and dtype == torch.float32:
+        from kvlib.kernels import column_sums as kernel  # Triton is there with CUDA builds of torch only
+
+        if query_positions is None:
+            query_positions = torch.arange(slots - new, slots, device=query.device).expand(batch, new)
+            key_positions = torch.arange(slots, device=query.device).expand(batch, kv_heads, slots)
+        return kernel.column_sums(query, key, query_positions, key_positions, scaling)
     query = query.view(batch, kv_heads, -1, new, dim)
     key = key.to(dtype)
-    block = block or max(1, 2**22 // (batch * query_heads * slots))
+    block = block or max(1, 2**22 // max(1, batch * query_heads * slots))
     total = torch.zeros(batch, kv_heads, query.shape[2], slots, dtype=dtype, device=query.device)
     for start in range(0, new, block):
         end = min(start + block, new)
         limit = slots - new + end  # slots are in text order, so later ones are in this block's future
         rows = query[..., start:end, :].to(dtype) * scaling
         logits = torch.einsum("bhgqd,bhkd->bhgqk", rows, key[:, :, :limit])
-        if query_positions is None:
-            own = torch.arange(slots - new + start, limit, device=query.device)
-            hidden = torch.arange(limit, device=query.device) > own[:, None]
+        if query_positions is None:  # all of a block's future lies in its own last columns
+            future = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu(1)
+            logits[..., start - end :].masked_fill_(future, -torch.inf)
         else:
             at = key_positions[:, :, None, None, :limit]
             hidden = (at < 0) | (at > query_positions[:, None, None, start:end, None])
-        weights = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+            logits.masked_fill_(hidden, -torch.inf)
+        weights = logits.softmax(-1)
         if query_positions is not None:
             weights = weights.nan_to_num_(0.0)  # rows of padding see nothing
         total[..., :limit] += weights.sum(-2)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvlib import attention
-from kvlib.registry import Method, register, require
+from kvlib.registry import Method, register, require, whole
 
 
 @register("full")
@@ -21,7 +21,8 @@ class Full(Method):
     """
 
     def __post_init__(self):
-        require("budget", self.budget, self.budget == 1.0 and isinstance(self.budget, float), "the full cache keeps all, 1.0")
+        everything = isinstance(self.budget, float) and self.budget == 1.0
+        require("budget", self.budget, everything, "the full cache keeps all, 1.0")
 
 
 @register("random")
@@ -32,6 +33,15 @@ class Random(Method):
     """
 
     seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            "seed",
+            self.seed,
+            whole(self.seed, 0) and self.seed < 2**19,
+            "a whole number in [0, 2**19), what the hash has room for",
+        )
 
     def score(self, view):
         heads = torch.arange(view.lengths.shape[1], device=view.key.device)[:, None]
@@ -48,7 +58,8 @@ class StreamingLLM(Method):
     The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) keys are read as
     if the kept tokens stood next to each other: key and query rotate to their rank in the cache. Without it tokens
     keep their original positions. `run.kept` reports original indices in both cases.
-    A budget of b leaves at most b - 1 sinks.
+    A budget of b leaves at most b - 1 sinks. Departure: a prompt is read in full before anything is evicted (the paper
+    streams it through the cache).
     """
 
     sinks: int = 4
@@ -57,7 +68,7 @@ class StreamingLLM(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        require("sinks", self.sinks, self.sinks >= 0, "a number of tokens >= 0")
+        require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
 
     def score(self, view):
         sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view)[:, 0] - 1)
@@ -80,19 +91,20 @@ class H2O(Method):
 
     Score: attention received from every query so far, summed over the query heads of a group. Half of the budget is
     the recent window, the other half the highest scores outside it: int(budget / 2 x prompt) each, or, for a whole
-    number b, b // 2 recent and the rest heavy. The window is the last `recent` stored tokens; the next query sees these,
-    the heavy ones and itself.
+    number b, b // 2 recent and the rest heavy. The window is the last `recent` stored tokens; the next query sees
+    these, the heavy ones and itself.
 
     Follows the mask-based code in the form of the VATP authors (recent = heavy ratio). Departures: sums per row of the
     batch (theirs run over the batch) and in float32; at least one recent and one heavy token (with none the code
-    prunes nothing).
+    prunes nothing); budget 1.0 never evicts (theirs holds the prompt length while decoding).
     """
 
     evicts_in_decode = True
 
     def __post_init__(self):
         super().__post_init__()
-        require("budget", self.budget, self.budget != 1 or isinstance(self.budget, float), "room for a heavy and a recent token, >= 2")
+        enough = isinstance(self.budget, float) or self.budget >= 2
+        require("budget", self.budget, enough, "room for a heavy and a recent token, >= 2")
 
     def observe(self, view):
         view.state["attention"] = view.state.get("attention", 0) + view.column_sums().sum(2)
@@ -114,8 +126,8 @@ class H2O(Method):
 class SnapKV(Method):
     """What the end of the prompt looks at (Li et al., 2404.14469).
 
-    Score: softmax attention of the last `window` queries over all keys, averaged over them and over the query heads of a
-    group, pooled over `kernel` neighbouring tokens. The window itself stays and counts in the budget.
+    Score: softmax attention of the last `window` queries over all keys, averaged over them and over the query heads of
+    a group, pooled over `kernel` neighbouring tokens. The window itself stays and counts in the budget.
     Defaults are those of the paper's LongBench runs (window 32, kernel 7, max pooling).
     Departures: the average over the group comes after the softmax and before pooling, one set per KV head (the code
     repeats keys and keeps one set per query head); prompts of any length are compressed; the window takes at most half
@@ -131,8 +143,8 @@ class SnapKV(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        require("window", self.window, self.window >= 1, "a number of queries >= 1")
-        require("kernel", self.kernel, self.kernel >= 1 and self.kernel % 2 == 1, "an odd number of tokens")
+        require("window", self.window, whole(self.window, 1), "a number of queries >= 1")
+        require("kernel", self.kernel, whole(self.kernel, 1) and self.kernel % 2 == 1, "an odd number of tokens")
         require("pooling", self.pooling, self.pooling in ("max", "avg"), "'max' or 'avg'")
 
     def score(self, view):

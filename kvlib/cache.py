@@ -27,6 +27,7 @@ class KVLayer(DynamicLayer):
         tokens: `(batch,)` int64 on the CPU, real tokens seen per row, evicted ones included.
         prompt_tokens: the same at the end of the latest prompt.
         reads: bytes of K and V read in the last pass if a method reads less than what is stored, else None.
+        intact: nothing has been evicted since the latest tokens were added.
         seen: columns seen, padding included (what transformers calls the sequence length).
         queries: the last queries of an unfinished prompt `(batch, query_heads, <= window, head_dim)` with their
             positions `(batch, <= window)`, or None.
@@ -45,6 +46,7 @@ class KVLayer(DynamicLayer):
         self.state: dict[str, torch.Tensor] = {}
         self.seen = 0
         self.reads = None
+        self.intact = True
         self.accepting = False
         self.is_initialized = False
 
@@ -93,31 +95,38 @@ class KVLayer(DynamicLayer):
         """Do all segments have the same length?"""
         return bool((self.lengths == self.lengths[0, 0]).all())
 
-    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat index and validity of every slot of the rectangle, both `(batch, kv_heads, slots)` on the CPU."""
-        slots = torch.arange(int(self.lengths.max()))
-        ends = self.lengths.flatten().cumsum(0).view_as(self.lengths)
-        valid = slots < self.lengths[..., None]
-        index = (ends - self.lengths)[..., None] + slots
-        return index.where(valid, 0), valid
+    def segments(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a flat tensor with these `lengths`: each entry's segment, and its place within it, both `(stored,)`."""
+        total, counts = int(lengths.sum()), lengths.flatten().to(self.keys.device)
+        numbers = torch.arange(len(counts), device=counts.device)
+        segment = torch.repeat_interleave(numbers, counts, output_size=total)
+        return segment, torch.arange(total, device=counts.device) - starts(counts)[segment]
 
     def rectangles(self, *flats: torch.Tensor) -> list[torch.Tensor]:
         """Flat tensors `(stored, ...)` as rectangles `(batch, kv_heads, slots, ...)`; no copy if segments are equal."""
         if self.uniform:
             return [flat.view(*self.lengths.shape, -1, *flat.shape[1:]) for flat in flats]
-        index = self.table()[0].to(self.keys.device)
+        lengths = self.lengths.to(self.keys.device)
+        slots = torch.arange(int(self.lengths.max()), device=lengths.device)
+        index = starts(lengths)[..., None] + slots
+        index = index.where(slots < lengths[..., None], 0)
         return [flat[index] for flat in flats]
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions `(batch, kv_heads, slots)`, ascending, then -1 in empty slots."""
         (positions,) = self.rectangles(self.positions)
-        return positions if self.uniform else positions.where(self.table()[1].to(positions.device), -1)
+        if self.uniform:
+            return positions
+        slots = torch.arange(positions.shape[-1], device=positions.device)
+        return positions.where(slots < self.lengths[..., None].to(positions.device), -1)
 
     def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
         """The inverse of `rectangles`."""
+        flat = rectangle.flatten(0, 2)
         if self.uniform:
-            return rectangle.flatten(0, 2)
-        return rectangle[self.table()[1].to(rectangle.device)]
+            return flat
+        segment, place = self.segments(self.lengths)
+        return flat[segment * rectangle.shape[2] + place]
 
     def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """Add the real tokens of a chunk at the end of every segment.
@@ -140,30 +149,33 @@ class KVLayer(DynamicLayer):
         for name, flat in self.state.items():
             self.state[name] = merge(flat, flat.new_zeros(batch, heads, new, *flat.shape[1:]))
         self.lengths = self.lengths + counts[:, None]
+        self.intact = True
 
     def _merge(self, batch, heads, new, counts):
         """A function (flat, chunk) -> flat that puts each segment's new entries behind its old ones."""
         if self.uniform and bool((counts == new).all()):
             shape = (batch, heads, int(self.lengths[0, 0]))
             return lambda flat, chunk: torch.cat([flat.view(*shape, *flat.shape[1:]), chunk], dim=2).flatten(0, 2)
-        old, counts = self.lengths.flatten()[:, None], counts.repeat_interleave(heads)[:, None]
-        slot = torch.arange(int((old + counts).max()))
-        chunk_start = int(old.sum()) + torch.arange(batch * heads)[:, None] * new + new - counts
-        source = torch.where(slot < old, old.cumsum(0) - old + slot, chunk_start + slot - old)
-        source = source[slot < old + counts].to(self.keys.device)
+        segment, place = self.segments(self.lengths + counts[:, None])
+        old = self.lengths.flatten().to(segment.device)
+        first_new = int(self.lengths.sum()) + new * torch.arange(1, len(old) + 1, device=segment.device)
+        first_new = first_new - counts.repeat_interleave(heads).to(segment.device)  # behind the chunk's padding
+        place_in_new = place - old[segment]
+        source = torch.where(place_in_new < 0, starts(old)[segment] + place, first_new[segment] + place_in_new)
         return lambda flat, chunk: torch.cat([flat, chunk.flatten(0, 2)])[source]
 
     def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
         """Evict everything outside `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
-        self._take(self.flatten(mask).nonzero().squeeze(1), lengths)
+        self._take(torch.nonzero_static(self.flatten(mask), size=int(lengths.sum())).squeeze(1), lengths)
+        self.intact = False
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats allowed."""
         if self.lengths is None:
             return
         rows = rows.cpu()
-        index, valid = self.table()
-        self._take(index[rows][valid[rows]].to(self.keys.device), self.lengths[rows])
+        segment, place = self.segments(self.lengths[rows])
+        self._take(starts(self.lengths)[rows].flatten().to(place.device)[segment] + place, self.lengths[rows])
         self.tokens, self.prompt_tokens = self.tokens[rows], self.prompt_tokens[rows]
         if self.queries is not None:
             self.queries = tuple(x[rows.to(x.device)] for x in self.queries)
@@ -172,6 +184,11 @@ class KVLayer(DynamicLayer):
         self.keys, self.values, self.positions = self.keys[index], self.values[index], self.positions[index]
         self.state = {name: flat[index] for name, flat in self.state.items()}
         self.lengths = lengths
+
+
+def starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each segment begins in a flat tensor, in the shape of `lengths`."""
+    return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
 
 
 class KVCache(Cache):
@@ -194,14 +211,19 @@ class KVCache(Cache):
         An empty dynamic cache becomes a `KVCache` in place, because `generate` holds on to the object it has made.
 
         Raises:
-            ValueError: for a filled cache of another method or of transformers, and for static or quantised caches.
+            ValueError: for a filled cache of another method, of another model or of transformers, and for static or
+                quantised caches.
         """
         if cache is None:
             return cls(layers, method)
         if isinstance(cache, KVCache):
-            if cache.get_seq_length() and cache.method != method:
-                raise ValueError(f"the cache was filled by {cache.method!r}, not by {method!r}; start without past_key_values")
             if cache.get_seq_length():
+                if cache.method != method:
+                    raise ValueError(
+                        f"the cache was filled by {cache.method!r}, not by {method!r}; start without past_key_values"
+                    )
+                if len(cache.layers) != layers:
+                    raise ValueError(f"the cache has {len(cache.layers)} layers, the model {layers}")
                 return cache
         elif type(cache) is not DynamicCache:
             raise ValueError(f"kvlib replaces a DynamicCache, got {type(cache).__name__}; drop `cache_implementation`")

@@ -47,8 +47,7 @@ class Method:
 
     def __post_init__(self):
         budget = self.budget
-        whole = isinstance(budget, int) and not isinstance(budget, bool)
-        if not (whole and budget >= 1 or isinstance(budget, float) and 0 < budget <= 1):
+        if not (whole(budget, 1) or isinstance(budget, float) and 0 < budget <= 1):
             raise ValueError(f"budget={budget!r}: a fraction in (0, 1] or a whole number of tokens >= 1")
 
     def __call__(self, model) -> Run:
@@ -133,10 +132,15 @@ def method(name: str, **arguments) -> Method:
         ValueError: for an unknown name (naming the nearest one) and for arguments that can never work.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        near = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown method {name!r}; {hint}known: {', '.join(sorted(METHODS))}")
     return METHODS[name](**arguments)
+
+
+def whole(value, low: int) -> bool:
+    """Is `value` an integer, not a bool, of at least `low`?"""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
 def require(name: str, value, holds: bool, allowed: str) -> None:

@@ -8,6 +8,11 @@ from kvlib import attention
 from kvlib.cache import KVCache
 from kvlib.view import Step, View
 
+RIGHT_PADDING = (
+    "padding after a real token: pad on the left (tokenizer.padding_side = 'left'); "
+    "in a later turn of a batch all rows need new tokens of the same number"
+)
+
 
 class Run:
     """One method on one model: `with method(model) as run: model.generate(...)`.
@@ -74,12 +79,11 @@ class Run:
         config = kwargs.get("generation_config") or self.model.generation_config
         if kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens):
             raise ValueError("assisted decoding rolls the cache back, which a compressed cache cannot do")
-        prompts = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-        columns = next((prompt.shape[1] for prompt in prompts if prompt is not None), 1)
-        cache = kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        if columns <= seen:  # only the new tokens were passed
-            columns += seen
+        # transformers reads the ids as the whole sequence, or, if the mask is longer, as its end
+        inputs = [kwargs.get("attention_mask"), *args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))]
+        columns, cache = next((x.shape[1] for x in inputs if x is not None), 1), kwargs.get("past_key_values")
+        if cache is not None and columns <= (seen := cache.get_seq_length()):
+            raise ValueError(f"{columns} columns, but the cache has seen {seen}: pass all ids, or new ones with a mask over all")
         self._prompt_columns = columns
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -119,7 +123,7 @@ class Run:
             raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: (batch, tokens seen so far) is needed, 1 = real")
         real = torch.ones(batch, new, dtype=torch.bool) if mask is None else mask[:, -new:].bool().cpu()
         if bool((real[:, :-1] & ~real[:, 1:]).any()):
-            raise ValueError("right padding: pad on the left (tokenizer.padding_side = 'left')")
+            raise ValueError(RIGHT_PADDING)
         before = cache.layers[0].tokens if seen else torch.zeros(batch, dtype=torch.int64)
         positions = (before[:, None] + real.cumsum(1) - 1).where(real, -1)
         tokens = before + real.sum(1)
@@ -130,6 +134,8 @@ class Run:
         cache.steps = 0 if reads else cache.steps + 1
         if ends and bool((tokens == 0).any()):
             raise ValueError(f"row {int((tokens == 0).nonzero()[0])} has no real token")
+        if ends and not bool(real[:, -1].all()):
+            raise ValueError(RIGHT_PADDING)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if reads and limit is not None and int(tokens.max()) > limit:
             raise ValueError(f"the prompt has {int(tokens.max())} tokens, the model's window is {limit}")
@@ -194,7 +200,7 @@ class Run:
         if step.decoding or step.ends_prompt or not method.window:
             layer.queries = None
         else:
-            layer.queries = view.recent_queries(method.window)
+            layer.queries = tuple(x.clone() for x in view.recent_queries(method.window))  # without the rest of the chunk
 
     def fork(self, snapshot) -> KVCache:
         """Start from a snapshot instead of a forward pass: a new cache in which this method has read the prompt.
@@ -223,9 +229,11 @@ class Run:
         return storage_bytes(x for layer in self._filled().layers for x in (layer.keys, layer.values))
 
     def state_bytes(self) -> int:
-        """Bytes of everything else the cache holds: positions, scores, norms, waiting queries."""
-        tensors = [x for layer in self._filled().layers for x in (layer.positions, *layer.state.values(), *(layer.queries or ()))]
-        return storage_bytes(tensors)
+        """Bytes of everything else the cache holds: positions, scores, norms, waiting queries, counts."""
+        layers = self._filled().layers
+        counts = (x for layer in layers for x in (layer.lengths, layer.tokens, layer.prompt_tokens))
+        tensors = (x for layer in layers for x in (layer.positions, *layer.state.values(), *(layer.queries or ())))
+        return storage_bytes([*counts, *tensors])
 
     def full_bytes(self) -> int:
         """Bytes that a native cache needs for the real tokens seen so far: no padding, nothing evicted."""

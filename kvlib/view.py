@@ -71,7 +71,8 @@ class View:
     def _open(self, layer: KVLayer, layer_idx: int) -> None:
         self.layer, self.layer_idx, self.lengths = layer, layer_idx, layer.lengths
         self.groups = self.query.shape[1] // self.lengths.shape[1]
-        self.uniform = layer.uniform and bool((self.step.counts == self.query.shape[2]).all())
+        self.intact = layer.intact  # False in `other` once that layer has evicted: the new tokens may be gone
+        self.uniform = self.intact and layer.uniform and bool((self.step.counts == self.query.shape[2]).all())
         self.key, self.value = layer.rectangles(layer.keys, layer.values)
         self.positions = layer.position_rectangle()
         self.state = dict(zip(layer.state, layer.rectangles(*layer.state.values()), strict=True))
@@ -84,8 +85,10 @@ class View:
                 many queries of the prompt, wherever chunks were cut.
 
         Raises:
-            ValueError: if `last` exceeds the `window` that the method declares.
+            ValueError: if `last` exceeds the `window` that the method declares, or for a layer that has already evicted.
         """
+        if not self.intact:
+            raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
         if last is None:
             query, positions = self.query, self.query_positions
         else:

@@ -1,0 +1,94 @@
+# Two commands are enough on a fresh machine with Python 3.11 or 3.12: `make figures` and `make test`.
+# An executed notebook, build/<profile>/NN_name.ipynb, is its own stamp: it appears only when the run succeeded.
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PROFILE ?= default
+BASE_PYTHON ?= python3
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
+BUILD := build/$(PROFILE)
+EXECUTED := $(NOTEBOOKS:notebooks/%=$(BUILD)/%)
+FIGURES := $(if $(filter default,$(PROFILE)),figures,$(BUILD)/figures)
+# As a file, because importing kvlib, and so torch, takes seconds; -P keeps its neighbours from shadowing other modules.
+RUN := $(PYTHON) -P kvlib/lab/notebooks.py
+
+$(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default or paper, not '$(PROFILE)'))
+
+# Only what is installed in .venv counts.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help setup lab figures smoke test test-deep lint publish minilm clean lock
+
+help:       ## list the targets
+	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+setup: $(INSTALLED)  ## make the environment in .venv (the other targets do it when needed)
+
+lab: $(INSTALLED)  ## open the notebooks in JupyterLab
+	PYTHONWARNINGS="ignore:IProgress not found" $(PYTHON) -m jupyter lab --notebook-dir=notebooks
+
+figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
+	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
+
+smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
+	@$(MAKE) --no-print-directory figures PROFILE=smoke
+
+test: $(INSTALLED)  ## run the tests, every notebook in the smoke profile included
+	$(PYTHON) -m pytest -n 2
+
+test-deep: $(INSTALLED)  ## run the tests with thousands of random cases a method; keeps tests/test-deep.log
+	$(PYTHON) -m pytest -n 2 -m deep --no-header | tee tests/test-deep.log
+
+lint: $(INSTALLED)  ## check style and format of modules and notebooks
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
+	@$(MAKE) --no-print-directory figures PROFILE=default
+	@$(RUN) publish
+
+minilm: $(INSTALLED)  ## train the embedded model again (needs a GPU)
+	$(PYTHON) -m kvlib.minilm all
+
+clean:      ## delete build/
+	rm -rf build
+
+# A kernel that dies must not leave a notebook that make takes for done: `run` writes NN.part.ipynb and renames it.
+$(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED)
+	@$(RUN) run $(PROFILE) $<
+
+# Which tables, parameters and kvlib modules each notebook depends on; folders are listed to notice deleted files.
+SOURCES := $(wildcard kvlib kvlib/*.py kvlib/*/*.py data/results data/results/* notebooks/params/$(PROFILE).yaml)
+$(BUILD)/dependencies.mk: $(NOTEBOOKS) $(SOURCES) | $(INSTALLED)
+	@mkdir -p $(@D); $(RUN) dependencies $(PROFILE) > $@
+ifneq ($(filter figures $(BUILD)/%,$(MAKECMDGOALS)),)
+include $(BUILD)/dependencies.mk
+endif
+
+# The lock constrains versions instead of listing requirements, so that pip may choose a CPU build of torch where the
+# machine offers one. Only downloads of a megabyte or more are shown.
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+	  { echo "kvlib needs Python 3.11 or 3.12, and $(BASE_PYTHON) is neither: make BASE_PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into .venv: some minutes, up to a few gigabytes; log: .venv/install.log"
+	@$(BASE_PYTHON) -m venv .venv
+	@$(PYTHON) -m pip install --no-input --disable-pip-version-check --progress-bar off \
+	    -e '.[dev]' -c requirements.lock 2>&1 | tee .venv/install.log | sed -unE \
+	    -e 's|^ *Downloading ([^ ]*/)?([^ /]+) \(([0-9.]+ [MG]B)\).*|  \2  \3|p' -e 's/^Installing.*/  Installing .../p' || \
+	  { tail -n 20 .venv/install.log; echo "Installing failed; the whole log: .venv/install.log"; exit 1; }; \
+	  echo "Installed in $$SECONDS s: $$(du -sh .venv | cut -f1) in .venv"
+	@touch $@
+
+# torch is the release that the stored results were made with; everything else moves to the newest allowed.
+lock:       ## resolve requirements.lock anew from pyproject.toml
+	@$(BASE_PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@echo torch==2.13.0 > build/lock/constraints.txt
+	@build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev -c build/lock/constraints.txt \
+	  --no-header --no-annotate pyproject.toml > build/lock/requirements.lock
+	@{ echo "# Exact versions for Linux and Python 3.11-3.12, used as constraints: pip install -e '.[dev]' -c requirements.lock"; \
+	  echo "# Written on $$(date +%F) by: make lock"; cat build/lock/requirements.lock; } > requirements.lock

@@ -1,0 +1,1 @@
+"""What experiments share: tasks, evaluation, statistics, plotting."""

@@ -1,0 +1,120 @@
+"""One look for every figure: `use_style()` in a notebook, `series(method)` for a line, `save(figure, name)` at the end.
+
+A method has the same colour, marker and dash everywhere; colour is never the only difference. Saved files are identical
+from run to run on one type of machine.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+from kvlib.paths import FIGURES, NOTEBOOKS
+
+# The colour-blind-safe palette of seaborn plus three darker colours; the four papers get the strongest.
+COLORS = {
+    "full": "#000000",
+    "random": "#949494",
+    "streaming_llm": "#fbafe4",
+    "h2o": "#de8f05",
+    "scissorhands": "#ca9161",
+    "snapkv": "#56b4e9",
+    "pyramidkv": "#5d3a9b",
+    "tova": "#004d40",
+    "knorm": "#ece133",
+    "quest": "#882255",
+    "vatp": "#d55e00",
+    "uncomp": "#0173b2",
+    "anchorcoder": "#029e73",
+    "tidaldecode": "#cc78bc",
+}
+MARKERS = dict(zip(COLORS, ".x<s^Dvp*>oPXd", strict=True))
+DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
+DASHES |= dict.fromkeys(("vatp", "uncomp", "anchorcoder", "tidaldecode"), "-")
+
+STYLE = {
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(
+        color=[COLORS[m] for m in ("uncomp", "h2o", "anchorcoder", "vatp", "tidaldecode")]
+    ),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "figure.figsize": (6.4, 4.0),
+    "font.size": 10,
+    "grid.color": "#e5e5e5",
+    "image.cmap": "cividis",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+def use_style() -> None:
+    """Plot with STYLE and nothing else: a personal matplotlibrc would change the figures."""
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(STYLE)
+
+
+def series(method: str) -> dict:
+    """Keyword arguments of `axes.plot` for the line of one method; methods of your own are dark grey."""
+    return {
+        "label": method,
+        "color": COLORS.get(method, "#555555"),
+        "marker": MARKERS.get(method, "h"),
+        "linestyle": DASHES.get(method, "-."),
+    }
+
+
+def label_lines(axes, gap: float = 11) -> None:
+    """Write each line's label beside its last point, at least `gap` points apart, instead of a legend."""
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    points = 72 / axes.figure.dpi
+    ends = [(axes.transData.transform(line.get_xydata()[-1])[1] * points, line) for line in lines]
+    free = float("-inf")
+    for height, line in sorted(ends, key=lambda end: end[0]):
+        free = max(height, free)
+        axes.annotate(
+            line.get_label(),
+            line.get_xydata()[-1],
+            xytext=(7, free - height),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+        )
+        free += gap
+
+
+def save(figure, name: str, live: bool = False) -> Path:
+    """Write figures/<name>.svg, `name` being <notebook>_<what>, and note it in figures/manifest.json.
+
+    Args:
+        live: the figure shows what the notebook has just computed, not a stored table. Floating point differs between
+            types of machine, so only figures drawn from tables are compared with the committed ones.
+    """
+    notebooks = [path.stem for path in NOTEBOOKS.glob("*.ipynb") if name.startswith(f"{path.stem}_")]
+    if not notebooks:
+        raise ValueError(
+            f"figure {name!r}: a name is that of its notebook, then what it shows, as in 00_kv_cache_bytes"
+        )
+    folder = Path(os.environ.get("KVLIB_FIGURES", FIGURES))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.svg"
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # stable ids, searchable text
+        figure.savefig(file, metadata={"Date": None})
+    entry = {
+        "live": live,
+        "notebook": max(notebooks, key=len),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    with (folder / "manifest.json").open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # notebooks that run at the same time share the manifest
+        stream.seek(0)
+        manifest = json.loads(stream.read() or "{}") | {file.name: entry}
+        stream.truncate(0)
+        stream.write(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return file

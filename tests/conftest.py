@@ -1,0 +1,17 @@
+"""Tests run offline, on one thread per worker, with the same random examples each time."""
+
+import os
+
+os.environ["MPLBACKEND"] = "agg"  # for figures drawn in this process; `notebooks.run` removes it for notebooks
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import torch
+
+# Timings vary too much on shared machines for deadlines. Examples follow from the test alone, so that a failure in one
+# place is a failure everywhere; the deep tier sets its own numbers of examples.
+hypothesis.settings.register_profile("kvlib", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("kvlib")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores

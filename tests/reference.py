@@ -1,0 +1,293 @@
+"""The baselines as an executable specification: float64, one token, one head, one key at a time.
+
+Nothing here is shared with `kvlib`. A `Decoder` reads one token after the other; every (layer, KV head) has a `Head`
+that lists what it stores. A *policy* looks at one `Head` and returns the positions that stay. `simulate` reads a
+prompt, lets the policy evict, and decodes greedily.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 97
+
+
+# A model to run it on
+
+
+class ExactRotary(torch.nn.Module):
+    """Rotary angles in float64, with the attributes of the transformers module that it replaces."""
+
+    rope_type = "default"
+
+    def __init__(self, theta, head_dim):
+        super().__init__()
+        self.inv_freq = torch.tensor([theta ** (-2 * j / head_dim) for j in range(head_dim // 2)], dtype=torch.float64)
+
+    def forward(self, x, position_ids):
+        angle = (position_ids[..., None] * self.inv_freq).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
+
+
+def tiny_llama(kv_heads, layers=2, seed=0):
+    """A random Llama with four query heads, peaked enough for attention and norms to differ between tokens.
+
+    transformers rounds norms and rotary angles to float32 even if the weights are float64. Both are replaced, so that
+    agreement to 1e-9 can be asked for.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=128,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    random = torch.Generator().manual_seed(seed)
+    model.model.rotary_emb = ExactRotary(10000.0, config.head_dim)
+    for block in [*model.model.layers, model.model]:
+        for name in [name for name, _ in block.named_children()]:
+            if name.endswith("norm"):
+                setattr(block, name, torch.nn.RMSNorm(32, eps=config.rms_norm_eps, dtype=torch.float64))
+                block.get_submodule(name).weight.data.uniform_(0.5, 1.5, generator=random)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            gain = 2.5 if "q_proj" in name or "k_proj" in name else 1.0
+            weight.data.normal_(0, gain / math.sqrt(weight.shape[1]), generator=random)
+    return model.requires_grad_(False)
+
+
+# The decoder
+
+
+@dataclass
+class Head:
+    """One KV head of one layer.
+
+    Attributes:
+        stored: positions that are in the cache, ascending.
+        keys, values: position -> vector, keys before rotation.
+        attention: (query head, position of the query) -> {position of the key: weight}, for everything that was read.
+        tokens, prompt: tokens read so far, and how many of them are the prompt.
+        rotated: position -> rotated key as attention has last used it.
+    """
+
+    layer: int
+    index: int
+    query_heads: list
+    stored: list = field(default_factory=list)
+    keys: dict = field(default_factory=dict)
+    values: dict = field(default_factory=dict)
+    attention: dict = field(default_factory=dict)
+    rotated: dict = field(default_factory=dict)
+    tokens: int = 0
+    prompt: int = 0
+
+
+class Decoder:
+    """A Llama that reads one token at a time.
+
+    Args:
+        renumber: keys are rotated to their rank among the stored tokens, anew for every query, as StreamingLLM does.
+    """
+
+    def __init__(self, model, renumber=False):
+        self.config, self.renumber = model.config, renumber
+        self.weights = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        self.heads = [
+            [Head(layer, h, list(range(h * group, h * group + group))) for h in range(self.config.num_key_value_heads)]
+            for layer in range(self.config.num_hidden_layers)
+        ]
+
+    def read(self, token, position):
+        """Logits after one more token."""
+        x = self.weights["model.embed_tokens.weight"][token]
+        for layer in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            x = x + self.attend(layer, self.norm(x, prefix + "input_layernorm.weight"), position)
+            y = self.norm(x, prefix + "post_attention_layernorm.weight")
+            gate = self.weights[prefix + "mlp.gate_proj.weight"] @ y
+            up = self.weights[prefix + "mlp.up_proj.weight"] @ y
+            x = x + self.weights[prefix + "mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
+        return self.weights["lm_head.weight"] @ self.norm(x, "model.norm.weight")
+
+    def norm(self, x, name):
+        return x / math.sqrt(sum(x * x) / len(x) + self.config.rms_norm_eps) * self.weights[name]
+
+    def attend(self, layer, x, position):
+        """Store the token in every head of the layer, then let every query head look at what is stored."""
+        dim = self.config.head_dim
+        q, k, v, o = (self.weights[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkvo")
+        outputs = {}
+        for head in self.heads[layer]:
+            rows = slice(head.index * dim, head.index * dim + dim)
+            head.keys[position], head.values[position] = k[rows] @ x, v[rows] @ x
+            head.stored.append(position)
+            head.tokens += 1
+            for rank, at in enumerate(head.stored):
+                head.rotated[at] = self.rotate(head.keys[at], rank if self.renumber else at)
+            own = len(head.stored) - 1 if self.renumber else position
+            for h in head.query_heads:
+                query = self.rotate(q[h * dim : h * dim + dim] @ x, own)
+                logits = {at: query @ head.rotated[at] / math.sqrt(dim) for at in head.stored}
+                weights = {at: math.exp(logits[at] - max(logits.values())) for at in head.stored}
+                total = sum(weights.values())
+                weights = {at: weights[at] / total for at in head.stored}
+                head.attention[h, position] = weights
+                outputs[h] = sum(weights[at] * head.values[at] for at in head.stored)
+        return o @ np.concatenate([outputs[h] for h in sorted(outputs)])
+
+    def rotate(self, x, position):
+        half = len(x) // 2
+        angle = np.array([position * 10000.0 ** (-2 * j / len(x)) for j in range(half)])
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin])
+
+
+@dataclass
+class Trace:
+    """What `simulate` saw after the prompt (entry 0) and after each decoded token.
+
+    Attributes:
+        logits: per step, of the last token. ids: per step, its argmax, the token read in the next step.
+        kept: per step and layer, for every head the positions still stored, after eviction.
+        visible: per step and layer, for every head how many keys the last query saw.
+    """
+
+    logits: list = field(default_factory=list)
+    ids: list = field(default_factory=list)
+    kept: list = field(default_factory=list)
+    visible: list = field(default_factory=list)
+
+
+def simulate(model, prompt, steps, policy=None):
+    """Read the prompt, evict, then decode `steps` tokens, evicting after each if the policy says so."""
+    decoder = Decoder(model, renumber=getattr(policy, "renumber", False))
+    trace = Trace()
+    for step in range(steps + 1):
+        new = prompt if step == 0 else [trace.ids[-1]]
+        for token in new:
+            logits = decoder.read(token, decoder.heads[0][0].tokens)
+        trace.visible.append([[len(head.stored) for head in layer] for layer in decoder.heads])
+        for layer in decoder.heads:
+            for head in layer:
+                head.prompt = len(prompt)
+                if policy is not None and (step == 0 or policy.evicts_in_decode):
+                    head.stored = sorted(policy(head))
+        trace.logits.append(logits)
+        trace.ids.append(int(np.argmax(logits)))
+        trace.kept.append([[list(head.stored) for head in layer] for layer in decoder.heads])
+    return trace
+
+
+# The policies
+
+
+def count(share, prompt):
+    """A whole number is tokens, a fraction is of the prompt, rounded down, at least one token."""
+    return share if isinstance(share, int) else max(1, int(share * prompt))
+
+
+def best(scores, number):
+    """The positions with the highest scores, the earlier one first among equals."""
+    return sorted(scores, key=lambda at: (-scores[at], at))[:number]
+
+
+@dataclass
+class Policy:
+    budget: float | int
+    evicts_in_decode = False
+
+
+@dataclass
+class Random(Policy):
+    seed: int = 0
+
+    def __call__(self, head):
+        scores = {at: self.hash(head.layer, head.index, at) for at in head.stored}
+        return best(scores, count(self.budget, head.prompt))
+
+    def hash(self, layer, head, position):
+        """Three rounds of shift, exclusive or, and multiplication in signed 64-bit arithmetic; the upper 24 bits."""
+        x = position + head * 2**24 + layer * 2**34 + self.seed * 2**44
+        for shift in (30, 27, 31):
+            x = (x ^ (x >> shift)) * 0xBF58476D1CE4E5B9
+            x = (x + 2**63) % 2**64 - 2**63
+        return x >> 40
+
+
+@dataclass
+class StreamingLLM(Policy):
+    sinks: int = 4
+    renumber: bool = True
+    evicts_in_decode = True
+
+    def __call__(self, head):
+        budget = count(self.budget, head.prompt)
+        if len(head.stored) <= budget:
+            return head.stored
+        sinks = max(0, min(self.sinks, budget - 1))
+        return head.stored[:sinks] + head.stored[len(head.stored) - (budget - sinks) :]
+
+
+@dataclass
+class H2O(Policy):
+    evicts_in_decode = True
+
+    def __call__(self, head):
+        if isinstance(self.budget, int):
+            recent = self.budget // 2
+            heavy = self.budget - recent
+        else:
+            recent = heavy = count(self.budget / 2, head.prompt)
+        if len(head.stored) <= heavy + recent:
+            return head.stored
+        window = [at for at in head.stored if at >= head.tokens - recent]
+        received = {at: 0.0 for at in head.stored if at not in window}
+        for weights in head.attention.values():
+            for at, weight in weights.items():
+                if at in received:
+                    received[at] += weight
+        return best(received, heavy) + window
+
+
+@dataclass
+class SnapKV(Policy):
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+
+    def __call__(self, head):
+        budget, n = count(self.budget, head.prompt), head.prompt
+        if n <= budget:
+            return head.stored
+        window = max(1, min(self.window, budget // 2))
+        scores = []  # of the tokens before the window
+        for at in range(n - window):
+            weights = [head.attention[h, i][at] for h in head.query_heads for i in range(n - window, n)]
+            scores.append(sum(weights) / len(weights))
+        pooled = {}
+        for at in range(n - window):
+            first, last = at - self.kernel // 2, at + self.kernel // 2
+            around = [scores[j] for j in range(first, last + 1) if 0 <= j < n - window]
+            pooled[at] = max(around) if self.pooling == "max" else sum(around) / self.kernel
+        return best(pooled, budget - window) + list(range(n - window, n))
+
+
+@dataclass
+class KNorm(Policy):
+    def __call__(self, head):
+        scores = {at: -math.sqrt(sum(head.rotated[at] ** 2)) for at in head.stored}
+        return best(scores, count(self.budget, head.prompt))
+
+
+POLICIES = {"random": Random, "streaming_llm": StreamingLLM, "h2o": H2O, "snapkv": SnapKV, "knorm": KNorm}

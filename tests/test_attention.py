@@ -1,0 +1,131 @@
+"""Column sums against the N x N matrix, their memory, visibility, and rotation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from kvlib import attention
+
+
+def eager(query, key, query_positions, key_positions, scaling):
+    """The definition: all weights of all rows, padding and empty slots left out, summed over queries."""
+    batch, heads = query.shape[:2]
+    group = heads // key.shape[1]
+    logits = query @ key.repeat_interleave(group, dim=1).transpose(-1, -2) * scaling
+    slots, rows = key_positions.repeat_interleave(group, dim=1)[:, :, None], query_positions[:, None, :, None]
+    weights = logits.masked_fill((slots < 0) | (slots > rows), -torch.inf).softmax(-1)
+    weights = weights.masked_fill(rows < 0, 0)
+    return weights.sum(2).view(batch, key.shape[1], group, -1)
+
+
+def inputs(batch, kv_heads, group, old, new, pads, gaps, dtype, seed=0):
+    """Queries and keys after `old` stored tokens: rows with padding, heads with holes where tokens were evicted."""
+    random = torch.Generator().manual_seed(seed)
+    query = 2 * torch.randn(batch, kv_heads * group, new, 8, generator=random, dtype=torch.float64)
+    key = torch.randn(batch, kv_heads, old + new, 8, generator=random, dtype=torch.float64)
+    counts = new - torch.tensor([pads * row for row in range(batch)]).clamp(max=new)
+    columns = torch.arange(new) - (new - counts)[:, None]
+    query_positions = (old + gaps + columns).where(columns >= 0, -1)
+    key_positions = torch.full((batch, kv_heads, old + new), -1)
+    for row in range(batch):
+        for head in range(kv_heads):
+            stored = max(0, old - (row + head if gaps else 0))
+            own = query_positions[row][query_positions[row] >= 0]
+            text = torch.cat([torch.arange(old + gaps)[gaps : gaps + stored], own])
+            key_positions[row, head, : len(text)] = text
+    return query.to(dtype), key.to(dtype), query_positions, key_positions
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.integers(1, 12),
+    st.integers(0, 5), st.integers(0, 3), st.integers(1, 14), st.integers(0, 2**31 - 1),
+)  # fmt: skip
+def test_column_sums_are_those_of_the_matrix(batch, kv_heads, group, old, new, pads, gaps, block, seed):
+    query, key, query_positions, key_positions = inputs(
+        batch, kv_heads, group, old, new, pads, gaps, torch.float64, seed
+    )
+    sums = attention.column_sums(query, key, query_positions, key_positions, 0.5, block)
+    expected = eager(query, key, query_positions, key_positions, 0.5)
+    torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-15)
+    counted = (query_positions >= 0).sum(1)[:, None, None].double()
+    torch.testing.assert_close(sums.sum(-1), counted.expand(sums.shape[:3]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("old, new", [(0, 40), (25, 40), (25, 1)])
+def test_column_sums_without_positions_are_plain_causal(dtype, tolerance, old, new):
+    query, key, query_positions, key_positions = inputs(2, 2, 3, old, new, 0, 0, dtype)
+    expected = eager(query.double(), key.double(), query_positions, key_positions, 8**-0.5)
+    for block in (None, 1, 7, 64):
+        sums = attention.column_sums(query, key, block=block)
+        assert sums.dtype == dtype
+        torch.testing.assert_close(sums.double(), expected, rtol=tolerance, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_column_sums_of_half_precision_are_taken_in_float32(dtype):
+    query, key, *_ = inputs(1, 2, 2, 0, 3000, 0, 0, dtype)
+    key[:, :, 0] *= 4  # all look at the first token: in float16 ulp(2048) = 2 and the sum would stop growing
+    sums = attention.column_sums(query, key)
+    assert sums.dtype == torch.float32
+    torch.testing.assert_close(sums, attention.column_sums(query.double(), key.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_column_sums_of_nothing_are_nothing():
+    # The first chunk of a row may be all padding.
+    query, key = torch.randn(1, 4, 3, 8), torch.empty(1, 2, 0, 8)
+    sums = attention.column_sums(query, key, torch.full((1, 3), -1), torch.empty(1, 2, 0, dtype=torch.int64))
+    assert sums.shape == (1, 2, 2, 0)
+
+
+def test_column_sums_need_blocks_and_not_the_matrix():
+    heads, tokens = 8, 4096
+    query, key = torch.randn(2, 1, heads, tokens, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        attention.column_sums(query, key)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    peak = torch.tensor([size for _, size in changes]).cumsum(0).max()
+    # A block of 16 MiB exists as logits and as weights; the mask is a byte per logit. The matrix would be 512 MiB.
+    assert 16 * 2**20 < peak < 56 * 2**20
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_rotating_further_is_rotating_from_scratch(kind, dtype, tolerance):
+    scaling = {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    }[kind]
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **scaling}
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=256, rope_parameters=rope)
+    )
+    x = torch.randn(2, 3, 20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    position = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(1))
+    goal = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(2))
+
+    def rotated(positions):
+        if dtype == torch.float64:  # the module computes in float32
+            angle = (positions[..., None] * rotary.inv_freq.double()).repeat(1, 1, 2)
+            cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
+        else:
+            cos, sin = rotary(x.to(dtype), positions)
+        return apply_rotary_pos_emb(x.to(dtype), x.to(dtype), cos, sin)[0]
+
+    moved = attention.rotate(rotated(position), (goal - position)[:, None], rotary.inv_freq)
+    assert moved.dtype == dtype
+    torch.testing.assert_close(moved, rotated(goal), rtol=tolerance, atol=tolerance)
+    still = attention.rotate(rotated(position), torch.zeros(2, 1, 20), rotary.inv_freq)
+    assert torch.equal(still, rotated(position))

@@ -1,0 +1,442 @@
+"""Bad input: an error that says what is wrong, before work starts."""
+
+import hashlib
+import math
+
+import huggingface_hub.constants
+import pytest
+import tiny
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
+
+import kvlib
+from kvlib import paths
+
+KNORM = kvlib.method("knorm", budget=0.5)
+GREEDY = {"max_new_tokens": 2, "do_sample": False}
+SIZE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def refused(error, message, model, *args, method=KNORM, **arguments):
+    """`generate` inside a block must raise, and the next one must work."""
+    with method(model):
+        with pytest.raises(error, match=message):
+            model.generate(*args, **{**GREEDY, **arguments})
+        model.generate(tiny.tokens(1, 6), **GREEDY)
+
+
+# Methods and their arguments
+
+
+@pytest.mark.parametrize("name", sorted(set(kvlib.METHODS) - {"full"}))
+@pytest.mark.parametrize(
+    "budget", [0, 0.0, -1, -0.5, 1.5, math.nan, math.inf, True, False, "0.5", None, (0.5,)], ids=str
+)
+def test_budgets_out_of_range(name, budget):
+    with pytest.raises(ValueError, match=r"budget=.*: a fraction in \(0, 1\] or a whole number of tokens >= 1"):
+        kvlib.method(name, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [0.5, 1, 20, True, "1.0"], ids=repr)
+def test_the_full_cache_has_one_budget(budget):
+    with pytest.raises(ValueError, match=r"budget=.*: the full cache keeps all, 1\.0"):
+        kvlib.method("full", budget=budget)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("random", {"seed": 1.5}, r"seed=1\.5: a whole number in"),
+        ("random", {"seed": "1"}, r"seed='1': "),
+        ("random", {"seed": -1}, r"seed=-1: "),
+        ("streaming_llm", {"sinks": -1}, r"sinks=-1: a number of tokens >= 0"),
+        ("streaming_llm", {"sinks": 1.5}, r"sinks=1\.5: a number of tokens >= 0"),
+        ("streaming_llm", {"sinks": "4"}, r"sinks='4': a number of tokens >= 0"),
+        ("streaming_llm", {"sinks": True}, r"sinks=True: a number of tokens >= 0"),
+        ("h2o", {"budget": 1}, r"budget=1: room for a heavy and a recent token, >= 2"),
+        ("snapkv", {"window": 0}, r"window=0: a number of queries >= 1"),
+        ("snapkv", {"window": 2.0}, r"window=2\.0: a number of queries >= 1"),
+        ("snapkv", {"kernel": 4}, r"kernel=4: an odd number of tokens"),
+        ("snapkv", {"kernel": -1}, r"kernel=-1: an odd number of tokens"),
+        ("snapkv", {"kernel": "7"}, r"kernel='7': an odd number of tokens"),
+        ("snapkv", {"pooling": "mean"}, r"pooling='mean': 'max' or 'avg'"),
+    ],
+)
+def test_arguments_that_can_never_work(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kvlib.method(name, **arguments)
+
+
+@pytest.mark.parametrize("name", sorted(kvlib.METHODS))
+def test_unknown_arguments(name):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bugdet'"):
+        kvlib.method(name, bugdet=0.5)
+
+
+@pytest.mark.parametrize(
+    "name, near", [("snapkw", "did you mean 'snapkv'"), ("H2O", "did you mean 'h2o'"), ("zzzzzz", "known: full, ")]
+)
+def test_unknown_methods(name, near):
+    with pytest.raises(ValueError, match=f"unknown method '{name}'; .*{near}"):
+        kvlib.method(name)
+
+
+def test_two_classes_cannot_share_a_name():
+    with pytest.raises(ValueError, match=r"method 'knorm' is already registered by kvlib.baselines.KNorm"):
+
+        @kvlib.register("knorm")
+        class Other(kvlib.Method):
+            pass
+
+    assert kvlib.METHODS["knorm"].__module__ == "kvlib.baselines"
+
+
+def test_a_class_may_be_defined_again(monkeypatch):
+    # As happens when a notebook cell runs twice.
+    monkeypatch.setattr("kvlib.registry.METHODS", dict(kvlib.METHODS))
+    for keep in ("first", "second"):
+
+        @kvlib.register("mine")
+        class Mine(kvlib.Method):
+            which: str = keep
+
+        assert Mine(0.5).which == keep
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    "name, config, message",
+    [
+        ("T5ForConditionalGeneration", {"d_model": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4},
+         "T5ForConditionalGeneration is an encoder-decoder; kvlib compresses decoder-only models"),
+        ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+         "MambaForCausalLM does not use transformers' attention interface, which kvlib needs"),
+        ("FalconForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+         "FalconAttention does not use transformers' attention interface, which kvlib needs"),
+        ("Lfm2ForCausalLM", {**SIZE, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+         r"Lfm2ForCausalLM has 2 layers but 1 attention modules \(Lfm2Attention\)"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_work(name, config, message):
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**{"vocab_size": 64, **config}))
+    with pytest.raises(ValueError, match=message):
+        KNORM(model)
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    "name, config, message",
+    [
+        ("Gemma2ForCausalLM", {"num_key_value_heads": 2, "head_dim": 8},
+         "Gemma2Attention uses `softcap`, which kvlib does not support"),
+        ("GptOssForCausalLM", {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2},
+         "GptOssAttention uses `s_aux`, which kvlib does not support"),
+    ],
+)  # fmt: skip
+def test_attention_that_is_not_reproduced(name, config, message):
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**SIZE, **config))
+    with KNORM(model), pytest.raises(ValueError, match=message):
+        model(tiny.tokens(1, 5))
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_sliding_windows_hold_until_they_would_slide(extra):
+    # The window is 16 tokens, and padding is not a token.
+    model = tiny.model("mistral", sliding_window=16)
+    rows = [tiny.tokens(13), tiny.tokens(8, seed=1)]
+    stock = tiny.generate(model, None, rows, new=4)
+    with kvlib.method("full")(model) as run:
+        assert torch.equal(tiny.generate(model, run, rows, new=4, extra=extra).tokens, stock.tokens)
+        with pytest.raises(ValueError, match="17 tokens exceed the sliding window of 16 in layer 0"):
+            tiny.generate(model, run, rows, new=5, extra=extra)
+            tiny.generate(model, run, rows, new=6, extra=extra)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+         "original_max_position_embeddings": 64},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_positions_are_not_renumbered_where_angles_are_not_linear(rope):
+    model = tiny.build("llama-gqa", torch.float32, rope_parameters={"rope_theta": 10000.0, **rope})
+    message = f"keys cannot be re-rotated with rotary embedding '{rope['rope_type']}' over part or all of 8 dimensions"
+    with pytest.raises(ValueError, match=message), kvlib.method("streaming_llm", budget=0.5)(model):
+        model(tiny.tokens(1, 8))
+    with kvlib.method("streaming_llm", budget=0.5, renumber=False)(model):
+        model(tiny.tokens(1, 8))
+
+
+@pytest.mark.parametrize(
+    "name, config, kind",
+    [
+        ("PhiForCausalLM", SIZE, "'default'"),  # rotates half of each head
+        (
+            "GPT2LMHeadModel",
+            {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0, "bos_token_id": 0},
+            "None",
+        ),
+    ],
+)
+def test_positions_are_not_renumbered_without_a_whole_rotation(name, config, kind):
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**config))
+    with (
+        pytest.raises(ValueError, match=f"cannot be re-rotated with rotary embedding {kind}"),
+        kvlib.method("streaming_llm")(model),
+    ):
+        model(tiny.tokens(1, 8))
+
+
+# Prompts, masks, positions
+
+
+def test_prompts_longer_than_the_model_s_window():
+    model = tiny.model("llama-gqa", max_position_embeddings=24)
+    message = "the prompt has 25 tokens, the model's window is 24"
+    refused(ValueError, message, model, tiny.tokens(1, 25))
+    refused(ValueError, message, model, tiny.tokens(1, 25), prefill_chunk_size=7)
+    ids, mask = tiny.pad([tiny.tokens(24), tiny.tokens(3)], extra=4)  # padding does not count
+    with KNORM(model):
+        model.generate(ids, attention_mask=mask, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3])
+def test_right_padding(chunk):
+    ids = tiny.tokens(2, 6)
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    refused(
+        ValueError,
+        "padding after a real token: pad on the left",
+        tiny.model(),
+        ids,
+        attention_mask=mask,
+        prefill_chunk_size=chunk,
+        max_new_tokens=1,
+    )
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_rows_without_a_token(chunk):
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    refused(
+        ValueError,
+        "row 1 has no real token",
+        tiny.model(),
+        tiny.tokens(2, 6),
+        attention_mask=mask,
+        prefill_chunk_size=chunk,
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 6), (2, 6), (1, 5)], ids=str)
+def test_masks_of_other_shapes(shape):
+    model = tiny.model()
+    message = r"attention_mask of shape .*: \(batch, tokens seen so far\) is needed, 1 = real"
+    with KNORM(model), pytest.raises(ValueError, match=message):
+        model(tiny.tokens(1, 6), attention_mask=torch.ones(shape))
+
+
+def test_padding_inside_a_later_turn():
+    model, rows = tiny.model(), [tiny.tokens(9), tiny.tokens(5, seed=1)]
+    with KNORM(model) as run:
+        turn = tiny.generate(model, run, rows)
+        with pytest.raises(ValueError, match="in a later turn of a batch all rows need new tokens of the same number"):
+            tiny.generate(model, run, rows, before=turn)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(6).expand(3, 1, 6)],
+    ids=["late", "reversed", "3d"],
+)
+def test_positions_that_do_not_count_tokens(positions):
+    model = tiny.model()
+    with KNORM(model), pytest.raises(ValueError, match="position_ids must count the real tokens of each row"):
+        model(tiny.tokens(1, 6), position_ids=positions)
+
+
+def test_positions_that_ignore_padding():
+    model = tiny.model()
+    ids, mask = tiny.pad([tiny.tokens(6), tiny.tokens(4)])
+    with KNORM(model), pytest.raises(ValueError, match="position_ids must count the real tokens of each row"):
+        model(ids, attention_mask=mask, position_ids=torch.arange(6).expand(2, 6))
+
+
+# Ways to generate
+
+
+def test_assisted_decoding():
+    message = "assisted decoding rolls the cache back, which a compressed cache cannot do"
+    refused(ValueError, message, tiny.model(), tiny.tokens(1, 6), assistant_model=tiny.model("mistral"))
+    refused(ValueError, message, tiny.model(), tiny.tokens(1, 6), prompt_lookup_num_tokens=2)
+    config = transformers.GenerationConfig(prompt_lookup_num_tokens=2)
+    refused(ValueError, message, tiny.model(), tiny.tokens(1, 6), generation_config=config)
+
+
+def test_no_cache():
+    model = tiny.model()
+    refused(ValueError, "use_cache=False leaves nothing to compress", model, tiny.tokens(1, 6), use_cache=False)
+    with KNORM(model), pytest.raises(ValueError, match="use_cache=False leaves nothing to compress"):
+        model(tiny.tokens(1, 6), use_cache=False)
+    uncached = tiny.build("llama-gqa", use_cache=False)
+    with KNORM(uncached), pytest.raises(ValueError, match="use_cache=False leaves nothing to compress"):
+        uncached(tiny.tokens(1, 6))
+
+
+# Caches
+
+
+def test_foreign_caches():
+    model, filled = tiny.model(), DynamicCache()
+    model(tiny.tokens(1, 6), past_key_values=filled)
+    refused(ValueError, "a cache filled outside kvlib cannot be continued; start without past_key_values",
+            model, tiny.tokens(1, 9), past_key_values=filled)  # fmt: skip
+    assert type(filled) is DynamicCache and filled.get_seq_length() == 6
+    refused(ValueError, "kvlib replaces a DynamicCache, got StaticCache; drop `cache_implementation`",
+            model, tiny.tokens(1, 9), cache_implementation="static")  # fmt: skip
+    static = StaticCache(config=model.config, max_cache_len=16)
+    with KNORM(model), pytest.raises(ValueError, match="kvlib replaces a DynamicCache, got StaticCache"):
+        model(tiny.tokens(1, 6), past_key_values=static)
+
+
+@pytest.mark.parametrize("other", [kvlib.method("h2o", budget=0.5), kvlib.method("knorm", budget=0.4)], ids=repr)
+def test_caches_of_other_methods(other):
+    model = tiny.model()
+    with other(model) as run:
+        turn = tiny.generate(model, run, [tiny.tokens(9)])
+    refused(ValueError, r"the cache was filled by .*, not by KNorm\(budget=0\.5\); start without past_key_values",
+            model, turn.ids, past_key_values=run.cache)  # fmt: skip
+
+
+def test_caches_of_other_models():
+    with KNORM(tiny.model(num_hidden_layers=1)) as run:
+        tiny.model(num_hidden_layers=1)(tiny.tokens(1, 9))
+    refused(
+        ValueError, "the cache has 1 layers, the model 2", tiny.model(), tiny.tokens(1, 12), past_key_values=run.cache
+    )
+
+
+def test_new_ids_without_a_mask_over_the_past():
+    # transformers takes ids as long as their mask for the whole conversation, and would cut all of them off.
+    model = tiny.model()
+    with KNORM(model) as run:
+        tiny.generate(model, run, [tiny.tokens(9)])
+        with pytest.raises(
+            ValueError, match="5 columns, but the cache has seen 12: pass all ids, or new ones with a mask over all"
+        ):
+            model.generate(tiny.tokens(1, 5), past_key_values=run.cache, **GREEDY)
+
+
+# What a prompt makes infeasible gives way, and says so
+
+
+@pytest.mark.parametrize(
+    "method, tokens, clamped",
+    [
+        (kvlib.method("knorm", budget=0.1), 9, {"budget": 1}),
+        (kvlib.method("knorm", budget=0.1), 10, {}),
+        (kvlib.method("knorm", budget=50), 10, {}),
+        (kvlib.method("streaming_llm", budget=0.5), 10, {}),
+        (kvlib.method("streaming_llm", budget=0.5), 8, {"sinks": 3}),
+        (kvlib.method("streaming_llm", budget=0.5), 1, {"budget": 1}),
+        (kvlib.method("h2o", budget=0.5), 4, {}),
+        (kvlib.method("h2o", budget=0.5), 3, {"budget": 1}),
+        (kvlib.method("snapkv", budget=0.5, window=2), 8, {}),
+        (kvlib.method("snapkv", budget=0.5, window=2), 7, {"window": 1}),
+        (kvlib.method("snapkv", budget=0.5), 4, {"window": 1}),
+    ],
+    ids=lambda x: f"{x.name}-{x.budget}" if isinstance(x, kvlib.Method) else None,
+)
+def test_what_gives_way_is_flagged(method, tokens, clamped):
+    model = tiny.model()
+    with method(model) as run:
+        model(tiny.tokens(1, tokens))
+        assert {name: values.tolist() for name, values in run.clamped.items()} == {
+            name: [value] for name, value in clamped.items()
+        }
+        model(tiny.tokens(1, 200))
+        assert run.clamped == {}  # the next prompt starts afresh
+
+
+def test_clamping_is_flagged_per_row():
+    model = tiny.model()
+    with kvlib.method("streaming_llm", budget=0.5)(model) as run:
+        model(*tiny.pad([tiny.tokens(20), tiny.tokens(4, seed=1)]))
+    assert run.clamped["sinks"].tolist() == [4, 1]
+
+
+# Loading
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of shipped models with one model in it, `minilm-test`."""
+    folder = tmp_path / "minilm-test"
+    tiny.build("llama-gqa", torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in sorted(folder.iterdir())]
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    monkeypatch.setattr(paths, "MODELS", tmp_path)
+    return folder
+
+
+def test_a_shipped_model_loads(shipped):
+    model, tokenizer = kvlib.load("minilm-test")
+    assert model.dtype == torch.float32 and not model.training
+    assert kvlib.load("minilm-test", dtype=torch.float16)[0].dtype == torch.float16
+    inputs = tokenizer(["a b b", "b"], padding=True, return_tensors="pt")
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    with KNORM(model) as run:
+        model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **GREEDY)
+    assert len(tiny.kept(run)) == 2
+    assert torch.equal(kvlib.load(str(shipped))[0].lm_head.weight, model.lm_head.weight)  # a path is a name too
+
+
+def test_missing_checkpoints(shipped):
+    with pytest.raises(FileNotFoundError, match="no shipped model 'minilm-gone'; there are: minilm-test"):
+        kvlib.load("minilm-gone")
+    (shipped / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="minilm-test: model.safetensors is missing; restore it with git"):
+        kvlib.load("minilm-test")
+    (shipped / "SHA256SUMS").unlink()
+    with pytest.raises(FileNotFoundError, match="no shipped model 'minilm-test'; there are: none"):
+        kvlib.load("minilm-test")
+
+
+def test_changed_checkpoints(shipped):
+    weights = bytearray((shipped / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (shipped / "model.safetensors").write_bytes(weights)
+    with pytest.raises(
+        ValueError, match="minilm-test: model.safetensors does not match its checksum; restore it with git"
+    ):
+        kvlib.load("minilm-test")
+
+
+def test_the_hub_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = r"cannot load 'nobody/nothing' \(HF_HUB_OFFLINE is set\): not a shipped model, not a local path"
+    with pytest.raises(OSError, match=message):
+        kvlib.load("nobody/nothing")
+
+
+def test_pickled_weights_are_not_loaded(shipped):
+    torch.save(tiny.build("llama-gqa").state_dict(), shipped / "pytorch_model.bin")
+    (shipped / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="cannot load"):
+        kvlib.load(str(shipped))

@@ -1,0 +1,373 @@
+"""The baselines against their executable specification (`reference.py`), and the laws that each of them obeys."""
+
+import ast
+import inspect
+import io
+import tokenize
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from reference import POLICIES, VOCABULARY, simulate, tiny_llama
+
+import kvlib
+from kvlib import baselines
+
+# Examples are small as they are: shrinking one would run the slow reference for minutes.
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+llama = cache(tiny_llama)
+NAMES = [name for name, method in kvlib.METHODS.items() if method.__module__ == "kvlib.baselines"]
+
+
+def batch(prompts):
+    """Prompts of different lengths as one batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    return ids, torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+@torch.no_grad()
+def decode(method, model, prompts, steps):
+    """Greedy decoding: per step the logits `(rows, vocabulary)` and what each layer keeps, then the run."""
+    ids, mask = batch(prompts)
+    logits, kept = [], []
+    with method(model) as run:
+        for _ in range(steps + 1):
+            output = model(ids, attention_mask=mask, past_key_values=run.cache if kept else None)
+            logits.append(output.logits[:, -1])
+            kept.append([run.kept(layer) for layer in range(len(run.cache.layers))])
+            ids = logits[-1].argmax(-1, keepdim=True)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return logits, kept, run
+
+
+def lists(kept, row):
+    """Keep-sets of one row as the reference writes them: per step, layer and head a list of positions."""
+    return [[[[at for at in head if at >= 0] for head in layer[row].tolist()] for layer in step] for step in kept]
+
+
+def prompt(length, seed=0):
+    """Different tokens (the norms of equal ones differ by nothing but rounding), none of them the padding, 0."""
+    return (1 + torch.randperm(VOCABULARY - 1, generator=torch.Generator().manual_seed(seed))[:length]).tolist()
+
+
+# The specification
+
+ARGUMENTS = {
+    "random": st.fixed_dictionaries({"seed": st.integers(0, 2**19 - 1)}),
+    "streaming_llm": st.fixed_dictionaries({"sinks": st.integers(0, 6), "renumber": st.booleans()}),
+    "h2o": st.just({}),
+    "snapkv": st.fixed_dictionaries(
+        {
+            "window": st.integers(1, 12),
+            "kernel": st.sampled_from([1, 3, 5, 7]),
+            "pooling": st.sampled_from(["max", "avg"]),
+        }
+    ),
+    "knorm": st.just({}),
+}
+BUDGETS = st.floats(0.01, 0.99) | st.integers(2, 60)
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=2)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_reference(name, kv_heads):
+    model = llama(kv_heads)
+
+    # A budget of one token per part, and one that the prompt does not reach but decoding does
+    @few
+    @example({}, 0.01, [13, 30], 3, 0)
+    @example({}, 9, [1, 6], 5, 1)
+    @example({}, 20, [40], 4, 2)
+    @given(ARGUMENTS[name], BUDGETS, LENGTHS, st.integers(0, 5), st.integers(0, 99))
+    def check(arguments, budget, lengths, steps, seed):
+        prompts = [prompt(length, seed + row) for row, length in enumerate(lengths)]
+        logits, kept, _ = decode(kvlib.method(name, budget=budget, **arguments), model, prompts, steps)
+        for row, ids in enumerate(prompts):
+            expected = simulate(model, ids, steps, POLICIES[name](budget, **arguments))
+            assert lists(kept, row) == expected.kept
+            assert torch.stack(logits)[:, row].argmax(-1).tolist() == expected.ids
+            np.testing.assert_allclose(torch.stack(logits)[:, row], expected.logits, rtol=0, atol=1e-9)
+
+    check()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_reference_at_budgets_from_tiny_to_all_but_one(name):
+    model, ids = llama(2, layers=3), prompt(60)
+    for budget in (2, 3, 7, 31, 59, 0.05, 0.35, 0.7, 59.5 / 60):
+        expected = simulate(model, ids, 2, POLICIES[name](budget))
+        logits, kept, _ = decode(kvlib.method(name, budget=budget), model, [ids], 2)
+        assert lists(kept, 0) == expected.kept, budget
+        np.testing.assert_allclose(torch.cat(logits), expected.logits, rtol=0, atol=1e-9)
+
+
+def test_reference_is_the_stock_model_while_nothing_is_evicted():
+    model, ids = llama(2), prompt(30)
+    trace = simulate(model, ids, 5)
+    stock = model(torch.tensor([ids + trace.ids[:-1]])).logits[0, -6:]
+    np.testing.assert_allclose(stock, trace.logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_generate_follows_the_reference(name):
+    model, ids = llama(2), prompt(24)
+    with kvlib.method(name, budget=0.4)(model) as run:
+        output = model.generate(torch.tensor([ids]), max_new_tokens=7, do_sample=False)
+    expected = simulate(model, ids, 6, POLICIES[name](0.4))
+    assert output[0, len(ids) :].tolist() == expected.ids
+    assert lists([[run.kept(0), run.kept(1)]], 0) == expected.kept[-1:]
+
+
+def test_full_keeps_everything_and_takes_no_budget():
+    logits, kept, _ = decode(kvlib.method("full"), llama(4), [prompt(9)], 3)
+    assert kept[3][1][0].tolist() == [list(range(12))] * 4
+    np.testing.assert_allclose(torch.cat(logits), simulate(llama(4), prompt(9), 3).logits, rtol=0, atol=1e-9)
+    for budget in (0.5, 1, 100):
+        with pytest.raises(ValueError, match=f"budget={budget}"):
+            kvlib.method("full", budget=budget)
+
+
+# What all of them share
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_eviction_starts_after_the_prompt(name):
+    """The prompt is read in full: its logits, and so the first new token, are those of the full cache (T2)."""
+    method, model, ids = kvlib.method(name, budget=0.2), llama(2), [prompt(30), prompt(17, seed=1)]
+    stock = decode(kvlib.method("full"), model, ids, 1)[0]
+    logits = decode(method, model, ids, 1)[0]
+    assert torch.equal(logits[0], stock[0])
+    assert not torch.allclose(logits[1], stock[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_comes_back(name):
+    """What is stored after a step was stored before it or is new (T10); methods evict in decoding or only grow."""
+    _, kept, _ = decode(kvlib.method(name, budget=0.3), llama(2), [prompt(30)], 8)
+    steps = lists(kept, 0)
+    for step in range(1, 9):
+        for layer in range(2):
+            for before, after in zip(steps[step - 1][layer], steps[step][layer], strict=True):
+                assert set(after) <= {*before, 29 + step}
+                if not POLICIES[name].evicts_in_decode:
+                    assert after == [*before, 29 + step]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_second_prompt_finds_no_trace_of_the_first(name):
+    """T15: one run, three prompts, the first and the last equal."""
+    model, method = llama(2), kvlib.method(name, budget=0.3)
+    outputs = []
+    with method(model) as run:
+        for ids in (prompt(30), prompt(21, seed=5), prompt(30)):
+            generated = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+            outputs.append((generated[0].tolist(), run.kept(0).tolist(), run.kept(1).tolist(), run.clamped))
+    assert str(outputs[0]) == str(outputs[2])
+    assert outputs[0] != outputs[1]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+def test_the_shortest_prompts_work(name, length):
+    """T11: whatever the fraction, at least one token stays (for H2O one heavy and one recent), and it is flagged."""
+    logits, kept, run = decode(kvlib.method(name, budget=0.01), llama(2), [prompt(length)], 3)
+    least = 2 if name == "h2o" else 1
+    grows = 0 if POLICIES[name].evicts_in_decode else 1
+    for step in range(4):
+        stored = min(least, length) + grows * step if grows else min(least, length + step)
+        assert [len(head) for head in lists(kept, 0)[step][1]] == [stored] * 2
+    assert torch.stack(logits).isfinite().all()
+    assert run.clamped["budget"].tolist() == [1]
+
+
+@pytest.mark.parametrize(("share", "length", "tokens"), [(0.3, 30, 9), (0.5, 31, 15), (0.99, 30, 29), (0.29, 50, 14)])
+def test_fractions_round_down(share, length, tokens):
+    for name in sorted(POLICIES.keys() - {"h2o"}):  # H2O rounds each half
+        _, kept, _ = decode(kvlib.method(name, budget=share), llama(2), [prompt(length)], 0)
+        assert kept[0][0].shape == (1, 2, tokens), name
+    _, kept, _ = decode(kvlib.method("h2o", budget=share), llama(2), [prompt(length)], 0)
+    assert kept[0][0].shape[2] == 2 * int(share / 2 * length)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twenty_lines_are_enough(name):
+    """Lines that hold code, docstring and comments apart, the decorator included."""
+    source = inspect.getsource(kvlib.METHODS[name])
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in ignored]
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    lines = {line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - docstrings
+    assert 3 <= len(lines) <= 20, sorted(lines)
+
+
+def test_every_baseline_has_a_reference():
+    """`full` needs none: nothing is evicted."""
+    assert {*NAMES} == {*POLICIES, "full"}
+
+
+# Ties
+
+
+def test_equal_scores_keep_the_earlier_token(monkeypatch):
+    monkeypatch.setattr(baselines.KNorm, "score", lambda self, view: torch.zeros(view.positions.shape))
+    _, kept, _ = decode(kvlib.method("knorm", budget=5), llama(2), [prompt(30), prompt(12)], 0)
+    assert kept[0][0].tolist() == [[[0, 1, 2, 3, 4]] * 2] * 2
+
+
+# Random
+
+
+def test_random_is_a_fair_lottery():
+    """Over layers, heads and seeds each position survives equally often, and two heads agree by chance only."""
+    model, ids, draws = llama(4, layers=3), prompt(20), []
+    for seed in range(40):
+        _, kept, _ = decode(kvlib.method("random", budget=0.5, seed=seed), model, [ids], 0)
+        draws += [set(head) for layer in lists(kept, 0)[0] for head in layer]
+    rates = [sum(at in draw for draw in draws) / len(draws) for at in range(20)]
+    deviation = 0.5 / len(draws) ** 0.5
+    assert max(abs(rate - 0.5) for rate in rates) < 4 * deviation
+    # Two halves of 20 share 5 tokens on average, with a deviation of 10 · 10 · 10 · 10 / (20² · 19) = 1.15²
+    for apart in (1, 4, 12):  # heads, layers, seeds
+        shared = [len(a & b) for a, b in zip(draws, draws[apart:], strict=False)]
+        assert abs(sum(shared) / len(shared) - 5) < 4 * 1.15 / len(shared) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**19])
+def test_random_takes_the_seeds_that_its_hash_has_room_for(seed):
+    with pytest.raises(ValueError, match=f"seed={seed}"):
+        kvlib.method("random", seed=seed)
+
+
+# StreamingLLM
+
+
+@pytest.mark.parametrize("renumber", [True, False])
+def test_streaming_keeps_sinks_and_the_recent_past(renumber):
+    _, kept, run = decode(kvlib.method("streaming_llm", budget=10, renumber=renumber), llama(2), [prompt(30)], 5)
+    for step in range(6):
+        expected = [0, 1, 2, 3, *range(24 + step, 30 + step)]  # original indices in both cases
+        assert lists(kept, 0)[step] == [[expected] * 2] * 2
+    assert run.clamped == {}
+
+
+def test_renumbering_is_blind_to_how_far_the_stream_has_come():
+    """With the same tokens in the cache, only their ranks count; with original positions the distance counts too.
+
+    One layer: there keys and values depend on the token alone. The prompts differ in what is evicted.
+    """
+    model = llama(2, layers=1)
+    sinks, recent, middle = prompt(40)[:4], prompt(40)[4:12], prompt(40)[12:]
+    short, long = [*sinks, *middle[:5], *recent], [*sinks, *middle, *recent]
+    for renumber in (True, False):
+        method = kvlib.method("streaming_llm", budget=12, renumber=renumber)
+        with torch.no_grad(), method(model) as run:
+            first, second = (
+                (model(torch.tensor([ids])), model(torch.tensor([[7]]), past_key_values=run.cache).logits)[1]
+                for ids in (short, long)
+            )
+        assert torch.allclose(first, second, rtol=0, atol=1e-9) == renumber
+
+
+def test_streaming_keeps_a_recent_token_whatever_the_sinks():
+    _, kept, run = decode(kvlib.method("streaming_llm", budget=3, sinks=9), llama(2), [prompt(20)], 2)
+    assert lists(kept, 0)[2] == [[[0, 1, 21]] * 2] * 2
+    assert run.clamped["sinks"].tolist() == [2]
+
+
+# H2O
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_h2o_counts_every_query_once_per_head(kv_heads):
+    """T3: while nothing is evicted, the scores of a head add up to queries x query heads of its group."""
+    lengths = [23, 11]
+    with torch.no_grad(), kvlib.method("h2o", budget=100)(llama(kv_heads)) as run:
+        ids, mask = batch([prompt(length) for length in lengths])
+        for step in range(4):
+            run.model(ids, attention_mask=mask, past_key_values=run.cache)
+            ids, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            for layer in run.cache.layers:
+                segments = layer.state["attention"].split(layer.lengths.flatten().tolist())
+                expected = [(length + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
+                np.testing.assert_allclose([part.sum() for part in segments], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("budget", "heavy", "recent"), [(0.4, 6, 6), (13, 7, 6), (2, 1, 1)])
+def test_h2o_sees_heavy_recent_and_itself(budget, heavy, recent):
+    """T9: H + R + 1 keys at every step after the prompt, of which H + R stay, the last R of them in one piece."""
+    seen = []
+
+    class Watched(baselines.H2O):
+        def attend(self, view):
+            seen.append(view.lengths.unique().tolist())
+            return super().attend(view)
+
+    _, kept, _ = decode(Watched(budget), llama(2), [prompt(30)], 6)
+    assert seen == [[30]] * 2 + [[heavy + recent + 1]] * 12
+    for step, layers in enumerate(lists(kept, 0)):
+        for head in [head for layer in layers for head in layer]:
+            assert len(head) == heavy + recent
+            assert head[-recent:] == list(range(30 + step - recent, 30 + step))
+
+
+def test_h2o_needs_room_for_two():
+    with pytest.raises(ValueError, match="budget=1: "):
+        kvlib.method("h2o", budget=1)
+
+
+# SnapKV
+
+
+def test_snapkv_window_takes_at_most_half_of_the_budget():
+    """Rows of one batch get their own window."""
+    _, kept, run = decode(kvlib.method("snapkv", budget=0.3), llama(2), [prompt(40), prompt(20)], 0)
+    assert run.clamped["window"].tolist() == [6, 3]
+    for head in kept[0][1][0].tolist():
+        assert head[6:] == list(range(34, 40))
+    for head in kept[0][1][1].tolist():
+        assert head[3:6] == list(range(17, 20))
+
+
+# Key norms
+
+
+def test_knorm_keeps_the_lowest_norms_of_every_layer():
+    model = llama(2)
+    with torch.no_grad(), kvlib.method("full")(model) as run:
+        model(torch.tensor([prompt(30)]))
+    norms = [layer.keys.view(2, 30, -1).norm(dim=-1) for layer in run.cache.layers]
+    _, kept, _ = decode(kvlib.method("knorm", budget=8), model, [prompt(30)], 0)
+    for layer in range(2):
+        for head in range(2):
+            inside = kept[0][layer][0, head]
+            outside = [at for at in range(30) if at not in inside.tolist()]
+            assert norms[layer][head, inside].max() < norms[layer][head, outside].min()
+
+
+# What a wrong argument gets
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("streaming_llm", {"sinks": -1}),
+        ("snapkv", {"window": 0}),
+        ("snapkv", {"kernel": 4}),
+        ("snapkv", {"kernel": -1}),
+        ("snapkv", {"pooling": "sum"}),
+    ],
+)
+def test_impossible_arguments_are_named(name, arguments):
+    ((argument, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{argument}={value!r}: "):
+        kvlib.method(name, **arguments)

@@ -1,0 +1,216 @@
+"""What every registered method has to do, on every kind of model. Registering a method is enough to be tested here."""
+
+import properties
+import pytest
+import tiny
+import torch
+from properties import Conversation
+
+import kvlib
+
+ARCHITECTURES = list(tiny.ARCHITECTURES)
+BUDGETS = {"full": [1.0]}
+METHODS = [
+    *(
+        kvlib.method(name, budget=budget)
+        for name in sorted(kvlib.METHODS)
+        for budget in BUDGETS.get(name, [0.3, 0.6, 12])
+    ),
+    kvlib.method("streaming_llm", budget=0.3, sinks=2, renumber=False),
+    kvlib.method(
+        "snapkv", budget=0.3, window=4, kernel=3, pooling="avg"
+    ),  # the default window is longer than these prompts
+]
+EVICTING = [method for method in METHODS if method.evicts]
+# Methods that attend to everything they store (re-numbered or not), so that evicting a token is hiding it.
+MASKING = [m for m in METHODS if not m.own_prefill and (not m.hooks("attend") or m.name == "streaming_llm")]
+
+# One per architecture: chunks that end in a single token, that are all padding, that fit exactly, and none.
+TALKS = dict(
+    zip(
+        ARCHITECTURES,
+        [
+            Conversation(first=(21, 14), second=7, chunk=5),
+            Conversation(first=(17, 9, 24), second=12, extra=4, chunk=4, only_new=True),
+            Conversation(first=(13,), second=26, extra=8, chunk=3, only_new=True),
+            Conversation(first=(24, 5), second=1, extra=1, chunk=24),
+            Conversation(first=(18, 23), second=30, new=5),
+        ],
+        strict=True,
+    )
+)
+
+
+def on(methods):
+    return pytest.mark.parametrize("method", methods, ids=lambda m: f"{m.name}-{m.budget}")
+
+
+everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def test_attention_of_the_models_is_not_uniform():
+    # With uniform attention scores tie, any keep-set is as good as any other, and the tests below test little.
+    for name in ARCHITECTURES:
+        model = tiny.build(name, attn_implementation="eager")
+        for weights in model(tiny.tokens(1, 40), output_attentions=True).attentions:
+            rows = weights[..., 20:, :]
+            entropy = torch.special.entr(rows).sum(-1) / torch.arange(21, 41).log()
+            assert entropy.mean() < 0.75
+    norms = torch.linalg.vector_norm(properties.teacher_keys(tiny.model("qwen3")), dim=-1)
+    assert norms.std() / norms.mean() > 0.05
+
+
+@everywhere
+@pytest.mark.parametrize("name", sorted(kvlib.METHODS))
+@pytest.mark.parametrize("chunk", [None, 5, 20])
+def test_full_budget_is_the_stock_model(architecture, name, chunk):
+    model = tiny.model(architecture, torch.float32)
+    first, second = [tiny.tokens(21), tiny.tokens(21, seed=1)], [tiny.tokens(6, seed=2), tiny.tokens(6, seed=3)]
+    before = tiny.generate(model, None, first, chunk=chunk)
+    after = tiny.generate(model, None, second, chunk=chunk, before=before)
+    with kvlib.method(name, budget=1.0)(model) as run:
+        turn = tiny.generate(model, run, first, chunk=chunk)
+        assert torch.equal(turn.logits, before.logits)
+        assert turn.kept == [[[[*range(24)]] * model.config.num_key_value_heads] * 2] * 2  # not the last sampled token
+        turn = tiny.generate(model, run, second, chunk=chunk, before=turn)
+        assert torch.equal(turn.logits, after.logits)
+        assert run.stored_bytes() == run.full_bytes()
+    assert torch.equal(turn.ids, after.ids)
+
+
+@everywhere
+@on(METHODS)
+def test_padding_chunks_and_company_change_nothing(architecture, method):
+    properties.same_alone_and_in_company(tiny.model(architecture), method, TALKS[architecture])
+
+
+@everywhere
+@on(METHODS)
+def test_fork_continues_like_the_live_run(architecture, method):
+    model, talk = tiny.model(architecture), TALKS[architecture]
+    if method.own_prefill:
+        with (
+            method(model) as run,
+            pytest.raises(ValueError, match="changes the prefill and cannot start from a snapshot"),
+        ):
+            run.fork(kvlib.snapshot(model, *tiny.pad(talk.rows(0))))
+    else:
+        properties.fork_continues_like_live(model, method, talk)
+
+
+@everywhere
+@on(MASKING)
+def test_evicting_is_hiding(architecture, method):
+    model = tiny.model(architecture)
+    passes = [tiny.tokens(1, length, seed=length) for length in (30, 1, 1, 1, 9, 1, 1)]
+    logits, visible = properties.teacher_forced(model, method, passes)
+    assert method.evicts == (not torch.equal(visible[0], torch.ones_like(visible[0]).tril()))
+    hidden = properties.masked_logits(model, torch.cat(passes, dim=1), visible, properties.frequencies(model, method))
+    torch.testing.assert_close(logits, hidden, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@on(METHODS)
+def test_beams_have_their_own_history(architecture, method):
+    rows = [tiny.tokens(19), tiny.tokens(12, seed=1)]
+    properties.beams_have_their_own_history(tiny.model(architecture), method, rows, beams=3, new=5)
+
+
+@everywhere
+@pytest.mark.parametrize("name", sorted(kvlib.METHODS))
+def test_full_budget_beams_are_stock_beams(architecture, name):
+    model = tiny.model(architecture)
+    ids, mask = tiny.pad([tiny.tokens(19), tiny.tokens(12, seed=1)])
+    arguments = {
+        "attention_mask": mask,
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
+    stock = model.generate(ids, **arguments)
+    with kvlib.method(name, budget=1.0)(model):
+        assert torch.equal(model.generate(ids, **arguments), stock)
+
+
+@everywhere
+@on(METHODS)
+def test_bytes_are_what_the_budget_says(architecture, method):
+    model, rows = tiny.model(architecture), [tiny.tokens(40), tiny.tokens(35, seed=1)]
+    with method(model) as run:
+        logits = model(*tiny.pad(rows)).logits[:, -1]
+        properties.well_formed(run)
+        prompt = run.stored_bytes()
+        assert run.full_bytes() == 75 * properties.token_bytes(model)
+        if isinstance(method.budget, int):
+            assert prompt == 2 * method.budget * properties.token_bytes(model)
+        else:
+            assert 0.9 * method.budget * run.full_bytes() <= prompt <= 1.05 * method.budget * run.full_bytes()
+        for step in range(1, 4):
+            tiny.decode(model, run, logits, new=2)
+            properties.well_formed(run)
+            grown = 0 if method.evicts_in_decode and method.evicts else step * len(rows) * properties.token_bytes(model)
+            assert run.stored_bytes() == prompt + grown
+            assert run.full_bytes() == (75 + 2 * step) * properties.token_bytes(model)
+            assert 0 < run.read_bytes() <= run.stored_bytes()
+
+
+@on(METHODS)
+def test_nothing_leaks_from_one_sample_to_the_next(method):
+    model = tiny.model()
+    sample, other = (
+        [tiny.tokens(25)],
+        [tiny.tokens(3, seed=1), tiny.tokens(2, seed=2)],
+    )  # `other` clamps whatever can be clamped
+    turns = []
+    with method(model) as run:
+        for rows in (sample, sample, other, sample):
+            turns.append((tiny.generate(model, run, rows), run.clamped, run.stored_bytes(), run.state_bytes()))
+    for rows in (other, sample):
+        with method(model) as run:
+            turns.append((tiny.generate(model, run, rows), run.clamped, run.stored_bytes(), run.state_bytes()))
+    for first, second in ((0, 1), (0, 3), (0, 5), (2, 4)):
+        (a, clamped, *sizes), (b, clamped_again, *sizes_again) = turns[first], turns[second]
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.kept == b.kept
+        assert {k: v.tolist() for k, v in clamped.items()} == {k: v.tolist() for k, v in clamped_again.items()}
+        assert sizes == sizes_again
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+@on(METHODS)
+def test_prompts_of_a_few_tokens(method, length):
+    properties.same_alone_and_in_company(
+        tiny.model(), method, Conversation(first=(length, 6), second=1, extra=2, chunk=2)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@on(MASKING)
+def test_half_precision_errs_like_the_stock_model(architecture, dtype, method):
+    # The keep-sets of the half-precision run are imposed on float32, since rounding may decide a near-tie either way.
+    half, passes = tiny.model(architecture, dtype), [tiny.tokens(1, n, seed=n) for n in (30, 1, 1, 1)]
+    single, ids = tiny.build(architecture, dtype).float(), torch.cat(passes, dim=1)
+    logits, visible = properties.teacher_forced(half, method, passes)
+    frequencies = properties.frequencies(single, method)
+    exact = properties.masked_logits(single, ids, visible, frequencies)
+    plain = properties.masked_logits(half, ids, visible, frequencies)
+    assert logits.isfinite().all()
+    assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@on([method for method in EVICTING if not method.own_prefill])
+def test_large_keys_do_not_overflow_in_float16(method):
+    # Powers of two change no digit of attention or of ratios of norms, so the same tokens must stay; squares of these
+    # keys exceed the largest float16.
+    model = tiny.build("llama-gqa", torch.float16)
+    before = tiny.once(model, method, [tiny.tokens(40)])
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight *= 128
+        layer.self_attn.q_proj.weight /= 128
+    with method(model) as run:
+        after = tiny.generate(model, run, [tiny.tokens(40)])
+        assert run.cache.layers[0].keys.norm(dim=-1, dtype=torch.float32).max() > 256
+    assert after.logits.isfinite().all()
+    assert after.kept == before.kept

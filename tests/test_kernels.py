@@ -1,0 +1,53 @@
+"""The GPU paths against their references; all need a CUDA device and are skipped without one."""
+
+import pytest
+import torch
+
+import kvlib
+from kvlib import attention
+from tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (8, 2, 64), (6, 2, 24)])
+@pytest.mark.parametrize("new, slots", [(2, 2), (63, 63), (64, 200), (257, 257), (130, 500)])
+def test_column_sums_equal_the_blocked_pass(new, slots, heads, kv_heads, dim, dtype, tolerance):
+    torch.manual_seed(new + slots)
+    query = (2 * torch.randn(2, heads, new, dim, device="cuda")).to(dtype)
+    key = (2 * torch.randn(2, kv_heads, slots, dim, device="cuda")).to(dtype)
+    exact = attention.column_sums(query.double(), key.double())
+    torch.testing.assert_close(attention.column_sums(query, key).double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_column_sums_with_padding_and_holes():
+    torch.manual_seed(0)
+    new, slots = 100, 150
+    query, key = torch.randn(2, 4, new, 32, device="cuda"), torch.randn(2, 2, slots, 32, device="cuda")
+    query_positions = torch.arange(slots - new, slots, device="cuda").expand(2, new).clone()
+    query_positions[1, :70] = -1  # a row of which only the last 30 queries are real
+    key_positions = torch.arange(slots, device="cuda").expand(2, 2, slots).clone()
+    key_positions[1, :, -20:] = -1  # and whose segments are shorter
+    got = attention.column_sums(query, key, query_positions, key_positions)
+    exact = attention.column_sums(query.double(), key.double(), query_positions, key_positions)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (got[1, :, :, -20:] == 0).all()
+    torch.testing.assert_close(got[1].sum(-1), torch.full((2, 2), 30.0, device="cuda"))
+
+
+@pytest.mark.parametrize("name", kvlib.METHODS)
+def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(name):
+    model = tiny_model("llama").float()
+    prompts = torch.randint(3, model.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompts)
+    mask[0, :15] = 0
+    method = kvlib.method(name, **({} if name == "full" else {"budget": 0.4}))
+    results = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        with method(model) as run:
+            out = model.generate(prompts.to(device), attention_mask=mask.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        results.append((out.cpu(), [run.kept(layer).cpu() for layer in range(len(run.cache.layers))]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

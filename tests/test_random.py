@@ -1,0 +1,91 @@
+"""Random conversations: padding, chunks, company, forks and second turns change neither tokens nor keep-sets.
+
+A few examples of every method run with the other tests; `make test-deep` runs a thousand of each.
+"""
+
+import os
+
+import properties
+import pytest
+import test_gate as gate
+import tiny
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from properties import Conversation
+
+import kvlib
+
+DEEP = int(os.environ.get("KVLIB_DEEP_CASES", "1000"))
+ARGUMENTS = {  # what is drawn besides the budget
+    "random": {"seed": st.integers(0, 9)},
+    "snapkv": {
+        "window": st.integers(1, 9),
+        "kernel": st.sampled_from([1, 3, 7]),
+        "pooling": st.sampled_from(["max", "avg"]),
+    },
+    "streaming_llm": {"sinks": st.integers(0, 6), "renumber": st.booleans()},
+}
+GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader]
+METHODS = [*sorted(kvlib.METHODS), *GATE]
+budgets = st.one_of(st.floats(0.02, 1), st.integers(1, 30))
+
+
+@st.composite
+def methods(draw, choice):
+    """A method with random arguments; arguments that it refuses are drawn again."""
+    if choice == "full":
+        return kvlib.method("full")
+    make = choice if isinstance(choice, type) else kvlib.METHODS[choice]
+    arguments = {name: draw(values) for name, values in ARGUMENTS.get(choice, {}).items()}
+    try:
+        return make(draw(budgets), **arguments)
+    except ValueError:
+        assume(False)
+
+
+@st.composite
+def conversations(draw, chunks: bool):
+    return Conversation(
+        first=tuple(draw(st.lists(st.integers(1, 24), min_size=1, max_size=3))),
+        second=draw(st.integers(1, 12)),
+        extra=draw(st.integers(0, 6)),
+        chunk=draw(st.none() | st.integers(1, 25)) if chunks else None,
+        new=draw(st.integers(1, 4)),
+        only_new=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+def converse(choice, cases: int) -> int:
+    """Check random cases of one method; how many there were."""
+    count = 0
+    # Chunks matter to methods that look at one pass at a time (see test_gate).
+    chunks = choice not in (gate.Shorten, gate.Reader)
+
+    @settings(max_examples=cases, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
+    @given(methods(choice), st.sampled_from(list(tiny.ARCHITECTURES)), conversations(chunks))
+    def check(method, architecture, talk):
+        nonlocal count
+        count += 1
+        model = tiny.model(architecture)
+        properties.same_alone_and_in_company(model, method, talk)
+        if not method.own_prefill:
+            properties.fork_continues_like_live(model, method, talk)
+
+    check()
+    return count
+
+
+def label(choice):
+    return choice if isinstance(choice, str) else choice.__name__
+
+
+@pytest.mark.parametrize("choice", METHODS, ids=label)
+def test_a_few_random_conversations(choice):
+    converse(choice, 5)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("choice", [pytest.param(choice, id=f"{label(choice)}: {DEEP} cases") for choice in METHODS])
+def test_many_random_conversations(choice):
+    assert converse(choice, DEEP) >= DEEP
