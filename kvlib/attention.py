@@ -17,7 +17,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     """The attention function that transformers calls: store, attend, score, evict.
 
     Args:
-        query: `(batch, query_heads, new, head_dim)`; key, value: `(batch, kv_heads, new, head_dim)`, only the new tokens.
+        query: `(batch, query_heads, new, head_dim)`; key, value: `(batch, kv_heads, new, head_dim)`, new tokens only.
 
     Returns:
         output `(batch, new, query_heads, head_dim)` and None for the weights.
@@ -55,7 +55,7 @@ def attend(view) -> torch.Tensor:
 
 
 def visible(view) -> torch.Tensor | None:
-    """Which slots each query may see, `(batch or 1, query_heads or 1, new, slots)` bool, or None if a kernel flag says it."""
+    """Which slots each query may see, `(batch or 1, query_heads or 1, new, slots)` bool; None: a kernel flag does."""
     new, slots = view.query.shape[2], view.key.shape[2]
     if view.uniform:
         if new in (1, slots):

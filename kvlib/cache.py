@@ -56,9 +56,11 @@ class KVLayer(DynamicLayer):
         """Nothing to prepare: `append` sizes the storage."""
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Return the new keys and values as they are; the attention function, which knows mask and positions, stores them."""
+        """Return the new keys and values as they are; the attention function knows the mask and stores them."""
         if not self.accepting:
-            raise RuntimeError("this cache was filled by kvlib and can only be continued inside a `with method(model)` block")
+            raise RuntimeError(
+                "this cache was filled by kvlib and can only be continued inside a `with method(model)` block"
+            )
         self.accepting = False
         return key_states, value_states
 
@@ -165,7 +167,7 @@ class KVLayer(DynamicLayer):
         return lambda flat, chunk: torch.cat([flat, chunk.flatten(0, 2)])[source]
 
     def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Evict everything outside `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
+        """Evict all but `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
         self._take(torch.nonzero_static(self.flatten(mask), size=int(lengths.sum())).squeeze(1), lengths)
         self.intact = False
 

@@ -35,7 +35,9 @@ def load(name: str = "minilm", **arguments):
         model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **arguments)
     except OSError as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise OSError(f"cannot load {name!r}{offline}: not a shipped model, not a local path, not in the hub's local copy") from error
+        raise OSError(
+            f"cannot load {name!r}{offline}: not a shipped model, not a local path, not in the hub's local copy"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
@@ -50,11 +52,15 @@ def verify(folder: Path) -> None:
     sums = folder / "SHA256SUMS"
     if not sums.exists():
         shipped = sorted(p.parent.name for p in paths.MODELS.glob("*/SHA256SUMS"))
-        raise FileNotFoundError(f"no shipped model {folder.name!r}; there are: {', '.join(shipped) or 'none (see `make minilm`)'}")
+        raise FileNotFoundError(
+            f"no shipped model {folder.name!r}; there are: {', '.join(shipped) or 'none (see `make minilm`)'}"
+        )
     for line in sums.read_text().splitlines():
         expected, name = line.split()
         file = folder / name
         if not file.exists():
-            raise FileNotFoundError(f"{folder.name}: {name} is missing; restore it with git, or rebuild with `make minilm`")
+            raise FileNotFoundError(
+                f"{folder.name}: {name} is missing; restore it with git, or rebuild with `make minilm`"
+            )
         if hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise ValueError(f"{folder.name}: {name} does not match its checksum; restore it with git")

@@ -47,7 +47,7 @@ class Method:
 
     def __post_init__(self):
         budget = self.budget
-        if not (whole(budget, 1) or isinstance(budget, float) and 0 < budget <= 1):
+        if not (whole(budget, 1) or (isinstance(budget, float) and 0 < budget <= 1)):
             raise ValueError(f"budget={budget!r}: a fraction in (0, 1] or a whole number of tokens >= 1")
 
     def __call__(self, model) -> Run:
@@ -73,7 +73,7 @@ class Method:
         return self.tokens(view, self.budget)[:, None].expand_as(view.lengths)
 
     def tokens(self, view: View, share: float | int) -> torch.Tensor:
-        """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), at least 1."""
+        """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
         if isinstance(share, int):
             return torch.full_like(view.prompt_tokens, share)
         return view.clamp("budget", torch.tensor([int(share * n) for n in view.prompt_tokens.tolist()]), low=1)

@@ -83,7 +83,9 @@ class Run:
         inputs = [kwargs.get("attention_mask"), *args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))]
         columns, cache = next((x.shape[1] for x in inputs if x is not None), 1), kwargs.get("past_key_values")
         if cache is not None and columns <= (seen := cache.get_seq_length()):
-            raise ValueError(f"{columns} columns, but the cache has seen {seen}: pass all ids, or new ones with a mask over all")
+            raise ValueError(
+                f"{columns} columns, but the cache has seen {seen}: pass all ids, or new ones with a mask over all"
+            )
         self._prompt_columns = columns
         try:
             return type(self.model).generate(self.model, *args, **kwargs)
@@ -97,7 +99,7 @@ class Run:
         bound = self.signature.bind_partial(*args, **kwargs)
         kwargs = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
         use_cache = kwargs.get("use_cache")
-        if use_cache is False or use_cache is None and not model.config.get_text_config().use_cache:
+        if use_cache is False or (use_cache is None and not model.config.get_text_config().use_cache):
             raise ValueError("use_cache=False leaves nothing to compress")
         ids = kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
@@ -120,7 +122,9 @@ class Run:
         batch, new = inputs.shape[:2]
         seen = cache.get_seq_length()
         if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < new):
-            raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: (batch, tokens seen so far) is needed, 1 = real")
+            raise ValueError(
+                f"attention_mask of shape {tuple(mask.shape)}: (batch, tokens seen so far) is needed, 1 = real"
+            )
         real = torch.ones(batch, new, dtype=torch.bool) if mask is None else mask[:, -new:].bool().cpu()
         if bool((real[:, :-1] & ~real[:, 1:]).any()):
             raise ValueError(RIGHT_PADDING)
@@ -187,20 +191,26 @@ class Run:
         step.view = View(self, layer, module, query, key, value, scaling, dropout)
         return step.view
 
+    @torch.no_grad()
     def settle(self, view: View) -> None:
-        """After attention: let the method observe, evict if it is time, and keep the queries an unfinished prompt needs."""
+        """After attention: let the method observe, evict if it is time, keep the queries an unfinished prompt needs.
+
+        Choosing has no gradient, and a graph through the scores would hold on to the whole attention matrix.
+        """
         method, layer, step = self.method, view.layer, view.step
         layer.reads = view.reads
         if not method.evicts:
             return
         method.observe(view)
         layer.state = {name: layer.flatten(x) for name, x in view.state.items()}
-        if step.ends_prompt or step.decoding and method.evicts_in_decode:
+        if step.ends_prompt or (step.decoding and method.evicts_in_decode):
             evict(method, view)
         if step.decoding or step.ends_prompt or not method.window:
             layer.queries = None
         else:
-            layer.queries = tuple(x.clone() for x in view.recent_queries(method.window))  # without the rest of the chunk
+            layer.queries = tuple(
+                x.clone() for x in view.recent_queries(method.window)
+            )  # without the rest of the chunk
 
     def fork(self, snapshot) -> KVCache:
         """Start from a snapshot instead of a forward pass: a new cache in which this method has read the prompt.
@@ -238,13 +248,17 @@ class Run:
     def full_bytes(self) -> int:
         """Bytes that a native cache needs for the real tokens seen so far: no padding, nothing evicted."""
         layers = self._filled().layers
-        per_token = sum(layer.lengths.shape[1] * sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values)) for layer in layers)
+        per_token = sum(
+            layer.lengths.shape[1] * sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values))
+            for layer in layers
+        )
         return per_token * int(layers[0].tokens.sum())
 
     def read_bytes(self) -> int:
         """Bytes of K and V read in the last decode step: what is stored, unless the method reads sparsely."""
         return sum(
-            storage_bytes((layer.keys, layer.values)) if layer.reads is None else layer.reads for layer in self._filled().layers
+            storage_bytes((layer.keys, layer.values)) if layer.reads is None else layer.reads
+            for layer in self._filled().layers
         )
 
     def _filled(self) -> KVCache:
@@ -262,7 +276,9 @@ class Run:
         rotary = next((m for m in self.model.modules() if hasattr(m, "inv_freq")), None)
         kind = getattr(rotary, "rope_type", None)
         if rotary is None or kind in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != head_dim:
-            raise ValueError(f"keys cannot be re-rotated with rotary embedding {kind!r} over part or all of {head_dim} dimensions")
+            raise ValueError(
+                f"keys cannot be re-rotated with rotary embedding {kind!r} over part or all of {head_dim} dimensions"
+            )
         return rotary.inv_freq
 
 
@@ -273,7 +289,9 @@ def evict(method, view: View) -> None:
         return
     score = method.score(view)
     order = score.masked_fill(view.positions < 0, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     view.layer.keep(rank < budgets[..., None].to(rank.device), budgets)
 
 
@@ -289,14 +307,18 @@ def attention_modules(model) -> list:
         ValueError: for models whose attention does not go through transformers' attention interface in every layer.
     """
     config = model.config.get_text_config()
-    modules = sorted((m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx)
+    modules = sorted(
+        (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx
+    )
     kind = type(modules[0]).__name__ if modules else type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; kvlib compresses decoder-only models")
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{kind} does not use transformers' attention interface, which kvlib needs")
     if [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
-        raise ValueError(f"{type(model).__name__} has {config.num_hidden_layers} layers but {len(modules)} attention modules ({kind})")
+        raise ValueError(
+            f"{type(model).__name__}: {len(modules)} attention modules ({kind}) in {config.num_hidden_layers} layers"
+        )
     return modules
 
 

@@ -41,7 +41,7 @@ class Recorder(Method):
 
 @torch.no_grad()
 def snapshot(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Snapshot:
-    """Read a prompt `(batch, tokens)` once; then `with method(model) as run: run.fork(snapshot)` starts any method from it."""
+    """Read a prompt `(batch, tokens)`; `with method(model) as run: run.fork(snapshot)` starts any method from it."""
     recorder = Recorder()
     with recorder(model) as run:
         logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=1).logits[:, -1]

@@ -50,8 +50,8 @@ class View:
         key, value: rectangles `(batch, kv_heads, slots, head_dim)` of everything stored, in text order, keys rotated.
         positions: `(batch, kv_heads, slots)` index among the row's real tokens, -1 = empty slot.
         new_key, new_value: `(batch, kv_heads, new, head_dim)`, the tokens of this pass, padding included.
-        lengths: `(batch, kv_heads)` on the CPU, stored tokens. tokens, prompt_tokens: `(batch,)` on the CPU, real tokens
-            seen so far, and at the end of the latest prompt.
+        lengths: `(batch, kv_heads)` on the CPU, stored tokens.
+        tokens, prompt_tokens: `(batch,)` on the CPU, real tokens seen so far, and at the end of the latest prompt.
         state: name -> rectangle `(batch, kv_heads, slots, ...)`. Whatever a method puts here stays with its tokens:
             it is evicted with them and starts at 0 for new ones.
         reads: bytes of K and V that `attend` read, to be set by methods that read less than what is stored.
@@ -81,11 +81,11 @@ class View:
         """Attention received by every stored token, `(batch, kv_heads, group, slots)`, float32 or better.
 
         Args:
-            last: None sums over the queries of this forward pass. A number, or `(batch,)` numbers, sums over the last so
-                many queries of the prompt, wherever chunks were cut.
+            last: None sums over the queries of this forward pass. A number, or `(batch,)` numbers, sums over so many of
+                the prompt's last queries, wherever chunks were cut.
 
         Raises:
-            ValueError: if `last` exceeds the `window` that the method declares, or for a layer that has already evicted.
+            ValueError: if `last` exceeds the `window` that the method declares; if the layer has already evicted.
         """
         if not self.intact:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
@@ -104,7 +104,7 @@ class View:
         return attention.column_sums(query, self.key, positions, self.positions, self.scaling)
 
     def recent_queries(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last queries of the prompt `(batch, query_heads, <= last, head_dim)` and their positions, across chunks."""
+        """The prompt's last queries `(batch, query_heads, <= last, head_dim)` and their positions, across chunks."""
         query, positions = self.query, self.query_positions
         if self.layer.queries is not None:
             query = torch.cat([self.layer.queries[0], query], dim=2)

@@ -76,8 +76,9 @@ def well_formed(run) -> None:
                 assert len(real) == layer.lengths[row, head]
                 assert all(i < layer.tokens[row] for i in real)
     stored = sum(
-        (run.kept(i) >= 0).sum().item() * 2 * layer.keys.shape[1] * layer.keys.element_size()
+        (run.kept(i) >= 0).sum().item() * x.shape[1] * x.element_size()
         for i, layer in enumerate(layers)
+        for x in (layer.keys, layer.values)
     )
     kv, everything = tiny.audit(run.cache)
     assert run.stored_bytes() == kv == stored

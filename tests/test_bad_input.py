@@ -120,7 +120,7 @@ def test_a_class_may_be_defined_again(monkeypatch):
         ("FalconForCausalLM", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
          "FalconAttention does not use transformers' attention interface, which kvlib needs"),
         ("Lfm2ForCausalLM", {**SIZE, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
-         r"Lfm2ForCausalLM has 2 layers but 1 attention modules \(Lfm2Attention\)"),
+         r"Lfm2ForCausalLM: 1 attention modules \(Lfm2Attention\) in 2 layers"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_work(name, config, message):

@@ -1,5 +1,7 @@
 """The packed cache against lists of lists, and what transformers may ask of it."""
 
+import copy
+
 import properties
 import pytest
 import tiny
@@ -170,6 +172,19 @@ def test_an_empty_dynamic_cache_becomes_the_run_s_cache_in_place():
         model(tiny.tokens(1, 10), past_key_values=mine)
         assert run.cache is mine and type(mine) is KVCache
     assert run.kept(0).shape[-1] == 5
+
+
+def test_a_copied_cache_goes_its_own_way():
+    # transformers' recipe for a prompt that many questions share.
+    model, more = tiny.model(), [tiny.tokens(5, seed=1), tiny.tokens(8, seed=2)]
+    with kvlib.method("h2o", budget=0.5)(model) as run:
+        turn = tiny.generate(model, run, [tiny.tokens(20)])
+        shared, kept = run.cache, []
+        for rows in (more[0], more[1], more[0]):
+            run.cache = copy.deepcopy(shared)
+            kept.append(tiny.generate(model, run, [rows], before=turn).kept)
+    assert kept[0] == kept[2] != kept[1]
+    assert shared.get_seq_length() == 23
 
 
 def test_the_sequence_length_counts_columns_and_not_what_is_stored():

@@ -1,4 +1,4 @@
-"""What the contract carries, shown by throw-away methods: ragged budgets, shortened hidden states, a second layer's cache.
+"""What the contract carries, shown by throw-away methods: ragged heads, shortened hidden states, a second layer's cache.
 
 They use the hooks of `kvlib.Method` only, are not registered, and have the properties of every method.
 """

@@ -4,6 +4,7 @@ import properties
 import pytest
 import tiny
 import torch
+import transformers
 from properties import Conversation
 
 import kvlib
@@ -82,6 +83,31 @@ def test_full_budget_is_the_stock_model(architecture, name, chunk):
 @on(METHODS)
 def test_padding_chunks_and_company_change_nothing(architecture, method):
     properties.same_alone_and_in_company(tiny.model(architecture), method, TALKS[architecture])
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": None, "bos_token_id": None}),
+        ("PhiForCausalLM",
+         {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("DeepseekV3ForCausalLM",
+         {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+          "num_experts_per_tok": 2, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 6}),
+    ],
+)  # fmt: skip
+def test_other_families(name, config):
+    # Learned positions; rotation of half a head; values of another width than keys.
+    cls, rows = getattr(transformers, name), [tiny.tokens(18), tiny.tokens(11, seed=1)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = cls(cls.config_class(vocab_size=64, initializer_range=0.3, **config)).double().eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    stock = tiny.generate(model, None, rows, new=6, extra=2)
+    assert torch.equal(tiny.once(model, kvlib.method("full"), rows, new=6, extra=2).tokens, stock.tokens)
+    talk = Conversation(first=(18, 11), second=5, extra=2, chunk=4)
+    properties.same_alone_and_in_company(model, kvlib.method("h2o", budget=0.5), talk)
 
 
 @everywhere

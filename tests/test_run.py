@@ -305,6 +305,18 @@ def test_padding_may_stand_before_a_later_turn_if_it_starts_a_pass():
         assert together[1][i] == kept[0]
 
 
+def test_gradients_flow_through_attention_and_not_through_scores():
+    # Bare calls run with gradients unless they are told not to; the scores' graph would keep the attention matrix.
+    model = tiny.build("llama-gqa").requires_grad_(True)
+    stock = torch.autograd.grad(model(tiny.tokens(1, 12)).logits.sum(), [*model.parameters()])
+    for method in (H2O, kvlib.method("snapkv", budget=0.5, window=4)):
+        with method(model) as run:
+            gradients = torch.autograd.grad(model(tiny.tokens(1, 12)).logits.sum(), [*model.parameters()])
+        assert not any(x.requires_grad for layer in run.cache.layers for x in layer.state.values())
+        for got, expected in zip(gradients, stock, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_a_snapshot_is_the_stock_model_s_last_logits_and_can_be_used_many_times():
     model = tiny.model("qwen3", torch.float32)
     ids = tiny.tokens(2, 17)

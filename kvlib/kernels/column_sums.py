@@ -14,11 +14,15 @@ BLOCK = 64
 
 
 @triton.jit
-def _tile(Q, K, QP, KP, row, head, kv_head, i, k, scale, new, slots, kv_heads, heads, DIM: tl.constexpr, PAD: tl.constexpr):
+def _tile(
+    Q, K, QP, KP, row, head, kv_head, i, k, scale, new, slots, kv_heads, heads, DIM: tl.constexpr, PAD: tl.constexpr
+):
     """Masked logits of queries `i` against keys `k`, with -inf where a key is unseen."""
     d = tl.arange(0, PAD)
     inside_q, inside_k = i < new, k < slots
-    q = tl.load(Q + ((row * heads + head) * new + i[:, None]) * DIM + d[None, :], inside_q[:, None] & (d < DIM)[None, :], 0.0)
+    q = tl.load(
+        Q + ((row * heads + head) * new + i[:, None]) * DIM + d[None, :], inside_q[:, None] & (d < DIM)[None, :], 0.0
+    )
     at = (row * kv_heads + kv_head) * slots + k
     keys = tl.load(K + at[None, :] * DIM + d[:, None], inside_k[None, :] & (d < DIM)[:, None], 0.0)
     q_position = tl.load(QP + row * new + i, inside_q, -1)
@@ -71,7 +75,7 @@ def column_sums(query, key, query_positions, key_positions, scaling: float) -> t
     """`(batch, kv_heads, group, slots)` float32, as `kvlib.attention.column_sums` with both positions given.
 
     Args:
-        query: `(batch, query_heads, new, head_dim)`, key: `(batch, kv_heads, slots, head_dim)`, of one dtype, not float64.
+        query: `(batch, query_heads, new, head_dim)`, key: `(batch, kv_heads, slots, head_dim)`, no float64.
     """
     batch, heads, new, dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]

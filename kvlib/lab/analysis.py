@@ -78,17 +78,20 @@ def remove_each(query, key, value, scaling) -> torch.Tensor:
     return torch.stack(changes)
 
 
-def eviction_errors(snapshot, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of the last query, the exact error of evicting each token alone, and the size of the output.
+def eviction_errors(snapshot, layer: int, last: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention to each token, the exact error of evicting it alone, and the size of the output: means over queries.
+
+    Args:
+        last: how many of the last queries.
 
     Returns:
         a and ‖o' − o‖₂ = a / (1 − a) · ‖o − v‖₂, `(query_heads, tokens)`; ‖o‖₂ `(query_heads, 1)`.
     """
-    query, key, value, scaling = expanded(snapshot, layer)
-    weights = (key @ query[:, -1:].mT * scaling).softmax(1)
-    output = (weights * value).sum(1, keepdim=True)
-    errors = weights[..., 0] / (1 - weights[..., 0]) * (output - value).norm(dim=-1)
-    return weights[..., 0], errors, output.norm(dim=-1)
+    value = expanded(snapshot, layer)[2]
+    weights = attention_map(snapshot, layer)[:, -last:]  # (query_heads, queries, tokens)
+    output = weights @ value
+    errors = weights / (1 - weights) * torch.cdist(output, value)
+    return weights.mean(1), errors.mean(1), output.norm(dim=-1).mean(1, keepdim=True)
 
 
 def best_kept(score: torch.Tensor, errors: torch.Tensor, share: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ produce, at a fixed cost per sample.
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -62,7 +62,9 @@ STUDIES = {
 }
 
 
-def evaluate(model, tokenizer, configurations, task: str, length: int, samples, *, name: str, batch: int = 4) -> pd.DataFrame:
+def evaluate(
+    model, tokenizer, configurations, task: str, length: int, samples, *, name: str, batch: int = 4
+) -> pd.DataFrame:
     """One row per sample and configuration.
 
     Args:
@@ -71,34 +73,34 @@ def evaluate(model, tokenizer, configurations, task: str, length: int, samples, 
         name: the model's name for the table; batch: prompts per prefill (left-padded).
 
     Returns:
-        columns model, method, budget, arguments, task, length, sample, value (1 = exact match), stored_bytes (K and V after the
-        prompt), full_bytes, clamped, protocol, torch, device.
+        columns model, method, budget, arguments, task, length, sample, value (1 = exact match), stored_bytes (K and V
+        after the prompt), full_bytes, clamped, protocol, torch, device.
     """
     rows = []
     samples = list(samples)
     for start in tqdm(range(0, len(samples), batch), desc=f"{task} {length}", file=sys.stdout):
         numbers = samples[start : start + batch]
         drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
-        inputs = tokenizer([s.prompt for s in drawn], return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        inputs = tokenizer([s.prompt for s in drawn], return_tensors="pt", padding=True, padding_side="left").to(
+            model.device
+        )
         answers = [tokenizer(s.answer + "\n", add_special_tokens=False).input_ids for s in drawn]
         snapshot = kvlib.snapshot(model, **inputs)
         for configuration in configurations:
             values, stored, full, clamped = score(model, configuration.make(), snapshot, answers)
             for row, number in enumerate(numbers):
                 rows.append(
-                    dict(
-                        model=name,
-                        method=configuration.method,
-                        budget=configuration.budget,
-                        arguments=configuration.arguments,
-                        task=task,
-                        length=length,
-                        sample=number,
-                        value=float(values[row]),
-                        stored_bytes=stored[row],
-                        full_bytes=full[row],
-                        clamped=clamped,
-                    )
+                    {
+                        "model": name,
+                        **asdict(configuration),
+                        "task": task,
+                        "length": length,
+                        "sample": number,
+                        "value": float(values[row]),
+                        "stored_bytes": stored[row],
+                        "full_bytes": full[row],
+                        "clamped": clamped,
+                    }
                 )
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     return pd.DataFrame(rows).assign(protocol=PROTOCOL, torch=torch.__version__, device=device)
@@ -106,9 +108,11 @@ def evaluate(model, tokenizer, configurations, task: str, length: int, samples, 
 
 @torch.no_grad()
 def score(model, method, snapshot, answers: list[list[int]]):
-    """Exact match per row, bytes stored per row, bytes of a full cache per row, and whether the prompt forced a clamp."""
+    """Exact match per row, bytes stored per row, those of a full cache, and whether the prompt forced a clamp."""
     longest = max(map(len, answers))
-    wanted = torch.tensor([answer + [-1] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device)
+    wanted = torch.tensor(
+        [answer + [-1] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device
+    )
     with method(model) as run:
         cache = run.fork(snapshot)
         stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
@@ -169,7 +173,9 @@ def main() -> None:
         model = model.cuda()
     samples = range(options.samples or study.samples)
     table = pd.concat(
-        evaluate(model, tokenizer, study.configurations, task, study.length, samples, name="minilm", batch=options.batch)
+        evaluate(
+            model, tokenizer, study.configurations, task, study.length, samples, name="minilm", batch=options.batch
+        )
         for task in study.tasks
     )
     out.parent.mkdir(parents=True, exist_ok=True)

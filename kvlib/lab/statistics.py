@@ -17,7 +17,12 @@ def mean_interval(values, seed: int = 0, confidence: float = 0.95) -> tuple[floa
             return float(values[0]), float(exact.low), float(exact.high)
         return (float(values[0]),) * 3
     result = stats.bootstrap(
-        (values,), np.mean, confidence_level=confidence, method="percentile", n_resamples=2000, rng=np.random.default_rng(seed)
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        method="percentile",
+        n_resamples=2000,
+        rng=np.random.default_rng(seed),
     )
     return float(values.mean()), float(result.confidence_interval.low), float(result.confidence_interval.high)
 
