@@ -222,8 +222,8 @@ class Run:
             raise ValueError(f"{self.method!r} changes the prefill and cannot start from a snapshot")
         self.cache = KVCache(len(self.modules), self.method)
         self.clamped = {}
+        self.step = snapshot.step()
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
-            self.step = snapshot.step()
             self.settle(self.store(module, query, key, value, scaling, 0.0))
         self.step = None
         return self.cache

@@ -1,4 +1,4 @@
-"""What the contract carries, shown by throw-away methods: ragged heads, shortened hidden states, a second layer's cache.
+"""What the contract carries, by throw-away methods: ragged heads, shortened hidden states, a second layer's cache.
 
 They use the hooks of `kvlib.Method` only, are not registered, and have the properties of every method.
 """
@@ -93,7 +93,19 @@ class Reader(kvlib.Method):
         return torch.linalg.vector_norm(view.key, dim=-1)
 
 
-GATE = [Ragged(0.5), Ragged(5), RaggedPrompt(0.5), Shorten(1.0), Shorten(0.5), Reader(1.0), Reader(0.5)]
+# (d) Layer 1 keeps what layer 0 has chosen
+
+
+@dataclass(frozen=True)
+class Handed(kvlib.Method):
+    """The first layer's key norms decide for all layers; they travel within the pass."""
+
+    def score(self, view):
+        norms = torch.linalg.vector_norm(view.key, dim=-1)
+        return view.step.shared.setdefault("norms", norms) if view.step.ends_prompt else norms
+
+
+GATE = [Ragged(0.5), Ragged(5), RaggedPrompt(0.5), Shorten(1.0), Shorten(0.5), Reader(1.0), Reader(0.5), Handed(0.5)]
 everywhere = pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
 
 
@@ -109,7 +121,7 @@ def test_padding_and_company_change_nothing(architecture, method, first):
 
 
 @everywhere
-@on([Ragged(0.5), Ragged(5), RaggedPrompt(0.5), Reader(1.0)])
+@on([Ragged(0.5), Ragged(5), RaggedPrompt(0.5), Reader(1.0), Handed(0.5)])
 @pytest.mark.parametrize("chunk", [4, 19])
 def test_chunks_change_nothing(architecture, method, chunk):
     # The others depend on chunks by their nature: `Shorten` drops tokens of one pass at a time, and an evicting
@@ -119,7 +131,7 @@ def test_chunks_change_nothing(architecture, method, chunk):
 
 
 @everywhere
-@on([Ragged(0.5), Ragged(5), RaggedPrompt(0.5)])
+@on([Ragged(0.5), Ragged(5), RaggedPrompt(0.5), Handed(0.5)])
 def test_fork_continues_like_the_live_run(architecture, method):
     properties.fork_continues_like_live(
         tiny.model(architecture), method, Conversation(first=(20, 13), second=1, extra=2)

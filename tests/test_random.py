@@ -25,7 +25,7 @@ ARGUMENTS = {  # what is drawn besides the budget
     },
     "streaming_llm": {"sinks": st.integers(0, 6), "renumber": st.booleans()},
 }
-GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader]
+GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]
 budgets = st.one_of(st.floats(0.02, 1), st.integers(1, 30))
 
