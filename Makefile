@@ -22,7 +22,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab figures smoke test test-deep lint publish minilm clean lock
+.PHONY: help setup lab figures smoke test test-deep lint publish results minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -42,7 +42,7 @@ test: $(INSTALLED)  ## run the tests, every notebook in the smoke profile includ
 	$(PYTHON) -m pytest -n 2
 
 test-deep: $(INSTALLED)  ## run the tests with thousands of random cases a method; keeps tests/test-deep.log
-	$(PYTHON) -m pytest -n 2 -m deep --no-header | tee tests/test-deep.log
+	$(PYTHON) -m pytest -n 2 -m deep -v --no-header | tee tests/test-deep.log
 
 lint: $(INSTALLED)  ## check style and format of modules and notebooks
 	$(PYTHON) -m ruff check .
@@ -51,6 +51,9 @@ lint: $(INSTALLED)  ## check style and format of modules and notebooks
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default
 	@$(RUN) publish
+
+results: $(INSTALLED)  ## make the result tables again (minutes on a GPU, a night without)
+	$(PYTHON) -m kvlib.lab.evaluate 00_kv_cache
 
 minilm: $(INSTALLED)  ## train the embedded model again (needs a GPU)
 	$(PYTHON) -m kvlib.minilm all

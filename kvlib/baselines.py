@@ -58,8 +58,7 @@ class StreamingLLM(Method):
     The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) keys are read as
     if the kept tokens stood next to each other: key and query rotate to their rank in the cache. Without it tokens
     keep their original positions. `run.kept` reports original indices in both cases.
-    A budget of b leaves at most b - 1 sinks. Departure: a prompt is read in full before anything is evicted (the paper
-    streams it through the cache).
+    A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted.
     """
 
     sinks: int = 4
@@ -79,7 +78,7 @@ class StreamingLLM(Method):
             return super().attend(view)
         frequencies, view = view.run.inverse_frequencies(view.key.shape[-1]), copy.copy(view)
         slots = torch.arange(view.key.shape[2], device=view.key.device)
-        view.key = attention.rotate(view.key, slots - view.positions, frequencies)
+        view.key = attention.rotate(view.key, slots - view.positions[:, :1], frequencies)
         moved = (view.lengths[:, 0] - view.tokens).to(view.query.device)[:, None, None]  # the same for every head
         view.query = attention.rotate(view.query, moved.expand(view.query.shape[:-1]), frequencies)
         return super().attend(view)

@@ -28,6 +28,7 @@ class Run:
         self.method, self.model = method, model
         self.modules = attention_modules(model)
         self.signature = inspect.signature(model.forward)
+        self._rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
         self.cache: KVCache | None = None
         self.clamped: dict[str, torch.Tensor] = {}
         self.step: Step | None = None
@@ -273,7 +274,7 @@ class Run:
             ValueError: if angles are not position x frequency over the whole head: dynamic or longrope scaling, partial
                 rotation, or no rotary embedding at all.
         """
-        rotary = next((m for m in self.model.modules() if hasattr(m, "inv_freq")), None)
+        rotary = self._rotary
         kind = getattr(rotary, "rope_type", None)
         if rotary is None or kind in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != head_dim:
             raise ValueError(

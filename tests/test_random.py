@@ -82,7 +82,7 @@ def label(choice):
 
 @pytest.mark.parametrize("choice", METHODS, ids=label)
 def test_a_few_random_conversations(choice):
-    converse(choice, 5)
+    converse(choice, 20)
 
 
 @pytest.mark.deep

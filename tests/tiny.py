@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging import version
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +23,8 @@ from transformers import (
 )
 
 VOCABULARY = 64
+# Before 5.21 transformers reads the whole conversation again if a later turn comes in chunks.
+CHUNKS_CONTINUE = version.parse(transformers.__version__) >= version.parse("5.21")
 ARCHITECTURES = {
     "llama-mha": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
     "llama-gqa": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}),
@@ -130,6 +134,7 @@ def generate(model, run, rows, new=4, extra=0, chunk=None, before: Turn | None =
     if before is not None:
         mask = torch.cat([before.mask, mask], dim=1)
         ids = torch.cat([before.ids, ids], dim=1)
+        chunk = chunk if CHUNKS_CONTINUE else None
         arguments["past_key_values"] = run.cache if run is not None else before.kept
     given = ids[:, before.ids.shape[1] - 1 :] if only_new else ids  # the last sampled token is not in the cache yet
     out = model.generate(

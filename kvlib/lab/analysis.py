@@ -8,12 +8,14 @@ import json
 import pandas as pd
 import torch
 
+import kvlib
 from kvlib import attention, paths
+from kvlib.lab import tasks
 from kvlib.lab.statistics import mean_interval, paired_difference
 
 
 def heldout_code(file: str) -> str:
-    """The text of one file of the shipped held-out code, which no training text contains: `heldout_code("attr/_make.py")`."""
+    """The text of one file of the shipped held-out code, which the models were not trained on."""
     with (paths.DATA / "heldout" / "code.jsonl").open(encoding="utf-8") as lines:
         texts = {entry["file"]: entry["text"] for entry in map(json.loads, lines)}
     if file not in texts:
@@ -54,6 +56,18 @@ def expanded(snapshot, layer: int):
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return (*(x[0].double().cpu() for x in (query, key, value)), scaling)
+
+
+def show_heads(axes, share: torch.Tensor):
+    """Draw a share per head, `(layers, heads)`, in percent on a logarithmic scale, with numbers; returns the image."""
+    image = axes.imshow(100 * share, norm="log", clim=(1, 100), rasterized=True, aspect="auto")
+    for layer, row in enumerate((100 * share).tolist()):
+        for head, value in enumerate(row):
+            color = "white" if value < 15 else "black"
+            axes.text(head, layer, f"{value:.0f}", ha="center", va="center", fontsize=9, color=color)
+    axes.set(xlabel="head", xticks=range(share.shape[1]), yticks=range(share.shape[0]))
+    axes.grid(False)
+    return image
 
 
 # Evicting one token
@@ -101,11 +115,47 @@ def best_kept(score: torch.Tensor, errors: torch.Tensor, share: float) -> torch.
     return wanted.gather(-1, score.topk(count).indices).sum(-1) / count
 
 
-def kept_share(run) -> torch.Tensor:
-    """Share of all heads in all layers that keep each token of the first row, `(tokens,)`."""
-    layers = [run.kept(layer)[0] for layer in range(len(run.cache.layers))]
-    kept = torch.cat([head[head >= 0] for layer in layers for head in layer]).cpu()
-    return torch.bincount(kept, minlength=int(run.cache.layers[0].tokens[0])) / sum(map(len, layers))
+# What methods keep
+
+
+def kept_mask(run) -> torch.Tensor:
+    """Which tokens of the first row each head keeps, `(layers, kv_heads, tokens)` bool."""
+    layers = [run.kept(layer)[0].cpu() for layer in range(len(run.cache.layers))]
+    mask = torch.zeros(len(layers), len(layers[0]), int(run.cache.layers[0].tokens[0]), dtype=torch.bool)
+    for layer, kept in enumerate(layers):
+        for head, tokens in enumerate(kept):
+            mask[layer, head, tokens[tokens >= 0]] = True
+    return mask
+
+
+def looking_heads(snapshot, tokens: list[int], count: int) -> list[tuple[int, int, torch.Tensor]]:
+    """The KV heads in which the last query attends most to `tokens`: `(layer, head, attention to each)`, most first.
+
+    Of a group of query heads it is the one that attends most.
+    """
+    kv_heads, found = snapshot.layers[0][1].shape[1], []
+    for layer in range(len(snapshot.layers)):
+        attention_to = attention_map(snapshot, layer)[:, -1, tokens]  # (query_heads, tokens)
+        groups = attention_to.view(kv_heads, -1, len(tokens))
+        for head, group in enumerate(groups):
+            found.append((layer, head, group[group.sum(1).argmax()]))
+    return sorted(found, key=lambda entry: -entry[2].sum())[:count]
+
+
+def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) -> pd.DataFrame:
+    """What the model writes where the answer belongs: a row per sample, the right answer, a column per method."""
+    rows = {}
+    for number in samples:
+        drawn = tasks.sample(task, tokens, number, tokenizer=tokenizer)
+        prefill = kvlib.snapshot(model, tokenizer(drawn.prompt, return_tensors="pt").input_ids.to(model.device))
+        rows[number] = {"answer": drawn.answer}
+        for name, method in methods.items():
+            with method(model) as run:
+                cache, made = run.fork(prefill), [prefill.logits.argmax(-1)]
+                for _ in tokenizer(drawn.answer, add_special_tokens=False).input_ids[1:]:
+                    made.append(model(made[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
+            rows[number][name] = tokenizer.decode(torch.cat(made))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample")
 
 
 # Result tables
@@ -113,8 +163,11 @@ def kept_share(run) -> torch.Tensor:
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
     """The table with a column `configuration`: the method, and its arguments where they are not the defaults."""
-    words = {"{}": "", '{"renumber": false}': " (not renumbered)"}
-    return table.assign(configuration=table["method"] + table["arguments"].map(lambda x: words.get(x, f" {x}")))
+    words = {}
+    for arguments in table["arguments"].unique():
+        pairs = ", ".join(f"{name}={value}" for name, value in json.loads(arguments).items())
+        words[arguments] = f" ({pairs})" if pairs else ""
+    return table.assign(configuration=table["method"] + table["arguments"].map(words))
 
 
 def accuracy(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,17 +181,56 @@ def accuracy(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def differences(table: pd.DataFrame, first: str, second: str) -> pd.DataFrame:
-    """Accuracy of `first` minus that of `second` on the same samples: one row per task, one column per budget.
+def percentages(summary: pd.DataFrame) -> pd.DataFrame:
+    """What `accuracy` returns as a table to read: a row per configuration, a column per task and budget, in percent."""
+    texts = summary.assign(
+        text=(100 * summary["accuracy"]).map("{:.1f}".format), kept=summary["budget"].map("{:.0%}".format)
+    )
+    wide = texts.pivot(index="configuration", columns=["task", "kept"], values="text")
+    columns = sorted(wide.columns, key=lambda c: (list(summary["task"].unique()).index(c[0]), float(c[1].rstrip("%"))))
+    return wide.loc[summary["configuration"].unique(), columns].fillna("")
 
-    A difference whose 95 % interval leaves out 0 is followed by `*`.
+
+def values(table: pd.DataFrame, task: str, configuration: str, budget: float) -> pd.Series:
+    """Per-sample values of one cell of a result table, by sample.
+
+    Raises:
+        ValueError: for a cell that the table does not have.
     """
-    cells = named(table).set_index(["task", "budget", "sample"]).sort_index()
-    pairs = [cells.loc[cells["configuration"] == name, "value"] for name in (first, second)]
-    both = pd.concat(pairs, axis=1, keys=["first", "second"], join="inner")
+    cell = table[(table["task"] == task) & (table["budget"] == budget)]
+    cell = named(cell)[lambda rows: rows["configuration"] == configuration]
+    if cell.empty:
+        known = ", ".join(named(table)["configuration"].unique())
+        raise ValueError(f"no rows for {task}, {configuration} at {budget}; configurations: {known}")
+    return cell.set_index("sample")["value"].sort_index()
+
+
+def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
+    """Paired differences in percentage points with 95 % intervals, as text: a row per comparison, a column per task.
+
+    Args:
+        comparisons: `((configuration, budget), (configuration, budget))`, the first minus the second.
+    """
     rows = {}
-    for (task, budget), cell in both.groupby(["task", "budget"], sort=False):
-        difference, low, high = paired_difference(cell["first"], cell["second"])
-        star = "*" if low > 0 or high < 0 else ""
-        rows[task, budget] = f"{100 * difference:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]{star}"
-    return pd.Series(rows).unstack(sort=False)
+    for first, second in comparisons:
+        name = " − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))
+        rows[name] = {}
+        for task in table["task"].unique():
+            both = values(table, task, *first), values(table, task, *second)
+            mean, low, high = (100 * x for x in paired_difference(*both))
+            rows[name][task] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def finding(table: pd.DataFrame) -> str:
+    """The sentence that README opens with."""
+    wide, narrow = (
+        pd.concat([values(table, task, name, 0.05) for task in table["task"].unique()])
+        for name in ("snapkv (kernel=15)", "snapkv")
+    )
+    return (
+        f"On the model trained here, SnapKV answers {100 * wide.mean():.0f} % of {len(wide)} look-ups from 5 % of the "
+        "cache's bytes when it pools attention over 15 neighbouring tokens, but "
+        f"{100 * narrow.mean():.0f} % when it pools over its usual 7, because the last digit of the answer then lies "
+        "outside the pool."
+    )
