@@ -75,7 +75,7 @@ def demonstrate() -> None:
         verdict = "found" if correct(task, text) else "lost"
         print(f"{label:25} {method.budget:4.0%} {run.stored_bytes() / 2**20:6.2f} MiB   {text!r:9} {verdict}")
     print(
-        "\nIn SnapKV every token that the question looks at saves its neighbours, 3 on each side with the usual kernel 7."
+        "\nIn SnapKV a token that the question looks at saves its neighbours, 3 on each side with the usual kernel 7."
     )
     print("An answer is five one-digit tokens: kernel 15 saves them all, at the same number of stored bytes.")
 

@@ -209,9 +209,8 @@ class Run:
         if step.decoding or step.ends_prompt or not method.window:
             layer.queries = None
         else:
-            layer.queries = tuple(
-                x.clone() for x in view.recent_queries(method.window)
-            )  # without the rest of the chunk
+            # copies, because a view would hold on to the queries of the whole chunk
+            layer.queries = tuple(x.clone() for x in view.recent_queries(method.window))
 
     def fork(self, snapshot) -> KVCache:
         """Start from a snapshot instead of a forward pass: a new cache in which this method has read the prompt.

@@ -36,22 +36,38 @@ def test_column_sums_with_padding_and_holes():
     torch.testing.assert_close(got[1].sum(-1), torch.full((2, 2), 30.0, device="cuda"))
 
 
-@pytest.mark.parametrize("name", kvlib.METHODS)
-def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(name):
-    model = tiny.build("llama-gqa", torch.float32)
+def outcome(model, method, device):
+    """Tokens and keep-sets of a left-padded batch."""
     # no token twice: in the first layer its keys would have the same norm up to rounding, and knorm would toss a coin
     orders = [torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
-    prompts = torch.stack(orders)[:, :48]
-    mask = torch.ones_like(prompts)
+    ids = torch.stack(orders)[:, :48].to(device)
+    mask = torch.ones_like(ids)
     mask[0, :15] = 0
-    method = kvlib.method(name, **({} if name == "full" else {"budget": 0.4}))
-    results = []
-    for device in ("cpu", "cuda"):
-        model = model.to(device)
-        with method(model) as run:
-            out = model.generate(
-                prompts.to(device), attention_mask=mask.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0
-            )
-        results.append((out.cpu(), [run.kept(layer).cpu() for layer in range(len(run.cache.layers))]))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    with method(model) as run:
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    return out.tolist(), [run.kept(layer).tolist() for layer in range(len(run.cache.layers))]
+
+
+methods = pytest.mark.parametrize(
+    "method",
+    [kvlib.method(name, budget=1.0 if name == "full" else 0.4) for name in kvlib.METHODS],
+    ids=lambda m: m.name,
+)
+
+
+@methods
+def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(method):
+    model = tiny.build("llama-gqa", torch.float32)
+    expected = outcome(model, method, "cpu")
+    assert outcome(model.cuda(), method, "cuda") == expected
+
+
+@methods
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_a_model_spread_over_two_gpus(method):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.build("llama-gqa", torch.float32)
+    expected = outcome(model, method, "cpu")
+    first = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
+    second = dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1)
+    assert outcome(accelerate.dispatch_model(model, first | second), method, "cuda:0") == expected

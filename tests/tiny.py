@@ -55,7 +55,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, **changes):
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built = cls(config(**{**arguments, **particular, **changes}))
         with torch.no_grad():

@@ -60,7 +60,7 @@ def expanded(snapshot, layer: int):
 
 def show_heads(axes, share: torch.Tensor):
     """Draw a share per head, `(layers, heads)`, in percent on a logarithmic scale, with numbers; returns the image."""
-    image = axes.imshow(100 * share, norm="log", clim=(1, 100), rasterized=True, aspect="auto")
+    image = axes.imshow((100 * share).numpy(), norm="log", clim=(1, 100), rasterized=True, aspect="auto")
     for layer, row in enumerate((100 * share).tolist()):
         for head, value in enumerate(row):
             color = "white" if value < 15 else "black"
@@ -214,11 +214,13 @@ def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
     rows = {}
     for first, second in comparisons:
         name = " − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))
-        rows[name] = {}
+        rows[name], disagree = {}, 0
         for task in table["task"].unique():
             both = values(table, task, *first), values(table, task, *second)
             mean, low, high = (100 * x for x in paired_difference(*both))
             rows[name][task] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+            disagree += int((both[0] != both[1]).sum())
+        rows[name]["samples that differ"] = disagree
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
