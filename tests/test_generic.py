@@ -100,7 +100,7 @@ def test_padding_chunks_and_company_change_nothing(architecture, method):
 def test_other_families(name, config):
     # Learned positions; rotation of half a head; values of another width than keys.
     cls, rows = getattr(transformers, name), [tiny.tokens(18), tiny.tokens(11, seed=1)]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = cls(cls.config_class(vocab_size=64, initializer_range=0.3, **config)).double().eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0

@@ -218,7 +218,7 @@ def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
         for task in table["task"].unique():
             both = values(table, task, *first), values(table, task, *second)
             mean, low, high = (100 * x for x in paired_difference(*both))
-            rows[name][task] = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+            rows[name][task] = f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
             disagree += int((both[0] != both[1]).sum())
         rows[name]["samples that differ"] = disagree
     return pd.DataFrame.from_dict(rows, orient="index")
