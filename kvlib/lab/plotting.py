@@ -11,20 +11,21 @@ import os
 from pathlib import Path
 
 import matplotlib
+from matplotlib_inline.config import InlineBackend
 
 from kvlib.paths import FIGURES, NOTEBOOKS
 
-# The colour-blind-safe palette of seaborn plus three darker colours; the four papers get the strongest.
+# From the colour-blind-safe palettes of seaborn and Paul Tol, none too faint for white; the papers get the strongest.
 COLORS = {
     "full": "#000000",
     "random": "#949494",
-    "streaming_llm": "#fbafe4",
+    "streaming_llm": "#cc6677",
     "h2o": "#de8f05",
     "scissorhands": "#ca9161",
     "snapkv": "#56b4e9",
     "pyramidkv": "#5d3a9b",
     "tova": "#004d40",
-    "knorm": "#ece133",
+    "knorm": "#999933",
     "quest": "#882255",
     "vatp": "#d55e00",
     "uncomp": "#0173b2",
@@ -58,6 +59,7 @@ def use_style() -> None:
     """Plot with STYLE and nothing else: a personal matplotlibrc would change the figures."""
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(STYLE)
+    InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # pages show the saved frame, drawn once
 
 
 def series(method: str) -> dict:
@@ -104,6 +106,8 @@ def save(figure, name: str, live: bool = False) -> Path:
     folder = Path(os.environ.get("KVLIB_FIGURES", FIGURES))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.svg"
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not again for the file and for the page
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # stable ids, searchable text
         figure.savefig(file, metadata={"Date": None})
     entry = {
