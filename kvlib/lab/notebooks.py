@@ -211,7 +211,7 @@ def run(path: Path, profile: str) -> None:
     if profile != "paper":
         environment.setdefault("HF_HUB_OFFLINE", "1")
     command = [sys.executable, "-m", "papermill", path, part, "-f", values, "--cwd", path.parent]
-    command += ["--kernel", "python3", "--log-output", "--no-progress-bar"]
+    command += ["--kernel", "python3", "--log-output", "--no-progress-bar", "--no-request-save-on-cell-execute"]
 
     print(f"{stem}: running ({profile} profile)", flush=True)
     broken.unlink(missing_ok=True)
