@@ -87,7 +87,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	  echo "Installed in $$SECONDS s: $$(du -sh .venv | cut -f1) in .venv"
 	@touch $@
 
-# torch is the release that the stored results were made with; everything else moves to the newest allowed.
+# torch stays at a release of which there are CPU builds too; everything else moves to the newest allowed.
 lock:       ## resolve requirements.lock anew from pyproject.toml
 	@$(BASE_PYTHON) -m venv build/lock && build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@echo torch==2.13.0 > build/lock/constraints.txt

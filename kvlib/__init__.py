@@ -1,4 +1,4 @@
-"""kvlib: KV-cache compression methods that free what they evict, on any decoder-only transformers model."""
+"""kvlib: KV-cache compression methods that free what they evict, on decoder-only transformers models."""
 
 from kvlib import baselines  # noqa: F401  (registers its methods)
 from kvlib.models import load

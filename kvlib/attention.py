@@ -27,6 +27,8 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
             than the tokens seen).
     """
     run = module.__dict__["_kvlib_run"]
+    if run.step is None:
+        raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")

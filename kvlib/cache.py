@@ -198,7 +198,7 @@ class KVCache(Cache):
 
     Attributes:
         method: the method that fills it.
-        steps: tokens decoded since the latest prompt.
+        steps: decode passes since the latest prompt.
     """
 
     def __init__(self, layers: int, method):
@@ -227,8 +227,9 @@ class KVCache(Cache):
                 if len(cache.layers) != layers:
                     raise ValueError(f"the cache has {len(cache.layers)} layers, the model {layers}")
                 return cache
-        elif type(cache) is not DynamicCache:
-            raise ValueError(f"kvlib replaces a DynamicCache, got {type(cache).__name__}; drop `cache_implementation`")
+        elif type(cache) is not DynamicCache or cache.offloading:
+            kind = "an offloaded cache" if cache.offloading else type(cache).__name__
+            raise ValueError(f"kvlib replaces a DynamicCache, got {kind}; drop `cache_implementation`")
         elif cache.get_seq_length():
             raise ValueError("a cache filled outside kvlib cannot be continued; start without past_key_values")
         cache.__class__ = cls

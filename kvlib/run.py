@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from transformers import PreTrainedModel
 
 from kvlib import attention
 from kvlib.cache import KVCache
@@ -37,6 +38,8 @@ class Run:
     # Entering and leaving
 
     def __enter__(self) -> "Run":
+        if self._active:
+            raise RuntimeError("this run is already open on this model")
         self._before = {module: module.__dict__.get("_kvlib_run") for module in [self.model, *self.modules]}
         self._generate_before = self.model.__dict__.get("generate")
         self._implementation = self.model.config._attn_implementation
@@ -77,9 +80,13 @@ class Run:
     def _generate(self, *args, **kwargs):
         """`model.generate` inside the block: as always, after noting where the prompt ends."""
         kwargs = self.method.on_generate(self, kwargs)
-        config = kwargs.get("generation_config") or self.model.generation_config
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
         if kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens):
             raise ValueError("assisted decoding rolls the cache back, which a compressed cache cannot do")
+        if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+            raise ValueError(
+                "guidance_scale reads a second prompt with a cache of its own, which kvlib does not support"
+            )
         # transformers reads the ids as the whole sequence, or, if the mask is longer, as its end
         inputs = [kwargs.get("attention_mask"), *args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))]
         columns, cache = next((x.shape[1] for x in inputs if x is not None), 1), kwargs.get("past_key_values")
@@ -98,13 +105,18 @@ class Run:
         if not self._active:
             return None
         bound = self.signature.bind_partial(*args, **kwargs)
-        kwargs = {**bound.arguments, **bound.arguments.pop("kwargs", {})}
+        others = next((n for n, p in self.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+        kwargs = bound.arguments.pop(others, {}) | bound.arguments
         use_cache = kwargs.get("use_cache")
         if use_cache is False or (use_cache is None and not model.config.get_text_config().use_cache):
             raise ValueError("use_cache=False leaves nothing to compress")
+        if kwargs.get("output_attentions", model.config.output_attentions):
+            raise ValueError("output_attentions: inside the block attention weights are never held as a whole")
         ids = kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
         cache = KVCache.adopt(kwargs.get("past_key_values"), len(self.modules), self.method)
+        if len({layer.seen for layer in cache.layers}) > 1:
+            raise ValueError("a forward pass over this cache was interrupted half-way; start a new one")
         if cache.get_seq_length() == 0:
             self.clamped = {}
         self.cache = kwargs["past_key_values"] = cache
@@ -113,7 +125,10 @@ class Run:
         if given is None:
             kwargs["position_ids"] = self.step.positions.clamp(min=0)
         elif given.ndim != 2 or bool(((given != self.step.positions) & (self.step.positions >= 0)).any()):
-            raise ValueError("position_ids must count the real tokens of each row: 0, 1, 2, ... after its padding")
+            raise ValueError(
+                "position_ids must count the real tokens of each row: 0, 1, 2, ... after its padding "
+                "(generate derives them from attention_mask)"
+            )
         for layer in cache.layers:
             layer.accepting = True
         self.method.on_token_ids(self, ids)
@@ -130,6 +145,8 @@ class Run:
         if bool((real[:, :-1] & ~real[:, 1:]).any()):
             raise ValueError(RIGHT_PADDING)
         before = cache.layers[0].tokens if seen else torch.zeros(batch, dtype=torch.int64)
+        if mask is not None and mask.shape[1] == seen + new and not torch.equal(mask[:, :seen].sum(1).cpu(), before):
+            raise ValueError("attention_mask differs from earlier passes over tokens that are already stored")
         positions = (before[:, None] + real.cumsum(1) - 1).where(real, -1)
         tokens = before + real.sum(1)
 
@@ -306,6 +323,8 @@ def attention_modules(model) -> list:
     Raises:
         ValueError: for models whose attention does not go through transformers' attention interface in every layer.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model: pass the one inside it")
     config = model.config.get_text_config()
     modules = sorted(
         (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx

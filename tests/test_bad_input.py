@@ -199,6 +199,35 @@ def test_positions_are_not_renumbered_without_a_whole_rotation(name, config, kin
         model(tiny.tokens(1, 8))
 
 
+class Wrapper(torch.nn.Module):
+    """Hands on every attribute, as `torch.compile` and the parallel wrappers do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inside = model
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "inside" else getattr(self.inside, name)
+
+
+def test_wrapped_models():
+    model = tiny.build("llama-gqa")
+    with pytest.raises(ValueError, match="Wrapper is no transformers model: pass the one inside it"):
+        KNORM(Wrapper(model))
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("call", [lambda model: model.model, lambda model: model.forward], ids=["inner", "forward"])
+def test_calls_that_bypass_the_block(call):
+    model = tiny.model()
+    with KNORM(model) as run:
+        for _ in range(2):  # before the first pass, and when one has left its cache behind
+            with pytest.raises(RuntimeError, match="call the model itself, not model.model or model.forward"):
+                call(model)(tiny.tokens(1, 6))
+            model(tiny.tokens(1, 6))
+        assert run.cache.get_seq_length() == 6
+
+
 # Prompts, masks, positions
 
 
@@ -256,6 +285,36 @@ def test_padding_inside_a_later_turn():
             tiny.generate(model, run, rows, before=turn)
 
 
+def test_masks_that_hide_stored_tokens():
+    model, (ids, mask) = tiny.model(), tiny.pad([tiny.tokens(6), tiny.tokens(4, seed=1)])
+    message = "attention_mask differs from earlier passes over tokens that are already stored"
+    with KNORM(model) as run:
+        model(ids, attention_mask=mask)
+        whole = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        for row, column, value in ((0, 0, 0), (1, 5, 0), (1, 0, 1)):
+            other = whole.clone()
+            other[row, column] = value
+            with pytest.raises(ValueError, match=message):
+                model(ids[:, :1], attention_mask=other, past_key_values=run.cache)
+        assert run.cache.get_seq_length() == 6
+        model(ids[:, :1], attention_mask=whole, past_key_values=run.cache)
+
+
+def test_masks_that_hide_the_pads_behind_an_early_end():
+    # `generate` shows the model pads behind a row that has ended; they are stored, and count as read.
+    model, rows = tiny.model(), [tiny.tokens(6), tiny.tokens(6, seed=1)]
+    free = tiny.once(model, KNORM, rows, new=5).tokens.tolist()
+    end = next(token for token in free[0][:2] if token not in free[1])
+    ids = torch.stack(rows)
+    with KNORM(model) as run:
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, eos_token_id=end)
+        assert made[0, -1] == model.generation_config.pad_token_id
+        more = torch.cat([made, tiny.tokens(2, 3, seed=2)], dim=1)
+        with pytest.raises(ValueError, match="attention_mask differs from earlier passes over tokens that are already"):
+            model.generate(more, attention_mask=(more != 0).long(), past_key_values=run.cache, **GREEDY)
+        model.generate(more, attention_mask=torch.ones_like(more), past_key_values=run.cache, **GREEDY)
+
+
 @pytest.mark.parametrize(
     "positions",
     [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(6).expand(3, 1, 6)],
@@ -285,6 +344,41 @@ def test_assisted_decoding():
     refused(ValueError, message, tiny.model(), tiny.tokens(1, 6), generation_config=config)
 
 
+@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "guidance_scale"])
+def test_options_in_a_positional_configuration_are_seen_before_the_model_runs(option):
+    model, passes = tiny.build("llama-gqa"), []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    config = transformers.GenerationConfig(**{option: 2}, **GREEDY)
+    with KNORM(model):
+        with pytest.raises(ValueError, match="assisted decoding rolls the cache back|guidance_scale reads a second"):
+            model.generate(tiny.tokens(1, 6), config)
+        assert not passes
+        model.generate(tiny.tokens(1, 6), transformers.GenerationConfig(**GREEDY))
+        assert len(passes) == 2
+
+
+def test_guidance():
+    model, ids = tiny.model(), tiny.tokens(1, 6)
+    message = "guidance_scale reads a second prompt with a cache of its own, which kvlib does not support"
+    refused(ValueError, message, model, ids, guidance_scale=1.5)
+    config = transformers.GenerationConfig(guidance_scale=0.5)
+    refused(ValueError, message, model, ids, generation_config=config)
+    with KNORM(model):
+        expected = model.generate(ids, **GREEDY)
+        for scale in (None, 1, 1.0):
+            assert torch.equal(model.generate(ids, guidance_scale=scale, **GREEDY), expected)
+
+
+def test_attention_weights():
+    message = "output_attentions: inside the block attention weights are never held as a whole"
+    refused(ValueError, message, tiny.model(), tiny.tokens(1, 6), output_attentions=True, return_dict_in_generate=True)
+    with KNORM(tiny.model()), pytest.raises(ValueError, match=message):
+        tiny.model()(tiny.tokens(1, 6), output_attentions=True)
+    model = tiny.build("llama-gqa", output_attentions=True, attn_implementation="eager")
+    with KNORM(model), pytest.raises(ValueError, match=message):
+        model(tiny.tokens(1, 6))
+
+
 def test_no_cache():
     model = tiny.model()
     refused(ValueError, "use_cache=False leaves nothing to compress", model, tiny.tokens(1, 6), use_cache=False)
@@ -309,6 +403,37 @@ def test_foreign_caches():
     static = StaticCache(config=model.config, max_cache_len=16)
     with KNORM(model), pytest.raises(ValueError, match="kvlib replaces a DynamicCache, got StaticCache"):
         model(tiny.tokens(1, 6), past_key_values=static)
+
+
+def test_offloaded_caches():
+    message = "kvlib replaces a DynamicCache, got an offloaded cache; drop `cache_implementation`"
+    model, ids = tiny.model(), tiny.tokens(1, 6)
+    refused(ValueError, message, model, ids, cache_implementation="offloaded")
+    refused(ValueError, message, model, ids, past_key_values=DynamicCache(offloading=True))
+    with KNORM(model), pytest.raises(ValueError, match=message):
+        model(ids, past_key_values=DynamicCache(offloading=True))
+
+
+@pytest.mark.parametrize("seen", [0, 6])
+def test_caches_of_an_interrupted_pass(seen):
+    model, ids = tiny.build("llama-gqa"), tiny.tokens(1, 12)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with KNORM(model) as run:
+        cache = model(ids[:, :seen]).past_key_values if seen else None
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, seen:9], past_key_values=cache)
+        hook.remove()
+        message = "a forward pass over this cache was interrupted half-way; start a new one"
+        with pytest.raises(ValueError, match=message):
+            model(ids[:, 9:], past_key_values=run.cache)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, past_key_values=run.cache, **GREEDY)
+        again = tiny.generate(model, run, [ids[0]])
+    assert again.kept == tiny.once(model, KNORM, [ids[0]]).kept
 
 
 @pytest.mark.parametrize("other", [kvlib.method("h2o", budget=0.5), kvlib.method("knorm", budget=0.4)], ids=repr)

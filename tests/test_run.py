@@ -197,6 +197,33 @@ def test_one_run_may_be_entered_again():
         assert tiny.generate(model, whole, [tiny.tokens(5, seed=1)], before=turn).kept == second.kept
 
 
+def test_one_run_is_open_once_at_a_time():
+    model = tiny.build("llama-gqa", attn_implementation="eager")
+    before, tokens, run = attributes(model), stock(model), KNORM(model)
+    expected = tiny.once(model, KNORM, [tiny.tokens(12)])
+    with run:
+        with pytest.raises(RuntimeError, match="this run is already open on this model"), run:
+            pass
+        assert tiny.generate(model, run, [tiny.tokens(12)]).kept == expected.kept
+    assert attributes(model) == before
+    with pytest.raises(RuntimeError, match="this run is already open on this model"), run, run:
+        pass
+    assert attributes(model) == before
+    assert stock(model) == tokens
+
+
+def test_other_arguments_reach_the_inner_model_once():
+    model, ids, seen = tiny.build("llama-gqa"), tiny.tokens(1, 6), []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model(ids, marker=7)
+    with KNORM(model):
+        model(ids, marker=7)
+        model(ids)
+    stock, inside, without = seen
+    assert inside.keys() == stock.keys() and inside["marker"] == 7
+    assert without.keys() == stock.keys() - {"marker"}
+
+
 # What a run says, and when
 
 
