@@ -199,12 +199,14 @@ class KVCache(Cache):
     Attributes:
         method: the method that fills it.
         steps: decode passes since the latest prompt.
+        interrupted: the latest forward pass did not end, so that layers may hold different tokens.
     """
 
     def __init__(self, layers: int, method):
         super().__init__(layers=[KVLayer() for _ in range(layers)])
         self.method = method
         self.steps = 0
+        self.interrupted = False
 
     @classmethod
     def adopt(cls, cache: Cache | None, layers: int, method) -> "KVCache":
@@ -227,9 +229,10 @@ class KVCache(Cache):
                 if len(cache.layers) != layers:
                     raise ValueError(f"the cache has {len(cache.layers)} layers, the model {layers}")
                 return cache
-        elif type(cache) is not DynamicCache or cache.offloading:
-            kind = "an offloaded cache" if cache.offloading else type(cache).__name__
-            raise ValueError(f"kvlib replaces a DynamicCache, got {kind}; drop `cache_implementation`")
+        elif type(cache) is not DynamicCache:
+            raise ValueError(f"kvlib replaces a DynamicCache, got {type(cache).__name__}; drop `cache_implementation`")
+        elif cache.offloading:
+            raise ValueError("kvlib replaces a DynamicCache, got an offloaded cache; drop `cache_implementation`")
         elif cache.get_seq_length():
             raise ValueError("a cache filled outside kvlib cannot be continued; start without past_key_values")
         cache.__class__ = cls

@@ -34,11 +34,12 @@ class Run:
         self.clamped: dict[str, torch.Tensor] = {}
         self.step: Step | None = None
         self._prompt_columns: int | None = None
+        self._hooks: list = []  # while the block is open
 
     # Entering and leaving
 
     def __enter__(self) -> "Run":
-        if self._active:
+        if self._hooks:
             raise RuntimeError("this run is already open on this model")
         self._before = {module: module.__dict__.get("_kvlib_run") for module in [self.model, *self.modules]}
         self._generate_before = self.model.__dict__.get("generate")
@@ -58,8 +59,8 @@ class Run:
         return self
 
     def __exit__(self, *exception) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         for module, run in self._before.items():
             _restore(module.__dict__, "_kvlib_run", run)
         _restore(self.model.__dict__, "generate", self._generate_before)
@@ -80,10 +81,15 @@ class Run:
     def _generate(self, *args, **kwargs):
         """`model.generate` inside the block: as always, after noting where the prompt ends."""
         kwargs = self.method.on_generate(self, kwargs)
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.model.generation_config
-        if kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens):
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+        def option(name):  # what a call or its configuration leaves open, the model's configuration decides
+            values = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
+            return next((value for value in values if value is not None), None)
+
+        if any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))):
             raise ValueError("assisted decoding rolls the cache back, which a compressed cache cannot do")
-        if kwargs.get("guidance_scale", config.guidance_scale) not in (None, 1):
+        if option("guidance_scale") not in (None, 1):
             raise ValueError(
                 "guidance_scale reads a second prompt with a cache of its own, which kvlib does not support"
             )
@@ -115,7 +121,7 @@ class Run:
         ids = kwargs.get("input_ids")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
         cache = KVCache.adopt(kwargs.get("past_key_values"), len(self.modules), self.method)
-        if len({layer.seen for layer in cache.layers}) > 1:
+        if cache.interrupted:
             raise ValueError("a forward pass over this cache was interrupted half-way; start a new one")
         if cache.get_seq_length() == 0:
             self.clamped = {}
@@ -132,6 +138,7 @@ class Run:
         for layer in cache.layers:
             layer.accepting = True
         self.method.on_token_ids(self, ids)
+        cache.interrupted = True
         return (), kwargs
 
     def _read(self, inputs, mask, cache) -> Step:
@@ -172,8 +179,11 @@ class Run:
         )
 
     def _after_forward(self, model, args, output):
-        if self._active:
+        if self._active and self.step is not None:
             self.step = None  # views hold the keys that were just evicted
+            self.cache.interrupted = output is None  # which is what a hook gets after an exception
+            for layer in self.cache.layers:
+                layer.accepting = False
 
     def _before_layer(self, layer_idx: int):
         """A pre-hook that lets the method shorten the hidden states, and everything that goes with them."""

@@ -565,3 +565,29 @@ def test_pickled_weights_are_not_loaded(shipped):
     (shipped / "model.safetensors").unlink()
     with pytest.raises(OSError, match="cannot load"):
         kvlib.load(str(shipped))
+
+
+def test_what_a_configuration_leaves_open_is_the_model_s():
+    model = tiny.build("llama-gqa")
+    model.generation_config.guidance_scale = 2.0
+    given = GenerationConfig(max_new_tokens=2, do_sample=False)
+    with (
+        kvlib.method("knorm", budget=0.5)(model),
+        pytest.raises(ValueError, match="guidance_scale reads a second prompt"),
+    ):
+        model.generate(tiny.tokens(1, 6), generation_config=given)
+
+
+def test_an_eviction_that_failed_leaves_no_usable_cache():
+    class Fails(kvlib.Method):
+        def score(self, view):
+            if view.layer_idx == 1:  # every layer has stored its tokens by then
+                raise RuntimeError("in the last layer")
+            return view.positions.float()
+
+    model, ids = tiny.model(), tiny.tokens(1, 6)
+    with Fails(0.5)(model) as run:
+        with pytest.raises(RuntimeError, match="in the last layer"):
+            model(ids)
+        with pytest.raises(ValueError, match="interrupted half-way"):
+            model(ids[:, :1], past_key_values=run.cache)
