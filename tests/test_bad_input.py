@@ -570,7 +570,7 @@ def test_pickled_weights_are_not_loaded(shipped):
 def test_what_a_configuration_leaves_open_is_the_model_s():
     model = tiny.build("llama-gqa")
     model.generation_config.guidance_scale = 2.0
-    given = GenerationConfig(max_new_tokens=2, do_sample=False)
+    given = transformers.GenerationConfig(max_new_tokens=2, do_sample=False)
     with (
         kvlib.method("knorm", budget=0.5)(model),
         pytest.raises(ValueError, match="guidance_scale reads a second prompt"),
