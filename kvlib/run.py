@@ -28,7 +28,9 @@ class Run:
     def __init__(self, method, model):
         self.method, self.model = method, model
         self.modules = attention_modules(model)
-        self.signature = inspect.signature(model.forward)
+        self._signature = inspect.signature(model.forward)
+        parameters = self._signature.parameters.values()
+        self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
         self._rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
         self.cache: KVCache | None = None
         self.clamped: dict[str, torch.Tensor] = {}
@@ -52,7 +54,7 @@ class Run:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
-        if self._shortens:
+        if self.method.hooks("before_layer"):
             for layer, module in zip(decoder_layers(self.model, self.modules), self.modules, strict=True):
                 hook = self._before_layer(module.layer_idx)
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -71,10 +73,6 @@ class Run:
     def _active(self) -> bool:
         """False while a nested block is open."""
         return self.model.__dict__.get("_kvlib_run") is self
-
-    @property
-    def _shortens(self) -> bool:
-        return self.method.hooks("before_layer")
 
     # From the model into the cache
 
@@ -110,9 +108,8 @@ class Run:
         """Adopt the cache and work out which tokens this pass brings."""
         if not self._active:
             return None
-        bound = self.signature.bind_partial(*args, **kwargs)
-        others = next((n for n, p in self.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
-        kwargs = bound.arguments.pop(others, {}) | bound.arguments
+        named = self._signature.bind_partial(*args, **kwargs).arguments
+        kwargs = named.pop(self._others, {}) | named
         use_cache = kwargs.get("use_cache")
         if use_cache is False or (use_cache is None and not model.config.get_text_config().use_cache):
             raise ValueError("use_cache=False leaves nothing to compress")
@@ -300,13 +297,12 @@ class Run:
             ValueError: if angles are not position x frequency over the whole head: dynamic or longrope scaling, partial
                 rotation, or no rotary embedding at all.
         """
-        rotary = self._rotary
-        kind = getattr(rotary, "rope_type", None)
-        if rotary is None or kind in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != head_dim:
+        kind = getattr(self._rotary, "rope_type", None)
+        if self._rotary is None or kind in ("dynamic", "longrope") or 2 * len(self._rotary.inv_freq) != head_dim:
             raise ValueError(
                 f"keys cannot be re-rotated with rotary embedding {kind!r} over part or all of {head_dim} dimensions"
             )
-        return rotary.inv_freq
+        return self._rotary.inv_freq
 
 
 def evict(method, view: View) -> None:
