@@ -55,8 +55,12 @@ publish: $(INSTALLED)  ## run the default profile and store its outputs in noteb
 results: $(INSTALLED)  ## make the result tables again (minutes on a GPU, a night without)
 	$(PYTHON) -m kvlib.lab.evaluate 00_kv_cache
 
-minilm: $(INSTALLED)  ## train the embedded model again (needs a GPU)
-	$(PYTHON) -m kvlib.minilm all
+minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
+	$(PYTHON) -m kvlib.minilm corpus tokenizer tokens
+	for recipe in pilot12 pilot16 seed1 seed2; do \
+	  $(PYTHON) -m kvlib.minilm train export evaluate keep --recipe $$recipe; done
+	for recipe in base gqa; do $(PYTHON) -m kvlib.minilm train export evaluate card --recipe $$recipe; done
+	$(PYTHON) -m kvlib.minilm overview
 
 clean:      ## delete build/
 	rm -rf build

@@ -1,27 +1,48 @@
-"""Retrieval tasks: the prompt alone determines the answer, lengths hold, training and test share nothing."""
+"""The tasks: the prompt alone determines the answer, lengths hold, training and test share nothing."""
 
 import csv
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
+import zlib
+from collections import Counter
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracle import answer_of
+from oracle import answer_of, check_code, heldout, way
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvlib.lab import tasks
-from kvlib.lab.tasks import TASKS, Filler, Sample, correct, sample
+from kvlib.lab.tasks import CATALOGUE, FAMILIES, PROBES, SHORTEST, Draw, Filler, Sample, correct, sample, share_of_lines
+from kvlib.lab.tasks.code import SHORTEST_CODE
+from kvlib.lab.tasks.probes import DISTANCES
+from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, pools
+from kvlib.minilm.tokenizer import encode
 from kvlib.paths import DATA, MODELS
 
-KINDS = st.sampled_from(sorted(TASKS))
-SEEDS = st.integers(0, 10**6)
+CODE = [name for name, family in FAMILIES.items() if family.group == "code"]
+PLANTED = [name for name in CATALOGUE if name not in CODE]
+TRAINED = [name for name, family in CATALOGUE.items() if family.trained]
+TASKS, SEEDS = st.sampled_from(PLANTED), st.integers(0, 10**6)
 SOURCE = Filler("".join(f"def step_{i}(x):\n    return x * {i} + step({i})\n\n" for i in range(400)))
+NAME = re.compile(rf"\b(?:{'|'.join(ADJECTIVES)})_(?:{'|'.join(NOUNS)})\b")
+LOOKED_UP = [  # one of several values that the prompt states
+    *["dict_lookup", "function_lookup", "class_attribute", "two_hop", "file_lookup", "override", "label"],
+    *["shown_syntax", "where_defined"],
+]
+
+
+class Plain:
+    """The same short line again and again: filler that is quick to count."""
+
+    def lines(self, rng: random.Random, tokens: int) -> list[str]:
+        return ["x = 1"] * tokens
 
 
 @cache
@@ -29,66 +50,228 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(MODELS / "minilm")
 
 
-def length(text: str) -> int:
-    return len(tokenizer()(text).input_ids)
+def ids(text: str) -> list[int]:
+    """Without BOS."""
+    return tokenizer()(text, add_special_tokens=False).input_ids
 
 
-@given(KINDS, st.integers(tasks.SHORTEST, 1500), SEEDS)
-@settings(max_examples=120)
+def shortest(task: str) -> int:
+    return SHORTEST_CODE if task in CODE else SHORTEST
+
+
+def drafted(task: str, tokens: int, seed: int, split: str = "test") -> tasks.Draft:
+    """What `sample` drafts for this seed."""
+    return tasks.draft(task, tokens, Draw(random.Random(f"{task} {tokens} {seed} {split}"), split))
+
+
+def check_sizes(drawn: Sample, tokens: int) -> None:
+    """The length is the prompt's, prompt and answer are tokenised apart, and hardly a token is left over.
+
+    If they were not, the answer that is scored would not be the one that the model is asked to write.
+    """
+    prompt, answer = ids(drawn.prompt), ids(drawn.answer)
+    assert ids(drawn.prompt + drawn.answer) == prompt + answer
+    assert drawn.length == len(prompt) + 1 == len(tokenizer()(drawn.prompt).input_ids)
+    assert 0 <= tokens - drawn.length - len(answer) <= 8 + tokens // 50
+
+
+# The catalogue
+
+
+def test_as_many_families_as_longbench_has_tasks():
+    assert len(FAMILIES) == 16
+    assert Counter(family.group for family in FAMILIES.values()) == dict(zip(tasks.GROUPS, (3, 3, 3, 3, 2, 2)))
+    assert set(PROBES) == {"long_generation", "distance"} and {**FAMILIES, **PROBES}.keys() == CATALOGUE.keys()
+    assert all(name == family.name for name, family in CATALOGUE.items())
+
+
+def test_some_families_are_not_trained():
+    unseen = [name for name, family in FAMILIES.items() if not family.trained]
+    assert len(unseen) >= 4 and set(CODE) < set(unseen)
+    assert {FAMILIES[name].group for name in unseen} != {"code"}
+
+
+# Planted tasks
+
+
+@given(TASKS, st.integers(SHORTEST, 1500), SEEDS)
+@settings(max_examples=400)
 def test_the_prompt_alone_gives_the_answer(task, tokens, seed):
-    drawn = sample(task, tokens, seed, tokenizer=tokenizer())
+    lines = {"lines": min(8, tokens // 64)} if task == "distance" else {}  # so many lines certainly fit
+    drawn = sample(task, tokens, seed, tokenizer=tokenizer(), **lines)
     assert answer_of(drawn.prompt) == drawn.answer
-    assert drawn.prompt.split("\n")[-1].startswith("assert ") and drawn.prompt.endswith(" == ")
-    assert drawn.length == length(drawn.prompt)
-    assert 0 <= tokens - drawn.length <= 8 + tokens // 50
+    assert (drawn.task, drawn.seed) == (task, seed)
+    check_sizes(drawn, tokens)
 
 
-@given(KINDS, st.integers(tasks.SHORTEST, 600), SEEDS)
-@settings(max_examples=60)
-def test_prompt_and_answer_are_tokenised_apart(task, tokens, seed):
-    """Else the answer that is scored would not be the one that the model is asked to write."""
-    drawn = sample(task, tokens, seed, tokenizer=tokenizer())
-    prompt, answer, both = (
-        tokenizer()(text, add_special_tokens=False).input_ids
-        for text in (drawn.prompt, drawn.answer, drawn.prompt + drawn.answer)
-    )
-    assert both == prompt + answer
-    assert len(answer) == 5  # one token a digit
+@pytest.mark.parametrize("task", PLANTED)
+def test_the_smallest_and_largest_prompts(task):
+    for tokens, seeds in ((SHORTEST, 20), (4096, 2)):
+        for seed in range(seeds):
+            drawn = sample(task, tokens, seed, tokenizer=tokenizer(), **({"lines": 2} if task == "distance" else {}))
+            assert answer_of(drawn.prompt) == drawn.answer
+            check_sizes(drawn, tokens)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", CATALOGUE)
 def test_a_sample_follows_from_its_seed(task):
     def draw(seed, **options):
-        return sample(task, 300, seed, tokenizer=tokenizer(), **options)
+        return sample(task, 512, seed, tokenizer=tokenizer(), **options)
 
     first = draw(3)
     draw(4)  # nothing is left behind by samples in between
     assert draw(3) == first
     assert len({draw(seed).prompt for seed in range(20)}) == 20
-    assert draw(3, split="train", text=SOURCE).prompt != draw(3, text=SOURCE).prompt
+    if task not in CODE:
+        assert draw(3, split="train", text=SOURCE).prompt != draw(3, text=SOURCE).prompt
 
 
-def test_questions_are_asked_of_every_fact():
+@pytest.mark.parametrize("task", [name for name in LOOKED_UP if name != "shown_syntax"])
+def test_questions_are_asked_of_every_fact(task):
     """Not of the first or last one only, whose place in the prompt a cache method could guess."""
-    asked = set()
-    for seed in range(40):
-        prompt = sample("dict_lookup", 160, seed, tokenizer=tokenizer()).prompt
-        keys, question = re.findall(r'^ {4}"(\w+_\w+)": \d{5},$', prompt, re.MULTILINE), prompt.split('"')[-2]
-        asked.add(keys.index(question))
-    assert asked == set(range(160 // 32))
+    ranks = set()
+    for seed in range(60):
+        drawn = drafted(task, 320, seed)
+        question, answer = drawn.questions[0]
+        stated = "".join(text for _, text in sorted(drawn.facts))
+        order = sorted(drawn.questions, key=lambda asked: stated.index(key_of(task, asked)))
+        ranks.add(order.index((question, answer)))
+    assert ranks == set(range(len(drawn.questions)))
+    assert answer == sample(task, 320, 59, tokenizer=tokenizer()).answer  # the draft is the sample's
+
+
+def key_of(task: str, asked: tuple[str, str]) -> str:
+    """What of a question occurs in its fact."""
+    question, answer = asked
+    return re.findall(r"[a-z]+_" if task == "label" else NAME, question)[-1] if task != "file_lookup" else answer
+
+
+def test_every_list_event_and_function_is_asked():
+    for task, tokens in (("collect", 1024), ("exports", 1024), ("count", 1024), ("transform", 400)):
+        ranks = set()
+        for seed in range(40):
+            drawn = drafted(task, tokens, seed)
+            ranks.add(sorted(drawn.questions).index(drawn.questions[0]))
+        assert ranks == set(range(len(drawn.questions)))
+
+
+@pytest.mark.parametrize("task", PLANTED)
+def test_no_constant_answer_is_often_right(task):
+    answers = Counter(drafted(task, 512, seed).questions[0][1] for seed in range(200))
+    assert answers.most_common(1)[0][1] <= 0.4 * 200
+    if task == "count":
+        assert set(answers) == set(map(str, range(1, len(answers) + 1))) and len(answers) >= 5
+
+
+@pytest.mark.parametrize("task", LOOKED_UP)
+def test_neither_the_first_nor_the_last_nor_the_commonest_value_is_often_right(task):
+    hits, seeds = Counter(), 200
+    for seed in range(seeds):
+        drawn = drafted(task, 1024, seed)
+        answer, *others = (re.search(r"\w+\W*$", option)[0].strip('"') for _, option in drawn.questions)
+        stated, options = "".join(text for _, text in sorted(drawn.facts)), sorted({answer, *others})
+        hits["first"] += answer == min(options, key=stated.index)
+        hits["last"] += answer == max(options, key=stated.rindex)
+        hits["commonest"] += answer == max(options, key=lambda option: stated.count(option))
+    limit = {"label": 0.55, "where_defined": 0.4}.get(task, 0.35)  # five labels; four files
+    assert max(hits.values()) <= limit * seeds, hits
+
+
+def test_settings_are_made_again():
+    again = sum(len(drafted("override", 128, seed).facts) > 2 for seed in range(60))
+    drawn = [sample("override", 400, seed, tokenizer=tokenizer()) for seed in range(60)]
+    first = [re.search(rf"^{d.prompt.split()[-2]} = (\d+)$", d.prompt, re.MULTILINE)[1] == d.answer for d in drawn]
+    assert again > 40 and 0.15 * 60 < sum(first) < 0.6 * 60  # settings made once, about a third
+
+
+def test_lists_are_asked_in_the_order_of_the_prompt():
+    """Not sorted, and as long as they are."""
+    drawn = [drafted("collect", 1024, seed).questions[0][1][:-1].split(", ") for seed in range(60)]
+    assert sum(values != sorted(values) for values in drawn) > 30
+    assert {len(values) for values in drawn} == {2, 3, 4}
+
+
+@pytest.mark.parametrize("tokens", [2048, 3000, 4096])
+def test_long_generation_is_long(tokens):
+    for seed in range(3):
+        drawn = sample("long_generation", tokens, seed, tokenizer=tokenizer())
+        assert len(ids(drawn.answer)) > 512
+        assert drawn.answer.count("\n") == 47 and answer_of(drawn.prompt) == drawn.answer
+
+
+@given(st.sampled_from(DISTANCES), st.integers(1200, 2000), SEEDS)
+@settings(max_examples=60)
+@example(64, 4096, 0)
+def test_so_many_lines_are_between_definition_and_use(lines, tokens, seed):
+    drawn = sample("distance", tokens, seed, tokenizer=tokenizer(), lines=lines)
+    rows = drawn.prompt.split("\n")
+    name = re.fullmatch(r"assert (\w+) == ", rows[-1])[1]
+    assert rows[-2 - lines] == f"{name} = {drawn.answer}"
+    check_sizes(drawn, tokens)
+
+
+def test_no_line_between_definition_and_use():
+    rows = sample("distance", 200, 0, tokenizer=tokenizer(), lines=0).prompt.split("\n")
+    assert rows[-1].startswith(f"assert {rows[-2].split()[0]} ")
+
+
+@given(st.floats(0, 1), st.integers(400, 1500), SEEDS)
+@settings(max_examples=60)
+def test_the_needle_stands_at_its_depth(depth, tokens, seed):
+    drawn = sample("needle", tokens, seed, tokenizer=tokenizer(), depth=depth)
+    name = re.search(r"assert (\w+) == $", drawn.prompt)[1]
+    before, _, after = drawn.prompt.partition(f"{name} = {drawn.answer}\n")
+    before, after = len(ids(before)), len(ids(after[: after.rindex("assert")]))
+    longest = max(len(ids(line + "\n")) for line in drawn.prompt.split("\n"))
+    assert 0 <= before - depth * (before + after) <= longest  # at the first end of a line from there on
+    if depth in (0, 1):
+        assert (after if depth else before) == 0
+
+
+@pytest.mark.parametrize("number", [float, int])
+def test_depths_at_both_ends(number):
+    first, last = (sample("needle", 200, 1, tokenizer=tokenizer(), depth=number(depth)).prompt for depth in (0, 1))
+    assert re.match(r"[A-Z]+_[A-Z]+ = \d{5}\n", first)
+    assert re.search(r"\n[A-Z]+_[A-Z]+ = \d{5}\nassert [A-Z]+_[A-Z]+ == $", last)
+
+
+# Training and test
 
 
 def test_training_and_test_share_no_name_and_no_value():
-    (train_names, train_values), (test_names, test_values) = tasks.pools("train"), tasks.pools("test")
-    assert not set(train_names) & set(test_names) and not set(train_values) & set(test_values)
+    """Which is whose never changes: shipped models were trained on it."""
+    (train_names, train_values), (test_names, test_values) = pools("train"), pools("test")
+    everything = [f"{a}_{b}" for a in ADJECTIVES for b in NOUNS]
+    assert test_names == [name for name in everything if zlib.crc32(name.encode()) % 4 == 0]
+    assert {*train_names, *test_names} == set(everything) and not {*train_names} & {*test_names}
+    assert {*train_values, *test_values} == {*range(10_000, 100_000)} and not {*train_values} & {*test_values}
     assert len(test_names) > 4000 and len(test_values) > 20_000
     for split, names, values in (("train", train_names, train_values), ("test", test_names, test_values)):
-        for task in TASKS:
-            drawn = sample(task, 400, 0, tokenizer=tokenizer(), split=split, text=SOURCE)
-            assert {int(v) for v in re.findall(r"\b\d{5}\b", drawn.prompt)} <= set(values)
-            pairs = {f"{a}_{b}" for a in tasks.ADJECTIVES for b in tasks.NOUNS}
-            words = set(re.findall(r"\w+", drawn.prompt.lower())) & pairs
-            assert words and words <= set(names)
+        names, values = set(names), set(values)
+        for task in PLANTED:
+            for seed in range(5):
+                drawn = sample(task, 512, seed, tokenizer=tokenizer(), split=split, text=Plain())
+                assert {int(v) for v in re.findall(r"\b\d{5}\b", drawn.prompt + drawn.answer)} <= values
+                words = set(NAME.findall((drawn.prompt + drawn.answer).lower()))
+                assert words and words <= names
+
+
+def test_training_and_test_share_no_pattern_and_no_label():
+    """Ways to write, made-up syntaxes and their words, labels."""
+    seen = {}
+    for split in tasks.words.SPLITS:
+        kinds = seen[split] = {"way": set(), "syntax": set(), "word": set(), "label": set()}
+        for seed in range(150):
+            body = "".join(text for _, text in drafted("transform", 200, seed, split).facts)
+            kinds["way"].add(way(body, re.match(r"assert (\w+)", body)[1]))
+            question = drafted("shown_syntax", 300, seed, split).questions[0][0]
+            word, *syntax = re.fullmatch(r"# (\w+)(\W)\w+(\W) (\S+) ", question).groups()
+            kinds["word"].add(word)
+            kinds["syntax"].add(tuple(syntax))
+            kinds["label"] |= {answer for _, answer in drafted("label", 512, seed, split).questions}
+    for kind, least in (("way", 5), ("syntax", 4), ("word", 20), ("label", 20)):
+        assert not seen["train"][kind] & seen["test"][kind]
+        assert min(len(seen[split][kind]) for split in seen) >= least, kind
 
 
 def test_training_and_test_share_no_filler_text():
@@ -104,31 +287,43 @@ def test_training_and_test_share_no_filler_text():
     assert tasks.filler("test").text == "\n".join(shipped)
 
 
-@given(st.floats(0, 1), st.integers(400, 1500), SEEDS)
-@settings(max_examples=60)
-def test_the_needle_stands_at_its_depth(depth, tokens, seed):
-    drawn = sample("needle", tokens, seed, tokenizer=tokenizer(), depth=depth)
-    name = re.search(r"assert (\w+) == $", drawn.prompt)[1]
-    before, _, after = drawn.prompt.partition(f"{name} = {drawn.answer}\n")
-    before, after = length(before) - 1, length(after[: after.rindex("assert")]) - 1  # without BOS
-    longest = max(length(line + "\n") - 1 for line in drawn.prompt.split("\n"))
-    assert 0 <= before - depth * (before + after) < longest  # at the first end of a line from there on
-    if depth in (0, 1):
-        assert (after if depth else before) == 0
+@pytest.mark.parametrize("task", TRAINED)
+def test_what_training_draws_fits(task):
+    """As `Sequences.task` of `kvlib.minilm.data` does it; an error there would end a training run."""
+
+    def count(texts: list[str]) -> list[int]:
+        return list(map(len, encode(tokenizer(), texts)))
+
+    for seed in range(100):
+        rng = random.Random(f"{task} {seed}")
+        tokens = rng.choice([150, 160, 191, 192, 200, 256, 320, 512, 640, 1024])  # where more facts begin, and
+        if seed % 2:
+            tokens = round(math.exp(rng.uniform(math.log(150), math.log(4095))))
+        drawn = tasks.draft(task, tokens, Draw(rng, "train"))
+        asked = drawn.questions[: max(1, min(8, tokens // SHORTEST))]
+        room = tokens - sum(count([text for question, answer in asked for text in (question, answer, "\n")]))
+        context = tasks.compose(drawn, room, rng, Plain(), count)
+        assert sum(count([context])) <= room
+        assert all(answer_of(context + question) == answer for question, answer in asked)
 
 
-def test_depths_at_both_ends():
-    first, last = (sample("needle", 200, 1, tokenizer=tokenizer(), depth=depth).prompt for depth in (0, 1))
-    assert re.match(r"[A-Z]+_[A-Z]+ = \d{5}\n", first)
-    assert re.search(r"\n[A-Z]+_[A-Z]+ = \d{5}\nassert [A-Z]+_[A-Z]+ == $", last)
+# Filler
 
 
-def test_filler_never_mentions_what_is_asked():
+@pytest.mark.parametrize("task", PLANTED)
+def test_filler_never_mentions_what_is_planted(task):
     """A line of filler that binds the same name would make the answer ambiguous."""
-    (name,) = tasks.Draw(random.Random("needle 200 5 test"), "test").names(1)
-    text = Filler(f"{name.upper()} = 1\nx = {name} + 1\nplain = 1\n" * 400)
-    prompt = sample("needle", 200, 5, tokenizer=tokenizer(), text=text).prompt
-    assert prompt.lower().count(name) == 2 and "plain" in prompt
+    drawn = drafted(task, 400, 5)
+    names = {name for text, _ in drawn.questions for name in NAME.findall(text.lower())}
+    if task == "transform":  # whose other names are arguments
+        names = set(re.findall(r"assert (\w+)\(", "".join(text for text, _ in drawn.questions)))
+    names |= {name for name in drawn.names if NAME.fullmatch(name)}
+    if task != "transform":
+        names |= {name for _, text in drawn.facts for name in NAME.findall(text.lower())}
+    traps = [line for n in sorted(names) for line in (f"x = {n}.trap", f"{n.upper()} = 1  # trap", f"def {n}(): trap")]
+    text = Filler("".join(f"{line}\nplain = 1\n" for line in traps) * 20)
+    prompt = sample(task, 400, 5, tokenizer=tokenizer(), text=text).prompt
+    assert "trap" not in prompt and prompt.count("plain = 1\n") > 4
 
 
 def test_short_filler_starts_again():
@@ -137,6 +332,40 @@ def test_short_filler_starts_again():
     assert drawn.prompt.count("beta = 2\n") > 20
 
 
+def test_filler_is_real_code_in_its_order():
+    lines = sample("needle", 600, 2, tokenizer=tokenizer(), depth=1).prompt.split("\n")[:-2]
+    everything = iter("\n".join(row["text"] for row in heldout().values()).split("\n") * 2)
+    assert len(lines) > 20 and all(line in everything for line in lines)  # a subsequence, as `in` advances
+
+
+# Completion of real code
+
+
+@pytest.mark.parametrize(("tokens", "seeds"), [(512, 250), (1024, 40), (4096, 4)])
+@pytest.mark.parametrize("task", CODE)
+def test_identifiers_can_be_completed_from_the_prompt(task, tokens, seeds):
+    words = Counter()
+    for seed in range(seeds):
+        drawn = sample(task, tokens, seed, tokenizer=tokenizer())
+        words[check_code(task, drawn.prompt, drawn.answer)] += 1
+        check_sizes(drawn, tokens)
+    assert len(words) > 0.7 * seeds  # not the same few again and again
+
+
+def test_other_files_around_the_identifier_are_shown():
+    """It does not stand in the same place every time."""
+    depths = []
+    for seed in range(60):
+        drawn = sample("cross_file", 1024, seed, tokenizer=tokenizer())
+        word = re.search(r"\w+$", drawn.prompt)[0] + drawn.answer
+        depths.append(re.search(rf"\b{word}\b", drawn.prompt).start() / len(drawn.prompt))
+    assert min(depths) < 0.1 and max(depths) > 0.4
+
+
+# Other people's tokenizers
+
+
+@cache
 def merging(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose tokens may span lines: what `sample` meets with other people's models."""
     bpe = Tokenizer(models.BPE())
@@ -149,29 +378,38 @@ def merging(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def test_tokenizers_that_merge_lines():
-    foreign = merging(1500)
+    foreign, made = merging(1500), Counter()
     assert any("Ċ" in token.strip("Ċ") for token in foreign.get_vocab())  # Ċ is the newline's byte
-    made = 0
-    for task in TASKS:
+    for task in CATALOGUE:
         for seed in range(5):
             try:
-                drawn = sample(task, 400, seed, tokenizer=foreign)
+                drawn = sample(task, 1024, seed, tokenizer=foreign)
             except ValueError as error:
-                assert f"no prompt of 400 tokens could be made for {task!r}" in str(error)
+                assert re.match(rf"no prompt of 1024 tokens could be made for '{task}'|.*the facts alone", str(error))
                 continue
-            assert drawn.length == len(foreign(drawn.prompt).input_ids)
-            assert 0 <= 400 - drawn.length <= 8 + 400 // 50
-            assert answer_of(drawn.prompt) == drawn.answer
-            made += 1
-    assert made >= 18
+            left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
+            assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
+            if task in CODE:
+                check_code(task, drawn.prompt, drawn.answer)
+            else:
+                assert answer_of(drawn.prompt) == drawn.answer
+            made[task] += 1
+    assert sum(made.values()) >= 60 and len(made) >= 15, made
+
+
+# Errors
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("neddle", 300, 0), "unknown task 'neddle'; did you mean 'needle'?"),
-        (("xyz", 300, 0), "unknown task 'xyz'; known: dict_lookup, needle, function_lookup, two_hop"),
-        (("needle", tasks.SHORTEST - 1, 0), f"tokens={tasks.SHORTEST - 1}: at least {tasks.SHORTEST}"),
+        (("xyz", 300, 0), "unknown task 'xyz'; known: dict_lookup, function_lookup, class_attribute, two_hop"),
+        (("needle", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
+        (("completion", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
+        *[((task, SHORTEST_CODE - 1, 0), f"tokens={SHORTEST_CODE - 1}: at least {SHORTEST_CODE}") for task in CODE],
+        *[((task, 600, 10**6), "seed=1000000: held-out code has ") for task in CODE],
+        *[((task, 600, -1), "seed=-1: held-out code has ") for task in CODE],
     ],
 )
 def test_errors(arguments, message):
@@ -185,9 +423,26 @@ def test_depth_out_of_range(depth):
         sample("needle", 300, 0, tokenizer=tokenizer(), depth=depth)
 
 
+@pytest.mark.parametrize("lines", [-1, -64])
+def test_lines_out_of_range(lines):
+    with pytest.raises(ValueError, match=rf"lines={lines}: at least 0"):
+        sample("distance", 300, 0, tokenizer=tokenizer(), lines=lines)
+
+
+def test_lines_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"too few tokens: there is room for \d+ lines of filler behind the fact"):
+        sample("distance", 128, 0, tokenizer=tokenizer(), lines=100)
+
+
 def test_unknown_split():
     with pytest.raises(ValueError, match="split='dev': 'train' or 'test'"):
         sample("needle", 300, 0, tokenizer=tokenizer(), split="dev", text=SOURCE)
+
+
+@pytest.mark.parametrize("task", CODE)
+def test_real_code_is_not_trained_on(task):
+    with pytest.raises(ValueError, match="split='train': real code is completed in tests only"):
+        sample(task, 600, 0, tokenizer=tokenizer(), split="train")
 
 
 def test_facts_that_do_not_fit():
@@ -196,20 +451,56 @@ def test_facts_that_do_not_fit():
         sample("dict_lookup", 300, 0, tokenizer=merging(256))
 
 
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("answer", "generated", "expected"),
+    [
+        ("48213", "48213", True),
+        ("48213", "48213\nassert x == 1", True),
+        ("48213", "48213  # found", True),
+        ("48213", "48213, 'message'", True),
+        ("48213", "482130", False),
+        ("48213", "48213_0", False),
+        ("48213", "4821", False),
+        ("48213", " 48213", False),
+        ("48213", "1\n48213", False),
+        ("48213", "", False),
+        ("a.b", "a.b\n", True),
+        ("a.b", "axb\n", False),
+        ("_attr_map", "_attr_map = {}", True),
+        ("_attr_map", "_attr_map2 = {}", False),
+        ('thunder"', 'thunder"\n', True),
+        ('thunder"', "thunder", False),
+        ('thunder"', "thunder'", False),
+        ("1, 2]", "1, 2]\n", True),
+        ("1, 2]", "1, 2, 3]\n", False),
+        ("1, 2]", "2, 1]\n", False),
+        ("a = 1\nb = 2", "a = 1\nb = 2\nc = 3", True),
+        ("a = 1\nb = 2", "a = 1\nb = 23", False),
+        ("a = 1\nb = 2", "a = 1\n", False),
+        ("a = 1\nb = 2", "a = 1\nc = 3\nb = 2", False),
+    ],
+)
+def test_what_counts_as_correct(answer, generated, expected):
+    assert correct(Sample("needle", "", answer, 0, 0), generated) is expected
+
+
 @pytest.mark.parametrize(
     ("generated", "expected"),
     [
-        ("48213", True),
-        ("48213\nassert x == 1", True),
-        ("48213  # found", True),
-        ("48213, 'message'", True),
-        ("482130", False),
-        ("48213_0", False),
-        ("4821", False),
-        (" 48213", False),
-        ("1\n48213", False),
-        ("", False),
+        ("a = 1\nb = 2\nc = 3\nd = 4", 1.0),
+        ("a = 1\nb = 2\nc = 3\nd = 4\n", 1.0),
+        ("a = 1\nb = 2\nc = 3\nd = 4\ne = 5", 1.0),
+        ("a = 1\nb = 2\nc = 3\nd = 45", 0.75),
+        ("a = 1\nb = 2\nc = 3\n", 0.75),
+        ("a = 1\nb = 2\nc = 3", 0.75),
+        ("a = 1\nb = 2\nc = ", 0.5),
+        ("a = 1\nb = 3\nc = 3\nd = 4", 0.25),
+        ("b = 2\na = 1", 0.0),
+        ("", 0.0),
     ],
 )
-def test_what_counts_as_correct(generated, expected):
-    assert correct(Sample("needle", "", "48213", 0, 0), generated) is expected
+def test_partial_credit(generated, expected):
+    assert share_of_lines(Sample("long_generation", "", "a = 1\nb = 2\nc = 3\nd = 4", 0, 0), generated) == expected

@@ -1,9 +1,9 @@
 """Exact-match evaluation of cache methods: one prefill per batch of prompts, forked for every method and budget.
 
 Every row of a result table is one sample under one configuration, with the bytes that were really stored. The prompt,
-question included, is prefilled and compressed; then the answer and its newline are fed token by token, and the sample
-counts if every one of them was the model's first choice. That is what greedy decoding up to the newline would have to
-produce, at a fixed cost per sample.
+question included, is prefilled and compressed; then the answer is fed token by token, and the sample counts if every
+token of it was the model's first choice and the choice after it does not continue its last word. That is what greedy
+decoding would have to produce, at a fixed cost per sample.
 """
 
 import argparse
@@ -84,10 +84,10 @@ def evaluate(
         inputs = tokenizer([s.prompt for s in drawn], return_tensors="pt", padding=True, padding_side="left").to(
             model.device
         )
-        answers = [tokenizer(s.answer + "\n", add_special_tokens=False).input_ids for s in drawn]
+        answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
         snapshot = kvlib.snapshot(model, **inputs)
         for configuration in configurations:
-            values, stored, full, clamped = score(model, configuration.make(), snapshot, answers)
+            values, stored, full, clamped = score(model, configuration.make(), snapshot, answers, tokenizer)
             for row, number in enumerate(numbers):
                 rows.append(
                     {
@@ -107,12 +107,10 @@ def evaluate(
 
 
 @torch.no_grad()
-def score(model, method, snapshot, answers: list[list[int]]):
+def score(model, method, snapshot, answers: list[list[int]], tokenizer):
     """Exact match per row, bytes stored per row, those of a full cache, and whether the prompt forced a clamp."""
     longest = max(map(len, answers))
-    wanted = torch.tensor(
-        [answer + [-1] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device
-    )
+    fed = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device)
     with method(model) as run:
         cache = run.fork(snapshot)
         stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
@@ -120,10 +118,14 @@ def score(model, method, snapshot, answers: list[list[int]]):
             raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
         clamped = bool(run.clamped)
         choices = [snapshot.logits.argmax(-1)]
-        for token in wanted[:, :-1].clamp(min=0).unbind(1):
+        for token in fed.unbind(1):
             choices.append(model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1))
-    right = (torch.stack(choices, dim=1) == wanted) | (wanted < 0)
-    return right.all(1).tolist(), stored, full, clamped
+    said = torch.stack(choices, dim=1).tolist()
+    right = [
+        row[: len(answer)] == answer and tasks.ends(tokenizer.decode([row[len(answer)]]))
+        for row, answer in zip(said, answers)
+    ]
+    return right, stored, full, clamped
 
 
 def bytes_per_row(cache, counts: str) -> list[int]:

@@ -8,3 +8,5 @@ from kvlib.paths import DATA, MODELS, ROOT
 BUILD = ROOT / "build" / "minilm"  # everything that can be rebuilt and is not committed
 HELDOUT = DATA / "heldout"
 MODEL = MODELS / "minilm"
+SIBLING = MODELS / "minilm-gqa"
+PILOTS = MODELS / "pilots"  # cards and statistics of the small runs, without their weights

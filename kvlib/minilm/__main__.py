@@ -1,14 +1,16 @@
 """Make the embedded models again, step by step. Times are measured: two CPU cores where no GPU is named.
 
-corpus     read the installed packages        47 s, 170 MB of disk
+corpus     fetch and read packages            CORPUS_COST
 tokenizer  learn 4096 byte-pair tokens        8 s, 1 GB of memory
-tokens     tokenise and compress the corpus   113 s, 25 MiB (130 MiB unpacked)
-train      250 M tokens                       193 s on four H200, compilation included:
-                                              torchrun --nproc-per-node 4 -m kvlib.minilm train
-export     write the transformers folder      seconds, 22 MiB
-evaluate   loss, retrieval, attention         95 s on one H200; any CPU will do, but takes far longer
+tokens     tokenise and compress the corpus   TOKENS_COST
+train      by --recipe                        TRAIN_COST
+           on several GPUs: torchrun --nproc-per-node 4 -m kvlib.minilm train
+export     write the transformers folder      seconds
+evaluate   loss, tasks, attention             EVALUATE_COST
 card       README.md and SHA256SUMS           a second
-all        everything above, in this order    needs a GPU
+overview   compare the models; data/models/README.md and the catalogue in data/README.md
+
+`make minilm` runs all of it, for every model and pilot.
 """
 
 import argparse
@@ -17,48 +19,52 @@ from pathlib import Path
 
 import torch
 
-from kvlib.minilm import BUILD, MODEL, card, corpus, tokenizer, tokens
+from kvlib.minilm import BUILD, MODEL, PILOTS, SIBLING, card, corpus, overview, tokenizer, tokens
 from kvlib.minilm.data import load_sequences
 from kvlib.minilm.evaluate import evaluate
 from kvlib.minilm.export import export
 from kvlib.minilm.recipe import RECIPES
 from kvlib.minilm.train import train
 
-STEPS = ("corpus", "tokenizer", "tokens", "train", "export", "evaluate", "card", "all")
+STEPS = ("corpus", "tokenizer", "tokens", "train", "export", "evaluate", "card", "keep", "overview")
+FOLDERS = {"base": MODEL, "gqa": SIBLING}  # only these recipes may replace a shipped model unasked
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m kvlib.minilm", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--recipe", choices=RECIPES, default="pilot")
-    parser.add_argument("--out", type=Path, default=BUILD / "run", help="folder of the training run")
-    parser.add_argument("--model", type=Path, help="folder of the exported model (pilot: data/models/minilm)")
+    parser.add_argument("steps", nargs="+", choices=STEPS, metavar="STEP", help="one or several, in order")
+    parser.add_argument("--recipe", choices=RECIPES, default="base")
+    parser.add_argument("--out", type=Path, help="folder of the training run (default: build/minilm/runs/RECIPE)")
+    parser.add_argument("--model", type=Path, help="folder of the exported model (default: where it is shipped)")
     parser.add_argument("--minutes", type=float, default=600, help="save and stop training after this time")
     parser.add_argument("--workers", type=int, default=8, help="processes that make training data, per GPU")
-    parser.add_argument("--samples", type=int, default=500, help="retrieval samples per task and length")
+    parser.add_argument("--samples", type=int, default=200, help="samples per family and length in `evaluate`")
     arguments = parser.parse_args(argv)
-    steps = STEPS[:-1] if arguments.step == "all" else (arguments.step,)
     recipe = RECIPES[arguments.recipe]
-    # only the shipped recipe may replace the shipped model unasked
-    folder = arguments.model or (MODEL if arguments.recipe == "pilot" else BUILD / arguments.recipe)
-    if "train" in steps and not torch.cuda.is_available() and arguments.recipe != "tiny":
+    run = arguments.out or BUILD / "runs" / arguments.recipe
+    folder = arguments.model or FOLDERS.get(arguments.recipe, BUILD / "models" / arguments.recipe)
+    if "train" in arguments.steps and not torch.cuda.is_available() and arguments.recipe != "tiny":
         parser.error("training takes minutes on a GPU, days without; no GPU was found (--recipe tiny runs on a CPU)")
-    if {"train", "evaluate"} & set(steps):  # these run many processes, each of which would start a thread per core
+    if {"train", "evaluate"} & set(arguments.steps):  # many processes, each of which would start a thread per core
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for step in steps:
+    for step in arguments.steps:
         if step in ("corpus", "tokenizer", "tokens"):
             {"corpus": corpus, "tokenizer": tokenizer, "tokens": tokens}[step].build()
         elif step == "train":
-            if not train(load_sequences(recipe), arguments.out, arguments.minutes, arguments.workers):
+            if not train(load_sequences(recipe), run, arguments.minutes, arguments.workers):
                 return print("stopped by --minutes; the same command goes on from here")
         elif step == "export":
-            export(arguments.out, folder)
+            export(run, folder)
         elif step == "evaluate":
-            print(evaluate(folder, arguments.samples))
+            evaluate(folder, arguments.samples)
         elif step == "card":
             card.write(folder)
+        elif step == "keep":
+            card.keep(folder, PILOTS / arguments.recipe)
+        else:
+            overview.write()
 
 
 if __name__ == "__main__":

@@ -4,24 +4,36 @@ import csv
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from kvlib.minilm import checksums
+from kvlib.lab.tasks import CATALOGUE
+from kvlib.minilm import MODEL, checksums
+from kvlib.minilm.attention import SINK, sinks
 from kvlib.minilm.corpus import HELD_OUT
 from kvlib.minilm.data import PROSE_EVERY
 from kvlib.minilm.tokenizer import SIZE
 
-SINK = 0.3  # mass on one token above which a head is listed
+MANIFEST = "manifest.csv.gz"
+STATISTICS = ("training.json", "curve.csv", "evaluation.json", "attention.csv")
 WEAK = 0.5  # share of right answers below which a task is listed among the limits
 CURVE_ROWS = 12
 KEYS = {
-    "first": "the first token (BOS)",
+    "bos": "the first token (BOS)",
+    "first_four": "the first four tokens",
     "first_newline": "the first newline",
     "newline": "all newlines",
     "end": "all `</s>` between documents",
+    "punctuation": "punctuation",
+    "blank": "indentation and blanks",
+    "digit": "digits",
+    "word": "words and parts of words",
+    "previous": "the token before",
+    "self": "the token itself",
+    "recent": "the last 32 tokens",
 }
 
 CARD = """\
@@ -54,8 +66,8 @@ reserved and untrained.
 
 {corpus}
 
-Every file with its package, version, declared licence and checksum is listed in `manifest.csv.gz`. Held out are whole
-packages ({held_out}); files that repeat half of one of theirs were dropped from training.
+Every file with its package, version, declared licence and checksum is listed in `data/models/minilm/manifest.csv.gz`.
+Held out are whole packages ({held_out}); files that repeat half of one of theirs were dropped from training.
 
 Half of the sequences are text, one in {prose_every} of them prose (documentation and long docstrings). The other half
 are retrieval tasks (`kvlib/lab/tasks.py`) among lines of training code, with weight {answer_weight:g} on their answers
@@ -77,27 +89,38 @@ In float32. Held-out text, all of it, in windows of {length} tokens:
 
 {heldout}
 
-Right answers (exact match, greedy) by task and length of the prompt in tokens; {samples} samples a cell, so that 95%
-intervals are at most ±{interval:.1f} points:
+Tasks: share of right answers (exact match, greedy) by family and length of prompt and answer in tokens. {samples}
+samples a cell, so that 95% intervals are at most ±{interval:.1f} points. Families marked "no" were never trained on.
+`long_generation` (48 lines, more than 512 tokens from 2048 on) counts the lines before the first mistake.
 
-{retrieval}
+{families}
+
+Needles by depth in the prompt (0 = first line), {needle_samples} samples a cell:
+
+{needles}
+
+A constant used so many lines after its definition, {distance_samples} samples a cell, {distance_length} tokens:
+
+{distances}
 
 ## Where attention goes
 
-Share of a head's attention, averaged over held-out code and over the rows that see at least 32 tokens, by kind of key;
-the mean and the maximum are over the {heads} heads:
+Share of a head's attention, averaged over held-out code and over the rows that see at least 32 tokens; the mean, the
+median and the maximum are over the {heads} heads. `attention.csv` has all of them.
 
 {attention}
 
-Heads with more than {sink:.0%} of their mass on the first token: {sinks}.
+Sinks, heads with more than {sink:.0%} of their attention on the same four positions of a window:
+
+{sinks}
 
 ## Limits
 
-- Weak: {weak}. Do not use {those} to compare cache
-  methods: there is little to lose.
-- It answers only the formats it was trained on, in prompts of up to {length} tokens; it follows no instructions.
+- Weak{weak}
+- It answers only the formats it was trained on and close ones, in prompts of up to {length} tokens; it follows no
+  instructions.
 - It has seen little besides Python and English. What it writes may be wrong or insecure, and may repeat training text.
-- One seed of one small model: what holds here need not hold for large models.
+- One seed of one small model: what holds here need not hold for large models. `../README.md` compares it with others.
 
 ## Licence
 
@@ -122,10 +145,10 @@ def recipe_table(training: dict) -> str:
         "what | value",
         [
             ("layers × width", f"{r['layers']} × {r['width']}"),
-            ("query heads / KV heads × size", f"{r['heads']} / {r['kv_heads']} × {r['width'] // r['heads']}"),
+            ("query heads / KV heads × size", f"{r['heads']} / {r['kv_heads']} × {r['head_dim']}"),
             ("SwiGLU width", r["mlp"]),
+            ("sequences of", f"{r['short']} tokens for {r['short_share']:.0%} of the steps, then {r['length']}"),
             ("RoPE base", f"{r['rope_theta']:g}"),
-            ("sequence length", r["length"]),
             ("tokens a step", r["sequences"] * r["length"]),
             ("steps (warm-up; share of decay)", f"{r['steps']} ({r['warmup']}; {r['decay']:.0%})"),
             ("peak rate, weight decay, gradient clipping", f"{r['lr']:g}, {r['weight_decay']:g}, {r['clip']:g}"),
@@ -162,44 +185,87 @@ def heldout_table(heldout: dict) -> str:
     return table("text | tokens | nats/token | characters/token | bits/character", rows)
 
 
-def retrieval_table(retrieval: dict) -> str:
-    lengths = next(iter(retrieval.values()))
-    rows = [(task, *(f"{value:.1%}" for value in by_length.values())) for task, by_length in retrieval.items()]
-    return table(" | ".join(["task", *lengths]), rows)
+def percent(value: float) -> str:
+    return f"{value:.1%}"
 
 
-def attention_table(mass: dict[str, list[list[float]]]) -> str:
-    rows = []
-    for kind, name in KEYS.items():
-        heads = [x for layer in mass[kind] for x in layer]
-        rows.append((name, f"{sum(heads) / len(heads):.1%}", f"{max(heads):.1%}"))
-    return table("key | mean | maximum", rows)
+def by_length(records: list[dict]) -> dict[str, dict[int, float]]:
+    """Family -> length -> score, without the sweeps over depth and distance."""
+    scores = {}
+    for record in records:
+        if not {"depth", "lines"} & set(record):
+            scores.setdefault(record["task"], {})[record["length"]] = record["score"]
+    return scores
 
 
-def sinks(mass: list[list[float]]) -> str:
-    heads = [(x, i, j) for i, layer in enumerate(mass) for j, x in enumerate(layer) if x > SINK]
-    return ", ".join(f"layer {i} head {j} ({x:.0%})" for x, i, j in sorted(heads, reverse=True)) or "none"
+def families_table(records: list[dict]) -> str:
+    scores = by_length(records)
+    lengths = sorted({length for row in scores.values() for length in row})
+    rows = [
+        (
+            f"`{task}`",
+            CATALOGUE[task].group,
+            "yes" if CATALOGUE[task].trained else "no",
+            *(percent(row[n]) if n in row else "" for n in lengths),
+        )
+        for task, row in scores.items()
+    ]
+    return table(" | ".join(["family", "group", "trained", *map(str, lengths)]), rows)
 
 
-def weak(retrieval: dict) -> dict[str, str]:
-    """Tasks that the model answers rarely at some length -> "`task` (12.3% at 1024, ...)"."""
-    return {
-        task: f"`{task}` ({', '.join(f'{value:.1%} at {length}' for length, value in by_length.items())})"
-        for task, by_length in retrieval.items()
-        if min(by_length.values()) < WEAK
-    }
+def sweep_table(records: list[dict], option: str, name: str) -> str:
+    """Scores by length (rows) and an option (columns)."""
+    swept = [record for record in records if option in record]
+    values = sorted({record[option] for record in swept})
+    lengths = sorted({record["length"] for record in swept})
+    score = {(record["length"], record[option]): record["score"] for record in swept}
+    rows = [(n, *(f"{score[n, value]:.0%}" for value in values)) for n in lengths]
+    return table(" | ".join([f"tokens \\ {name}", *(f"{value:g}" for value in values)]), rows)
+
+
+def cell_size(records: list[dict], option: str | None = None) -> int:
+    """Samples in a cell of the sweep over `option`, or of the families."""
+    return next(r["n"] for r in records if (option in r if option else not {"depth", "lines"} & set(r)))
+
+
+def attention_table(report: pd.DataFrame) -> str:
+    columns = [(name, report[key]) for key, name in KEYS.items()]
+    return table(
+        "key | mean | median | maximum",
+        [(name, percent(c.mean()), percent(c.median()), percent(c.max())) for name, c in columns],
+    )
+
+
+def sinks_table(report: pd.DataFrame) -> str:
+    rows = [
+        (f"{r.layer}.{r.head}", percent(r.bos), percent(r.top_four), f"`{r.top_token}`")
+        for r in sinks(report).itertuples()
+    ]
+    return table("layer.head | on BOS | on four positions | most attended token", rows) if rows else "None."
+
+
+def weak(records: list[dict]) -> str:
+    """The families that the model answers rarely at some length, with their scores there."""
+    poor = {task: row for task, row in by_length(records).items() if min(row.values()) < WEAK}
+    if not poor:
+        return ": no family."
+    named = "; ".join(
+        f"`{task}` ({', '.join(f'{percent(value)} at {length}' for length, value in row.items())})"
+        for task, row in poor.items()
+    )
+    return f" (below {WEAK:.0%} at some length): {named}. There, little is left for a cache method to lose."
 
 
 def card(folder: Path) -> str:
-    """The card of the model in `folder`, from its curve.csv, training.json, evaluation.json and manifest.csv.gz."""
+    """The card of the model in `folder`, from its curve, training, evaluation, attention and the corpus' manifest."""
     training, evaluation = (json.loads((folder / f"{name}.json").read_text()) for name in ("training", "evaluation"))
-    with gzip.open(folder / "manifest.csv.gz", "rt") as file:
+    with gzip.open(MODEL / MANIFEST, "rt") as file:
         manifest = pd.read_csv(file, keep_default_na=False)
     with (folder / "curve.csv").open() as file:
         curve = list(csv.DictReader(file))
+    report = pd.read_csv(folder / "attention.csv")
+    records = evaluation["retrieval"]
     rates = sorted(int(row["tokens_per_second"]) for row in curve)
-    mass, retrieval = evaluation["attention_mass"], evaluation["retrieval"]
-    weak_tasks = weak(retrieval)
     return CARD.format(
         name=folder.name,
         parameters=training["parameters"] / 1e6,
@@ -219,15 +285,19 @@ def card(folder: Path) -> str:
         curve=curve_table(curve),
         length=training["recipe"]["length"],
         heldout=heldout_table(evaluation["heldout"]),
-        samples=evaluation["samples"],
-        interval=100 * 1.96 * math.sqrt(0.25 / evaluation["samples"]),
-        retrieval=retrieval_table(retrieval),
-        heads=sum(map(len, mass["first"])),
-        attention=attention_table(mass),
+        samples=cell_size(records),
+        interval=100 * 1.96 * math.sqrt(0.25 / cell_size(records)),
+        families=families_table(records),
+        needle_samples=cell_size(records, "depth"),
+        needles=sweep_table(records, "depth", "depth"),
+        distance_samples=cell_size(records, "lines"),
+        distance_length=max(record["length"] for record in records if "lines" in record),
+        distances=sweep_table(records, "lines", "lines"),
+        heads=len(report),
+        attention=attention_table(report),
         sink=SINK,
-        sinks=sinks(mass["first"]),
-        weak=", ".join(weak_tasks.values()) or "no task",
-        those=", ".join(f"`{task}`" for task in weak_tasks) or "such tasks",
+        sinks=sinks_table(report),
+        weak=weak(records),
         licences=licence_table(manifest),
     )
 
@@ -236,3 +306,11 @@ def write(folder: Path) -> None:
     """Write `README.md` and, over all files, `SHA256SUMS`."""
     (folder / "README.md").write_text(card(folder))
     checksums.write(folder)
+
+
+def keep(folder: Path, to: Path) -> None:
+    """Copy the statistics of a model, but not its weights, and write their checksums."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in STATISTICS:
+        shutil.copy(folder / name, to / name)
+    checksums.write(to)

@@ -1,4 +1,7 @@
-"""The corpus: Python sources and documentation of the standard library and of the locked environment.
+"""The corpus: Python sources and documentation of the standard library, the locked environment and further packages.
+
+The environment alone is one-sided, half of it numerics. `packages.txt` pins what else people write in Python: servers,
+clients, tools, applications. Their wheels are downloaded once and read in place; nothing is installed, nothing is run.
 
 Text is taken as it is, except that CRLF becomes LF: indentation stays spaces (the tokenizer has tokens for runs of
 them), so that what a user pastes is what the model has seen. Whole packages are held out, not files, and the held-out
@@ -6,6 +9,7 @@ packages pass the duplicate filter first: what they share with another package i
 """
 
 import ast
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -15,10 +19,15 @@ import io
 import json
 import platform
 import re
+import subprocess
+import sys
 import sysconfig
+import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,12 +35,17 @@ from tqdm import tqdm
 from kvlib.minilm import BUILD, HELDOUT, MODEL, checksums
 from kvlib.paths import ROOT
 
+PACKAGES = Path(__file__).with_name("packages.txt")
+WHEELS = BUILD / "packages"
 HELD_OUT = ("attrs", "beautifulsoup4", "click", "jinja2", "requests")  # permissive licences, no vendored copies
-CODE_BYTES = 150_000_000  # about 45 M tokens: what three epochs of the training budget need
+CODE_BYTES = 285_000_000  # 94 M tokens with the prose: 47 MiB compressed, and 50 is the most that may travel
+PACKAGE_BYTES = 3_000_000  # of code, a hundredth; uncapped, a few large packages would crowd out the many ordinary ones
 PROSE_SHARE = 0.05  # of the code, in bytes
 LONGEST_LINE = 400  # characters; longer lines are data, not code
 LARGEST_FILE = 262_144  # bytes
+SMALLEST_FILE = 3_000  # characters, in training: smaller ones are 5 % of the text, mostly imports, in 38 % of the files
 DUPLICATE = 0.5  # a file with this share of known shingles is a near-duplicate
+COPIED = 0.1  # the same for held-out text: stricter, since some packages carry edited copies of held-out ones
 SHINGLE = 3  # lines
 
 GENERATED = re.compile(r"(?i)(auto-?generated|generated (by|from|with|file)|do not (edit|modify))")
@@ -40,12 +54,12 @@ COLUMNS = ("distribution", "version", "file", "kind", "split", "licence", "bytes
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the environment before it is read; `file` is relative to the package root."""
+    """A file of a package before it is read; `file` is relative to the package root."""
 
     distribution: str
     version: str
     file: str
-    path: Path
+    path: Path | zipfile.Path  # on disk or inside a wheel
     licence: str
 
     @property
@@ -83,24 +97,53 @@ def licence(metadata) -> str:
     return (declared if 0 < len(declared) <= 120 else ", ".join(classifiers)) or "unknown"
 
 
+def wheels() -> dict[str, Path]:
+    """The wheel of each package in `packages.txt`, downloaded where it is missing.
+
+    One by one, so that a stopped run can go on. Raises RuntimeError with what pip says where it does not get one.
+    """
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", PACKAGES.read_text(), re.MULTILINE)
+    for name, version in tqdm(pins, desc="wheels"):
+        if not wheel(name, version):
+            # a wheel, because to ask a source archive for its metadata is to run its code
+            options = ("--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(WHEELS), f"{name}=={version}")
+            done = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
+            if done.returncode:
+                reason = f"is there a network? pip says:\n{done.stderr.strip()}"
+                raise RuntimeError(f"{name}=={version} cannot be downloaded; {reason}")
+    return {name: wheel(name, version) for name, version in pins}
+
+
+def wheel(name: str, version: str) -> Path | None:
+    """The downloaded wheel of a pin; file names of wheels differ in case and in what stands for a hyphen."""
+    pattern = re.compile(rf"(?i){re.sub(r'[-_.]+', '[-_.]+', name)}-{re.escape(version)}-.*[.]whl")
+    return next((path for path in WHEELS.glob("*.whl") if pattern.fullmatch(path.name)), None)
+
+
+def distributions() -> Iterator[tuple[str, Distribution]]:
+    """Every distribution in the lock that is installed, then every downloaded one."""
+    lock = (ROOT / "requirements.lock").read_text()
+    for name in sorted(set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE))):
+        with contextlib.suppress(PackageNotFoundError):  # pinned for another platform
+            yield name, importlib.metadata.distribution(name)
+    for name, path in wheels().items():
+        for distribution in importlib.metadata.distributions(path=[str(path)]):
+            yield name, distribution
+
+
 def sources() -> list[Source]:
-    """Python and documentation files of the standard library and of every installed distribution in the lock."""
+    """Python and documentation files of the standard library and of every distribution, but for those of tests."""
     standard = Path(sysconfig.get_path("stdlib"))
     found = [
         Source("python", platform.python_version(), path.relative_to(standard).as_posix(), path, "PSF-2.0")
         for path in sorted(standard.rglob("*.py"))
         if "site-packages" not in path.parts
     ]
-    lock = (ROOT / "requirements.lock").read_text()
-    for name in sorted(set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE))):
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:  # pinned for another platform
-            continue
+    for name, distribution in distributions():
         declared = licence(distribution.metadata)
         for file in distribution.files or []:
             if file.suffix in (".py", ".md", ".rst") or file.name == "METADATA":
-                path = Path(distribution.locate_file(file))
+                path = distribution.locate_file(file)
                 found.append(Source(name, distribution.version, file.as_posix(), path, declared))
     return [s for s in found if not {"test", "tests"} & set(s.file.split("/")) and s.path.is_file()]
 
@@ -127,15 +170,20 @@ class Duplicates:
 
     def __init__(self):
         self.known = set()
+        self.heldout = set()
 
-    def admit(self, text: str) -> bool:
-        """False when half of the text, or more, has been seen before."""
+    def admit(self, text: str, training: bool) -> bool:
+        """False when half of the text, or more, has been seen before; in training, a tenth of it in held-out text."""
         lines = [line.strip() for line in text.split("\n")]
         lines = [line for line in lines if line]
         shingles = {hash_lines(lines[i : i + SHINGLE]) for i in range(max(1, len(lines) - SHINGLE + 1))}
         if not lines or len(shingles & self.known) >= DUPLICATE * len(shingles):
             return False
+        if training and len(shingles & self.heldout) >= COPIED * len(shingles):
+            return False
         self.known |= shingles
+        if not training:
+            self.heldout |= shingles
         return True
 
 
@@ -162,17 +210,20 @@ def documents() -> Iterator[Document]:
     """
     duplicates = Duplicates()
     size = {"code": 0, "prose": 0}
+    share = Counter()  # code by distribution
     for source in tqdm(sorted(sources(), key=lambda s: (s.split, s.key)), desc="corpus"):
         kind = "code" if source.path.suffix == ".py" else "prose"
         training = source.split == "train"
-        if training and kind == "code" and size["code"] >= CODE_BYTES:
+        full = size["code"] >= CODE_BYTES or share[source.distribution] >= PACKAGE_BYTES
+        if training and kind == "code" and full:
             continue
         text = read(source)
-        if text is None or not duplicates.admit(text):
+        if text is None or (training and len(text) < SMALLEST_FILE) or not duplicates.admit(text, training):
             continue
         fields = (source.distribution, source.version, source.file)
         yield Document(*fields, kind, source.split, source.licence, text)
         size[kind] += len(text) * training
+        share[source.distribution] += len(text) * (kind == "code")
         prose_wanted = size["prose"] < PROSE_SHARE * size["code"] or not training
         if kind == "code" and prose_wanted and (prose := docstrings(text)):
             yield Document(*fields, "prose", source.split, source.licence, prose)

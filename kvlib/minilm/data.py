@@ -1,7 +1,8 @@
 """Training sequences: even ones are source text (one in twenty is prose), odd ones retrieval tasks.
 
-Sequence `g` of a run depends on (seed, g) alone, so any number of ranks or workers, and a resumed run, see the same
-data. Each sequence starts with the only BOS in it; documents inside are separated by `</s>`.
+Sequence `g` of a run, counted through its short and its long phase, depends on (seed, g) alone, so any number of ranks
+or workers, and a resumed run, see the same data. Each sequence starts with the only BOS in it; documents inside are
+separated by `</s>`.
 """
 
 import math
@@ -13,13 +14,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from kvlib.lab.tasks import SHORTEST, TASKS, Draw, compose, draft
+from kvlib.lab.tasks import CATALOGUE, SHORTEST, Draw, compose, draft
 from kvlib.minilm import MODEL
 from kvlib.minilm.recipe import Recipe
 from kvlib.minilm.tokenizer import BOS, EOS, PAD, encode
 from kvlib.minilm.tokens import load_tokens
 
 PROSE_EVERY = 20
+LEAST = 3 * SHORTEST // 2  # tokens of a task
+# How often each family occurs: more of what needs two steps or gathers, less of what the others teach on the way.
+MIX = {name: 1.0 for name, family in CATALOGUE.items() if family.trained and name != "distance"}
+MIX |= {"file_lookup": 3.0, "where_defined": 3.0, "collect": 2.0, "exports": 2.0, "count": 1.5}
+MIX |= {"needle": 0.5, "label": 0.5}
 QUESTIONS = 8  # asked of one context at most: more answers to learn from for the same context
 
 
@@ -43,18 +49,21 @@ class Sequences(Dataset):
         self.filler = TokenFiller(code, tokenizer)
 
     def __len__(self) -> int:
-        return self.recipe.steps * self.recipe.sequences
+        return self.recipe.first(self.recipe.steps)
 
     def __getitem__(self, g: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, weights = self.retrieval(g) if g % 2 else self.text(g // 2)
+        """Text windows are counted anew in the long phase: its epochs are its own."""
+        switch = self.recipe.first(self.recipe.short_steps)
+        start, length = (0, self.recipe.short) if g < switch else (switch, self.recipe.length)
+        ids, weights = self.retrieval(g, length) if g % 2 else self.text(g // 2 - (start + 1) // 2, length)
         return torch.from_numpy(ids), torch.from_numpy(weights)
 
-    def text(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def text(self, index: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Window `index` of the source text: every window once an epoch, in a new order and cut at other places."""
         before = index // PROSE_EVERY  # prose windows so far
         is_prose = index % PROSE_EVERY == PROSE_EVERY - 1
         tokens, nth = (self.prose, before) if is_prose else (self.code, index - before)
-        size = self.recipe.length - 1
+        size = length - 1
         windows = len(tokens) // size - 1  # one less, so that a shifted window still fits
         epoch, place = divmod(nth, windows)
         shift, order = epoch_order(self.recipe.seed, is_prose, epoch, windows, size)
@@ -62,27 +71,28 @@ class Sequences(Dataset):
         ids = np.concatenate([[BOS], tokens[start : start + size]]).astype(np.int64)
         return ids, np.ones(len(ids), dtype=np.float32)
 
-    def retrieval(self, g: int) -> tuple[np.ndarray, np.ndarray]:
+    def retrieval(self, g: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Retrieval tasks of mixed lengths, packed; the space that is left over is padding of weight 0."""
         rng = random.Random(f"{self.recipe.seed} {g}")
         ids, weights = [BOS], [1.0]
-        while (left := self.recipe.length - len(ids)) >= 2 * SHORTEST:
-            tokens = left if rng.random() < 1 / 3 else round(math.exp(rng.uniform(math.log(256), math.log(left))))
-            if left - tokens < 2 * SHORTEST:  # too little would remain for another task
+        while (left := length - len(ids)) >= LEAST:
+            tokens = left if rng.random() < 1 / 3 else round(math.exp(rng.uniform(math.log(LEAST), math.log(left))))
+            if left - tokens < LEAST:  # too little would remain for another task
                 tokens = left
             for part, weight in self.task(rng, tokens - 1):
                 ids += part
                 weights += [weight] * len(part)
             ids.append(EOS)
             weights.append(1.0)
-        missing = self.recipe.length - len(ids)
+        missing = length - len(ids)
         ids += [PAD] * missing
         weights += [0.0] * missing
         return np.array(ids, dtype=np.int64), np.array(weights, dtype=np.float32)
 
     def task(self, rng: random.Random, tokens: int) -> list[tuple[list[int], float]]:
         """One context with several questions, at most `tokens` tokens: [(ids, weight), ...]."""
-        drawn = draft(rng.choice(list(TASKS)), tokens, Draw(rng, "train"))
+        (task,) = rng.choices(list(MIX), MIX.values())
+        drawn = draft(task, tokens, Draw(rng, "train"))
         asked = drawn.questions[: max(1, min(QUESTIONS, tokens // SHORTEST))]
         texts = [text for question, answer in asked for text in (question, answer, "\n")]
         parts = encode(self.tokenizer, texts)
@@ -98,7 +108,7 @@ class Sequences(Dataset):
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, is_prose: bool, epoch: int, windows: int, size: int) -> tuple[int, np.ndarray]:
     """How far the windows of an epoch are shifted, and their order."""
-    rng = np.random.default_rng([seed, is_prose, epoch])
+    rng = np.random.default_rng([seed, is_prose, epoch, size])
     return int(rng.integers(size)), rng.permutation(windows)
 
 
@@ -110,10 +120,15 @@ def load_sequences(recipe: Recipe) -> Sequences:
 def loader(sequences: Sequences, first_step: int, rank: int, world: int, workers: int) -> DataLoader:
     """Batches of this rank from `first_step` on: each step's sequences are dealt out in contiguous shares."""
     recipe = sequences.recipe
-    share = recipe.sequences // world
-    order = [
-        step * recipe.sequences + rank * share + i for step in range(first_step, recipe.steps) for i in range(share)
-    ]
+    shares = []
+    for step in range(first_step, recipe.steps):
+        share = recipe.shape(step)[0] // world
+        start = recipe.first(step) + rank * share
+        shares.append(range(start, start + share))
     return DataLoader(
-        sequences, batch_size=share, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available()
+        sequences,
+        batch_sampler=shares,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )

@@ -1,12 +1,11 @@
-"""What the model card reports: loss on the shipped held-out text, retrieval by task and length, attention sinks."""
+"""What the model card reports: loss on the shipped held-out text, tasks by family and length, where attention goes."""
 
 import json
 import math
 import multiprocessing
 import os
-import re
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlib.lab.tasks import TASKS, Sample, sample
+from kvlib.lab.tasks import FAMILIES, Sample, ends, find, sample
+from kvlib.lab.tasks.code import SHORTEST_CODE
+from kvlib.lab.tasks.probes import DISTANCES
 from kvlib.minilm import HELDOUT, MODEL
+from kvlib.minilm.attention import attention_report
 from kvlib.minilm.corpus import load
 from kvlib.minilm.tokenizer import BOS, EOS, PAD, encode
 from kvlib.minilm.tokens import flatten
 
 LENGTHS = (1024, 2048, 4096)
-ANSWER_ROOM = 16  # prompt and answer together stay within the model's positions
-FIRST_ROW = 32  # rows that see few tokens say nothing about where attention goes
+DEPTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+ATTENTION_WINDOWS, ATTENTION_LENGTH = 8, 1024
 
 
 @lru_cache
@@ -73,24 +75,40 @@ def heldout_loss(model, kind: str) -> dict:
     }
 
 
-def draw(cell: tuple[str, int, int]) -> Sample:
-    task, length, seed = cell
-    return sample(task, length - ANSWER_ROOM, seed, tokenizer=load_tokenizer())
+@dataclass(frozen=True)
+class Cell:
+    """One number of the report: a family at a length, with one option of it where it is swept."""
+
+    task: str
+    length: int
+    option: tuple[tuple[str, float], ...] = ()
+
+
+def cells(lengths: tuple[int, ...]) -> list[Cell]:
+    """All families and the long answers by length; needles by length and depth; definitions by distance.
+
+    At lengths too short for them, completions of real code are left out.
+    """
+    families = [Cell(task, length) for task in (*FAMILIES, "long_generation") for length in lengths]
+    needles = [Cell("needle", length, (("depth", depth),)) for length in lengths for depth in DEPTHS]
+    distances = [Cell("distance", max(lengths), (("lines", lines),)) for lines in DISTANCES]
+    return [c for c in families + needles + distances if find(c.task).group != "code" or c.length >= SHORTEST_CODE]
+
+
+def draw(job: tuple[Cell, int]) -> Sample:
+    cell, seed = job
+    return sample(cell.task, cell.length, seed, tokenizer=load_tokenizer(), **dict(cell.option))
 
 
 @torch.no_grad()
-def retrieval(model, lengths: tuple[int, ...], samples: int) -> dict[str, dict[int, float]]:
-    """Share of right answers by task and length of the prompt.
+def answered(model, drawn: list[Sample], size: int) -> list[float]:
+    """Share of each answer's lines that greedy decoding gets right before its first mistake: 1 or 0 for one line.
 
     One forward pass over prompt and answer tells what greedy decoding would give: every answer token must be the most
     likely one after those before it, and the token after the answer must not continue it.
     """
-    cells = list(product(TASKS, lengths, range(samples)))
-    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count())) as pool:
-        drawn = list(tqdm(pool.imap(draw, cells, chunksize=8), total=len(cells), desc="samples"))
-    tokenizer, right = load_tokenizer(), {}
-    size = 16 if model.device.type == "cuda" else 1
-    for start in tqdm(range(0, len(drawn), size), desc="retrieval"):
+    tokenizer, shares = load_tokenizer(), []
+    for start in tqdm(range(0, len(drawn), size), desc="answers"):
         batch = drawn[start : start + size]
         prompts = tokenizer([s.prompt for s in batch]).input_ids
         answers = encode(tokenizer, [s.answer for s in batch])
@@ -99,50 +117,43 @@ def retrieval(model, lengths: tuple[int, ...], samples: int) -> dict[str, dict[i
         for i, row in enumerate(rows):  # padding on the right is never seen by a causal model's earlier positions
             ids[i, : len(row)] = torch.tensor(row)
         best = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
-        for i, (cell, prompt, answer) in enumerate(zip(cells[start:], prompts, answers)):
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
             *said, after = best[i, len(prompt) - 1 : len(prompt) + len(answer)].tolist()
-            ended = not re.match(r"\w", tokenizer.decode([after]))
-            right.setdefault(cell[:2], []).append(said == answer and ended)
-    return {task: {n: sum(right[task, n]) / samples for n in lengths} for task in TASKS}
+            right = next((j for j, (a, b) in enumerate(zip(said, answer)) if a != b), len(answer))
+            complete = right == len(answer) and ends(tokenizer.decode([after]))
+            lines = tokenizer.decode(answer[:right]).count("\n")
+            shares.append(1.0 if complete else lines / (batch[i].answer.count("\n") + 1))
+    return shares
 
 
-@torch.no_grad()
-def attention_mass(model, windows: int = 8, length: int = 1024) -> dict[str, list[list[float]]]:
-    """Mean attention mass by kind of key, as [layer][head], over rows from 32 on of held-out code.
-
-    first: the BOS; first_newline: the first newline of the window; newline: all newlines; end: all `</s>`.
-    """
-    ids = heldout_windows("code", min(length, model.config.max_position_embeddings))
-    ids = ids[:: max(1, len(ids) // windows)][:windows].to(model.device)
-    newline = ids == encode(load_tokenizer(), ["\n"])[0][0]
-    kinds = {
-        "first": ids == BOS,
-        "first_newline": newline & (newline.cumsum(1) == 1),
-        "newline": newline,
-        "end": ids == EOS,
+def retrieval(model, lengths: tuple[int, ...], samples: int) -> list[dict]:
+    """One record per cell: task, length, its option, score (mean of `answered`), n; a quarter of n by depth."""
+    sizes = {
+        cell: max(1, samples // 4) if dict(cell.option).keys() == {"depth"} else samples for cell in cells(lengths)
     }
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    mass = dict.fromkeys(kinds, 0.0)
-    for i, row in enumerate(ids):
-        attentions = model(input_ids=row[None], output_attentions=True, use_cache=False).attentions
-        received = torch.stack([a[0, :, FIRST_ROW:].float().mean(1) for a in attentions])  # (layers, heads, keys)
-        for kind, where in kinds.items():
-            mass[kind] += (received * where[i]).sum(-1) / len(ids)
-    model.set_attn_implementation(before)
-    return {kind: [[round(x, 4) for x in heads] for heads in values.tolist()] for kind, values in mass.items()}
+    jobs = [(cell, seed) for cell, size in sizes.items() for seed in range(size)]
+    with multiprocessing.get_context("spawn").Pool(min(16, os.cpu_count())) as pool:
+        drawn = list(tqdm(pool.imap(draw, jobs, chunksize=8), total=len(jobs), desc="samples"))
+    shares = iter(answered(model, drawn, 16 if model.device.type == "cuda" else 1))
+    return [
+        {"task": cell.task, "length": cell.length, **dict(cell.option)}
+        | {"score": sum(next(shares) for _ in range(size)) / size, "n": size}
+        for cell, size in sizes.items()
+    ]
 
 
 def evaluate(folder: Path, samples: int, lengths: tuple[int, ...] = LENGTHS) -> dict:
-    """Evaluate the exported model in `folder` in float32 and write `evaluation.json` beside it."""
+    """Evaluate the exported model in `folder` in float32; writes `evaluation.json` and `attention.csv` beside it."""
     torch.set_float32_matmul_precision("highest")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     result = {
         "heldout": {kind: heldout_loss(model, kind) for kind in ("code", "prose")},
         "retrieval": retrieval(model, lengths, samples),
-        "samples": samples,
-        "attention_mass": attention_mass(model),
     }
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    windows = heldout_windows("code", min(ATTENTION_LENGTH, model.config.max_position_embeddings))
+    windows = windows[:: max(1, len(windows) // ATTENTION_WINDOWS)][:ATTENTION_WINDOWS]
+    report = attention_report(model, load_tokenizer(), windows)
+    report.round(5).to_csv(folder / "attention.csv", index=False, lineterminator="\n")
     return result

@@ -10,11 +10,11 @@ from kvlib.minilm import MODEL
 from kvlib.minilm.recipe import Recipe
 
 SHARD = "12MB"  # no tracked file may exceed 16 MiB
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "manifest.csv.gz")  # made before training, in data/models/minilm
+BESIDE = ("tokenizer.json", "tokenizer_config.json")  # made before training, in data/models/minilm
 
 
 def export(run: Path, folder: Path) -> None:
-    """Write config, shards, tokenizer, manifest, `curve.csv` and `training.json` of a finished run into `folder`.
+    """Write config, shards, tokenizer, `curve.csv` and `training.json` of a finished run into `folder`.
 
     Raises FileNotFoundError when the run is not finished.
     """

@@ -25,7 +25,7 @@ from kvlib.minilm.recipe import Recipe
 
 COLUMNS = ("step", "tokens", "loss", "answer_loss", "lr", "tokens_per_second", "heldout_loss")
 HELDOUT_WINDOWS = 16  # enough for a curve; the final evaluation takes all
-HELDOUT_EVERY = 100  # steps
+HELDOUT_EVERY = 250  # steps
 
 
 def optimizer(model, recipe: Recipe) -> torch.optim.AdamW:
@@ -46,6 +46,17 @@ def losses(logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tu
     weights = weights[:, 1:].flatten()
     answers = (weights > 1).float()
     return (each * weights).mean(), (each * answers).sum(), answers.sum()
+
+
+def compile_layers(model) -> None:
+    """Compile layer by layer, in place, which leaves the names of the weights as they are.
+
+    Where the whole model is traced, transformers builds a causal mask, and a mask keeps flash attention out: 123 ms a
+    step instead of 29 (32,768 tokens, H200), and twice the time to compile. Both lengths are compiled for themselves.
+    """
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    model.model.norm.compile(dynamic=False)
 
 
 class Run:
@@ -111,8 +122,10 @@ def train(
     adamw = optimizer(model, recipe)
     run = Run(folder, recipe)
     first, spent = run.resume(model, adamw)
-    wrapped = DistributedDataParallel(model) if world > 1 else model
-    forward, loss_of = (torch.compile(wrapped), torch.compile(losses)) if cuda else (wrapped, losses)
+    if cuda:
+        compile_layers(model)
+    loss_of = torch.compile(losses, dynamic=False) if cuda else losses
+    forward = DistributedDataParallel(model) if world > 1 else model
     windows = heldout_windows("code", recipe.length)[:HELDOUT_WINDOWS]
 
     def finish(step: int) -> None:
@@ -148,7 +161,8 @@ def train(
                 row |= {"answer_loss": answer_loss / max(1, answers), "lr": recipe.rate(step - 1)}
                 row |= {"tokens_per_second": round((step - since) * per_step / (time.monotonic() - lap))}
                 if step % HELDOUT_EVERY == 0 or step == recipe.steps:
-                    row["heldout_loss"] = token_losses(model, windows)[text_targets(windows)].mean().item()
+                    with torch.compiler.set_stance("force_eager"):  # not worth compiling
+                        row["heldout_loss"] = token_losses(model, windows)[text_targets(windows)].mean().item()
                 run.log(row)
             since, lap = step, time.monotonic()
             if late and step < recipe.steps:

@@ -1,0 +1,189 @@
+"""Completion of identifiers in real, held-out source code: nothing is planted, and no model here was trained on it.
+
+The prompt stops inside an identifier that is rare enough to have been read from the prompt rather than remembered.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+from kvlib.lab.tasks.draft import family
+from kvlib.lab.tasks.filler import HELDOUT
+
+GROUP = "code"
+IDENTIFIER = re.compile(r"\b[A-Za-z_]{8,}\b")  # long ones, so that something is left to complete
+COMPOUND = re.compile(r"[A-Za-z]_[A-Za-z]|[a-z][A-Z]")  # what plain words of comments lack
+TYPED = 3  # characters of the identifier in the prompt, at least
+FILES = 3  # an identifier in more files than this may be known from other packages
+SHORTEST_CODE = 512  # tokens
+APART = 16  # lines since the identifier was last seen
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an identifier is completed: file number, offset of the identifier, and (file, offset) to read it from."""
+
+    word: str
+    file: int
+    at: int
+    source: int
+    seen: int
+
+
+@lru_cache
+def heldout_files() -> list[dict]:
+    with HELDOUT.open() as file:
+        return [json.loads(line) for line in file]
+
+
+@lru_cache
+def heldout_text() -> tuple[str, list[int]]:
+    """All held-out files in one text, and where each begins in it."""
+    texts = [row["text"] + "\n" for row in heldout_files()]
+    return "".join(texts), list(accumulate(map(len, texts), initial=0))
+
+
+@lru_cache
+def places(same_file: bool) -> list[Place]:
+    """All places of completion, in a fixed random order.
+
+    same_file: the identifier was last seen in this file, `APART` lines or more before. Otherwise it occurs here for
+    the first time, and in another file of the package.
+    """
+    texts = [row["text"] for row in heldout_files()]
+    packages = [row["distribution"] for row in heldout_files()]
+    found = [[(m[0], m.start()) for m in IDENTIFIER.finditer(text) if COMPOUND.search(m[0])] for text in texts]
+    spread = Counter(word for words in found for word in {word for word, _ in words})
+    first = {(file, word): at for file, words in enumerate(found) for word, at in reversed(words)}
+    result = []
+    for file, words in enumerate(found):
+        last = {}
+        for word, at in words:
+            if spread[word] <= FILES:
+                before = last.get(word)
+                if same_file and before is not None and texts[file].count("\n", before, at) >= APART:
+                    result.append(Place(word, file, at, file, before))
+                if not same_file and before is None:
+                    result += [
+                        Place(word, file, at, other, first[other, word])
+                        for other in range(len(texts))
+                        if other != file and packages[other] == packages[file] and (other, word) in first
+                    ][:1]
+            last[word] = at
+    random.Random(0).shuffle(result)
+    return result
+
+
+def cut(line: str, word: str, tokenizer) -> int | None:
+    """How many characters of `word` go into the prompt after `line`, so that no token crosses the cut."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    whole = ids(line + word)
+    for typed in range(TYPED, len(word) - 1):
+        if ids(line + word[:typed]) + ids(word[typed:]) == whole:
+            return typed
+    return None
+
+
+@lru_cache(maxsize=4)
+def usable(same_file: bool, tokenizer) -> list[tuple[Place, str, int, int]]:
+    """Places with the line up to the identifier, how much of it is typed, and the tokens since its use in this file."""
+    result, ends = [], {}
+    for place in places(same_file):
+        text = heldout_files()[place.file]["text"]
+        line = text[text.rfind("\n", 0, place.at) + 1 : place.at]
+        if (typed := cut(line, place.word, tokenizer)) is None:
+            continue
+        since = 0
+        if same_file:
+            if place.file not in ends:  # tokens up to the end of each line
+                ids = tokenizer([f"{line}\n" for line in text.split("\n")], add_special_tokens=False).input_ids
+                ends[place.file] = list(accumulate(map(len, ids), initial=0))
+            first, last = text.count("\n", 0, place.seen), text.count("\n", 0, place.at)
+            since = ends[place.file][last + 1] - ends[place.file][first]
+        result.append((place, line, typed, since))
+    return result
+
+
+def choose(same_file: bool, seed: int, tokens: int, tokenizer) -> tuple[Place, str, int]:
+    """The place for a seed, the line up to the identifier, and how much of it is typed; seeds give distinct places."""
+    fitting = [row[:3] for row in usable(same_file, tokenizer) if row[3] < tokens - tokens // 50 - 8]
+    if not 0 <= seed < len(fitting):
+        raise ValueError(f"seed={seed}: held-out code has {len(fitting)} such places")
+    return fitting[seed]
+
+
+def tail(text: str, room: int, count) -> str:
+    """The end of `text`, as much as fits into `room` tokens; it may start inside a line, but not inside a word."""
+    lines = re.findall(r"[^\n]*\n|[^\n]+$", text[-8 * room - 400 :])
+    start, left = len(lines), room
+    for size in reversed(count(lines)):
+        if size > left:
+            break
+        left -= size
+        start -= 1
+    words = re.findall(r"\w+|\W", lines[start - 1]) if start else []
+    while words and count(["".join(words)])[0] > left:
+        words.pop(0)
+    return "".join(words + lines[start:])
+
+
+def head(text: str, room: int, count) -> str:
+    """The first lines of `text` that fit into `room` tokens; the last may be cut, but not inside a word."""
+    lines = [line + "\n" for line in text[: 8 * room + 400].split("\n")[:-1]]
+    end, left = 0, room
+    for size in count(lines):
+        if size > left:
+            break
+        left -= size
+        end += 1
+    words = re.findall(r"\w+|\W", lines[end][:-1]) if end < len(lines) else []
+    while words and count(["".join(words) + "\n"])[0] > left:
+        words.pop()
+    return "".join(lines[:end]) + ("".join(words) + "\n" if words else "")
+
+
+def check(split: str, tokens: int) -> None:
+    if split != "test":
+        raise ValueError(f"split={split!r}: real code is completed in tests only")
+    if tokens < SHORTEST_CODE:
+        raise ValueError(f"tokens={tokens}: at least {SHORTEST_CODE} for the completion of real code")
+
+
+@family(GROUP, trained=False)
+def completion(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+    """An identifier that this file used before, but not in the last sixteen lines."""
+    check(split, tokens)
+    place, line, typed = choose(True, seed, tokens, tokenizer)
+    rows = heldout_files()
+    others = "".join(row["text"] + "\n" for row in rows[place.file + 1 :] + rows[: place.file])
+    text = others + rows[place.file]["text"][: place.at - len(line)]
+    end, answer = line + place.word[:typed], place.word[typed:]
+    return tail(text, room - len(tokenizer(end).input_ids) - sum(count([answer])), count) + end, answer
+
+
+@family(GROUP, trained=False)
+def cross_file(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+    """An identifier that only another file of the package has used so far."""
+    check(split, tokens)
+    place, line, typed = choose(False, seed, tokens, tokenizer)
+    rows = heldout_files()
+    end, answer = line + place.word[:typed], place.word[typed:]
+    headers = [f"# {rows[file]['file']}\n" for file in (place.source, place.file)]
+    room -= sum(count([*headers, answer])) + len(tokenizer(end).input_ids)
+    here = tail(rows[place.file]["text"][: place.at - len(line)], room // 2, count)
+    room -= sum(count([here]))
+    # the other file around the identifier, which stands at a random depth; other files follow when it is short
+    rest = [row["text"] for i, row in enumerate(rows) if i not in (place.source, place.file)]
+    other = "\n".join([rows[place.source]["text"], *rest])
+    start = other.rfind("\n", 0, place.seen) + 1
+    shown = sum(count([other[start : other.index("\n", start) + 1]]))
+    before = tail(other[:start], room - max(shown, round(random.Random(seed).random() * room)), count)
+    behind = head(other[start:], room - sum(count([before])), count)
+    return headers[0] + before + behind + headers[1] + here + end, answer

@@ -1,0 +1,69 @@
+"""The text that hides the facts: runs of consecutive lines of source code."""
+
+import json
+import random
+import re
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate
+
+from kvlib.lab.tasks.draft import Draft
+from kvlib.paths import DATA, ROOT
+
+HELDOUT = DATA / "heldout" / "code.jsonl"
+CORPUS = ROOT / "build/minilm/corpus/train-code.jsonl"
+
+
+class Filler:
+    """Runs of consecutive lines of a text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def lines(self, rng: random.Random, tokens: int) -> list[str]:
+        """Lines, without their newlines, that certainly hold `tokens` tokens; past the end the text starts again."""
+        size = 6 * tokens + 2000  # code has three to four characters a token; the margin covers the cut line
+        start = rng.randrange(len(self.text))
+        chunk = self.text[start : start + size]
+        while len(chunk) < size:
+            chunk += "\n" + self.text[: size - len(chunk)]
+        return chunk.split("\n")[1:-1]  # the first and the last line are cut
+
+
+@lru_cache
+def filler(split: str) -> Filler:
+    """The shipped held-out code for tests; for training the corpus, which must have been built."""
+    path = HELDOUT if split == "test" else CORPUS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing; make it with: python -m kvlib.minilm corpus")
+    with path.open() as file:
+        return Filler("\n".join(json.loads(line)["text"] for line in file))
+
+
+def compose(drawn: Draft, room: int, rng: random.Random, text, count: Callable[[list[str]], list[int]]) -> str:
+    """The facts among lines of `text` (a `Filler`), at most `room` tokens by `count` (text by text).
+
+    Raises ValueError when the facts do not fit, or not as many lines of filler as one of them wants behind it.
+    """
+    left = room - sum(count([fact for _, fact in drawn.facts]))
+    if left < 0:
+        raise ValueError(f"too few tokens: the facts alone need {-left} more")
+    candidates = [line + "\n" for line in text.lines(rng, left)]
+    lines, sizes = [], []
+    for line, size in zip(candidates, count(candidates)):
+        if size <= left and drawn.names.isdisjoint(re.findall(r"\w+", line.lower())):
+            lines.append(line)
+            sizes.append(size)
+            left -= size
+    starts = list(accumulate(sizes, initial=0))
+
+    def index(place: float) -> int:
+        return len(lines) - place if isinstance(place, int) else bisect_left(starts, place * starts[-1])
+
+    facts = sorted((index(place), place, fact) for place, fact in drawn.facts)
+    if facts[0][0] < 0:
+        raise ValueError(f"too few tokens: there is room for {len(lines)} lines of filler behind the fact")
+    for at, _, fact in reversed(facts):  # from the end, so that earlier places stay valid
+        lines.insert(at, fact)
+    return "".join(lines)

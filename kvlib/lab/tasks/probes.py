@@ -1,0 +1,31 @@
+"""Measured beside the sixteen families: long answers, and how far apart two lines may be."""
+
+from kvlib.lab.tasks.draft import Draft, family
+from kvlib.lab.tasks.words import Draw
+
+ENTRIES = 48  # of a long answer: more than 512 tokens
+DISTANCES = (1, 2, 4, 8, 16, 32, 64)  # lines
+
+
+@family("probe", trained=True)
+def long_generation(draw: Draw, tokens: int) -> Draft:
+    """One dictionary, to be written again as assignments: more than 512 tokens from 2048 tokens on."""
+    count = max(2, min(ENTRIES, (tokens - 32) // 42))
+    table, *keys = draw.names(count + 1)
+    table, pairs = table.upper(), list(zip(keys, draw.values(count)))
+    entries = "".join(f'    "{key}": {value},\n' for key, value in pairs)
+    answer = "\n".join(f"{key} = {value}" for key, value in pairs)
+    fact = f"{table} = {{\n{entries}}}\n"
+    return Draft([(draw.rng.random(), fact)], [(f"# {table} as assignments\n", answer)], {table.lower(), *keys})
+
+
+@family("probe", trained=True)
+def distance(draw: Draw, tokens: int, lines: int = 8) -> Draft:
+    """A constant that is used `lines` lines after its definition (the long-range probe for AnchorCoder).
+
+    Trained as `needle`, whose format it has.
+    """
+    if lines < 0:
+        raise ValueError(f"lines={lines}: at least 0")
+    (name,), (value,) = draw.names(1), draw.values(1)
+    return Draft([(int(lines), f"{name.upper()} = {value}\n")], [(f"assert {name.upper()} == ", str(value))], {name})

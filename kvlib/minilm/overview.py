@@ -1,0 +1,153 @@
+"""The models side by side (data/models/README.md) and the task catalogue (a section of data/README.md), from files."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kvlib.lab import tasks
+from kvlib.minilm import MODEL, PILOTS, SIBLING
+from kvlib.minilm.attention import KINDS, SINK, compare, sinks
+from kvlib.minilm.card import by_length, percent, table
+from kvlib.minilm.evaluate import load_tokenizer
+from kvlib.paths import DATA, MODELS
+
+GUIDE = DATA / "README.md"
+BEGIN, END = "<!-- catalogue: written by `python -m kvlib.minilm overview` -->\n", "<!-- end of catalogue -->\n"
+EXAMPLE = 256  # tokens of the samples that examples are taken from
+
+PAGE = """\
+# The embedded models
+
+Two models are shipped, `minilm` and its sibling `minilm-gqa`, which has other weights, another width and grouped
+queries: a claim counts as holding here only if it holds on both. Under `pilots/` are the statistics, not the weights,
+of smaller runs: two depths, by which the depth of the shipped models was chosen, and two more seeds. This page is
+written by `python -m kvlib.minilm overview` from the files in the folders; each shipped model has a card of its own.
+
+{models}
+
+## Tasks at {length} tokens
+
+Share of right answers, full cache, greedy. "No" in the second column: never trained on.
+
+{families}
+
+## Attention sinks
+
+A head has a sink when more than {sink:.0%} of its attention goes to the same four positions of a window (held-out code,
+rows from 32 on). Below, layers and heads count from 0; "BOS" is the share of the first token.
+
+{sinks}
+
+{each}
+
+## Where attention goes
+
+Share of attention by kind of token, mean over all heads.
+
+{kinds}
+"""
+
+
+def folders() -> dict[str, Path]:
+    """Name -> folder of every model that has statistics, shipped ones first."""
+    found = [MODEL, SIBLING, *sorted(PILOTS.glob("*"))]
+    return {path.relative_to(MODELS).as_posix(): path for path in found if (path / "evaluation.json").is_file()}
+
+
+def read(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def models_table(models: dict[str, Path]) -> str:
+    rows = []
+    for name, folder in models.items():
+        training, heldout = read(folder, "training"), read(folder, "evaluation")["heldout"]
+        r = training["recipe"]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{r['layers']} × {r['width']}, {r['mlp']}",
+                f"{r['heads']} / {r['kv_heads']}",
+                f"{training['parameters'] / 1e6:.1f}",
+                f"{training['tokens'] / 1e6:.0f}",
+                r["seed"],
+                training["minutes"],
+                *(f"{heldout[kind]['bits_per_character']:.3f}" for kind in ("code", "prose")),
+            )
+        )
+    header = "model | layers × width, SwiGLU | heads / KV | M parameters | M tokens | seed | minutes"
+    return table(f"{header} | bits/character: code | prose", rows)
+
+
+def families_table(models: dict[str, Path], length: int) -> str:
+    scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in models.values()]
+    names = [*tasks.FAMILIES, "long_generation"]
+    rows = [
+        (f"`{n}`", "yes" if tasks.CATALOGUE[n].trained else "no", *(percent(s[n][length]) for s in scores))
+        for n in names
+    ]
+    return table(" | ".join(["family", "trained", *(f"`{name}`" for name in models)]), rows)
+
+
+def page() -> str:
+    models = folders()
+    reports = {name: pd.read_csv(folder / "attention.csv") for name, folder in models.items()}
+    length = max(r["length"] for r in read(MODEL, "evaluation")["retrieval"])
+    side = compare(reports)
+    columns = "model | heads with a sink | of all | layers | most attended token | largest share of BOS"
+    rows = [
+        (f"`{r.model}`", r.sink_heads, percent(r.sink_share), r.layers, f"`{r.sink_token}`", percent(r.largest_bos))
+        for r in side.itertuples()
+    ]
+    each = [
+        f"- `{name}`: "
+        + (
+            ", ".join(f"{r.layer}.{r.head} {r.top_four:.0%} (BOS {r.bos:.0%})" for r in sinks(report).itertuples())
+            or "none"
+        )
+        for name, report in reports.items()
+    ]
+    kinds = [(f"`{r['model']}`", *(percent(r[kind]) for kind in KINDS)) for _, r in side.iterrows()]
+    return PAGE.format(
+        models=models_table(models),
+        length=length,
+        families=families_table(models, length),
+        sink=SINK,
+        sinks=table(columns, rows),
+        each="\n".join(each),
+        kinds=table(" | ".join(["model", *KINDS]), kinds),
+    )
+
+
+def example(task: str) -> str:
+    """The end of a prompt and its answer, in one line of Markdown."""
+    length = max(EXAMPLE, tasks.code.SHORTEST_CODE) if tasks.find(task).group == "code" else EXAMPLE
+    drawn = tasks.sample(task, length, 0, tokenizer=load_tokenizer())
+    question = drawn.prompt.rstrip("\n").split("\n")[-1].strip()
+    answer = drawn.answer.split("\n")
+    return f"`{question}` → `{answer[0]}`" + (" …" if len(answer) > 1 else "")
+
+
+def catalogue() -> str:
+    """All families: group, what they ask, an example, whether trained, scores of both models at the greatest length."""
+    scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in (MODEL, SIBLING)]
+    length = max(scores[0]["needle"])
+    rows = []
+    for name, family in tasks.CATALOGUE.items():
+        what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
+        both = (percent(s[name][length]) if name in s else "see the card" for s in scores)
+        rows.append((family.group, f"`{name}`", what, example(name), "yes" if family.trained else "no", *both))
+    order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe"))}
+    rows.sort(key=lambda row: order[row[0]])
+    header = (
+        f"group | family | what is asked | end of a prompt → answer | trained | `minilm` at {length} | `minilm-gqa`"
+    )
+    return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows]) + "\n"
+
+
+def write() -> None:
+    """Write both pages."""
+    (MODELS / "README.md").write_text(page())
+    before, rest = GUIDE.read_text().split(BEGIN)
+    GUIDE.write_text(before + BEGIN + catalogue() + END + rest.split(END)[1])
