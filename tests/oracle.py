@@ -55,18 +55,18 @@ def returned(body: str, function: str) -> str:
 
 
 def variable(body: str, name: str) -> str:
-    """The last assignment counts; a constant, in capitals, has one only."""
-    values = all_of(rf"^{name} = (.*)$", body)
-    assert all(map(str.isdigit, values)) and (name.islower() or len(values) == 1)
-    return values[-1]
+    """The last assignment counts; a constant, in capitals or annotated, has one only."""
+    values = all_of(rf"^{name}(: int|) = (.*)$", body)
+    assert all(value.isdigit() for _, value in values)
+    assert len(values) == 1 or (name.islower() and not any(annotation for annotation, _ in values))
+    return values[-1][1]
 
 
-def through_another(body: str, name: str, blank: str) -> str:
+def through_another(body: str, name: str) -> str:
     """The variable is bound to another one, which was bound to a number before; both once."""
     first = only(rf"^{name} = ([a-z]+_[a-z]+)$", body)
     only(rf"^{name} = (.*)$", body), only(rf"^{first} = (.*)$", body)
-    start = "" if blank else " "  # what the question does not have of it
-    return f"{start}{first} == " + only(rf"^{first} = (\d+)$", body[: body.index(f"\n{name} = {first}\n") + 1])
+    return f" {first} == " + only(rf"^{first} = (\d+)$", body[: body.index(f"\n{name} = {first}\n") + 1])
 
 
 def sections(body: str) -> dict[str, str]:
@@ -77,12 +77,8 @@ def sections(body: str) -> dict[str, str]:
     return dict(zip(names, texts))
 
 
-def attribute(body: str, owner: str, name: str) -> str:
-    """Of a class, or of a file."""
-    if re.search(rf"^# {owner}\.py$", body, re.MULTILINE):
-        assert not re.search(rf"^class {owner}\b", body, re.MULTILINE)
-        return only(rf"^{name} = (\d+)$", sections(body)[owner])
-    return only(rf"^    {name} = (\d+)$", only(rf"^class {owner}:\n((?:    .*\n)+)", body))
+def attribute(body: str, file: str, name: str) -> str:
+    return only(rf"^{name} = (\d+)$", sections(body)[file])
 
 
 def module(body: str, function: str) -> str:
@@ -155,7 +151,7 @@ FORMS = {
     r"# (\w+) as assignments\n": assignments,
     r"assert (\w+)\(\) == ": returned,
     r"assert (\w+) == ": variable,
-    r"assert (\w+) is( ?)": through_another,
+    r"assert (\w+) is": through_another,
     r"assert (\w+)\.(\w+) == ": attribute,
     r'assert (\w+)\.__module__ == "': module,
     r"assert (\w+) == \[": collected,

@@ -41,13 +41,6 @@ def heldout_files() -> list[dict]:
 
 
 @lru_cache
-def heldout_text() -> tuple[str, list[int]]:
-    """All held-out files in one text, and where each begins in it."""
-    texts = [row["text"] + "\n" for row in heldout_files()]
-    return "".join(texts), list(accumulate(map(len, texts), initial=0))
-
-
-@lru_cache
 def places(same_file: bool) -> list[Place]:
     """All places of completion, in a fixed random order.
 

@@ -23,7 +23,7 @@ class Filler:
 
     def lines(self, rng: random.Random, tokens: int) -> list[str]:
         """Lines, without their newlines, that certainly hold `tokens` tokens; past the end the text starts again."""
-        size = 6 * tokens + 2000  # code has three to four characters a token; the margin covers the cut line
+        size = 6 * tokens + 4000  # code has two to four characters a token; there must be short lines to end with
         start = rng.randrange(len(self.text))
         chunk = self.text[start : start + size]
         while len(chunk) < size:

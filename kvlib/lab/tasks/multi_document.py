@@ -18,7 +18,7 @@ def two_hop(draw: Draw, tokens: int) -> Draft:
     for first, second, value in zip(names[:count], names[count:], values):
         early, late = sorted((draw.rng.random(), draw.rng.random()))
         facts += [(early, f"{first} = {value}\n"), (late, f"{second} = {first}\n")]
-        questions.append((f"assert {second} is ", f"{first} == {value}"))
+        questions.append((f"assert {second} is", f" {first} == {value}"))
     return Draft(facts, questions, set(names))
 
 

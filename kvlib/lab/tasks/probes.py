@@ -25,7 +25,7 @@ def distance(draw: Draw, tokens: int, lines: int = 8) -> Draft:
 
     Trained as `needle`, whose format it has.
     """
-    if lines < 0:
-        raise ValueError(f"lines={lines}: at least 0")
+    if not (isinstance(lines, int) and lines >= 0):
+        raise ValueError(f"lines={lines}: a whole number, at least 0")
     (name,), (value,) = draw.names(1), draw.values(1)
-    return Draft([(int(lines), f"{name.upper()} = {value}\n")], [(f"assert {name.upper()} == ", str(value))], {name})
+    return Draft([(lines, f"{name.upper()} = {value}\n")], [(f"assert {name.upper()} == ", str(value))], {name})

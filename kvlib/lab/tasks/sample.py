@@ -58,9 +58,9 @@ def correct(sample: Sample, generated: str) -> bool:
 
 
 def share_of_lines(sample: Sample, generated: str) -> float:
-    """Share of the answer's lines, counted from the first, that were generated before the first wrong one."""
+    """Share of the answer's lines that were generated before the first wrong one; 1 when `correct`."""
+    if correct(sample, generated):
+        return 1.0
     wanted = sample.answer.split("\n")
-    for i, (line, said) in enumerate(zip(wanted, generated.split("\n"))):
-        if said != line:
-            return i / len(wanted)
-    return min(1.0, len(generated.split("\n")) / len(wanted))
+    right = [line == said for line, said in zip(wanted[:-1], generated.split("\n"))]
+    return [*right, False].index(False) / len(wanted)

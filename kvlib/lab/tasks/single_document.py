@@ -27,15 +27,9 @@ def function_lookup(draw: Draw, tokens: int) -> Draft:
 
 
 @family(GROUP, trained=False)
-def attribute_lookup(draw: Draw, tokens: int) -> Draft:
-    """Classes scattered in source code, each setting two attributes; asked for one of them."""
-    count = min(MOST, max(1, tokens // 128))
-    names, values = draw.names(3 * count), draw.values(2 * count)
-    facts, questions = [], []
-    for i in range(count):
-        owner, *attributes = names[3 * i : 3 * i + 3]
-        pairs = list(zip(attributes, values[2 * i : 2 * i + 2]))
-        body = "".join(f"        self.{attribute} = {value}\n" for attribute, value in pairs)
-        facts.append((draw.rng.random(), f"\n\nclass {owner}:\n    def __init__(self):\n{body}\n\n"))
-        questions += [(f"assert self.{attribute} == ", str(value)) for attribute, value in pairs]
-    return Draft(facts, questions, set(names))
+def annotated_lookup(draw: Draw, tokens: int) -> Draft:
+    """Annotated constants scattered in source code; asked for the value of one."""
+    count = min(MOST, max(2, tokens // 64))
+    pairs = list(zip(draw.names(count), draw.values(count)))
+    facts = [(draw.rng.random(), f"{name}: int = {value}\n") for name, value in pairs]
+    return Draft(facts, [(f"assert {name} == ", str(value)) for name, value in pairs], {name for name, _ in pairs})
