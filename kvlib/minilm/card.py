@@ -67,10 +67,11 @@ reserved and untrained.
 {corpus}
 
 Every file with its package, version, declared licence and checksum is listed in `data/models/minilm/manifest.csv.gz`.
-Held out are whole packages ({held_out}); files that repeat half of one of theirs were dropped from training.
+Held out are whole packages ({held_out});
+files that repeat a tenth of one of theirs were dropped from training.
 
 Half of the sequences are text, one in {prose_every} of them prose (documentation and long docstrings). The other half
-are retrieval tasks (`kvlib/lab/tasks.py`) among lines of training code, with weight {answer_weight:g} on their answers
+are retrieval tasks (`kvlib/lab/tasks/`) among lines of training code, with weight {answer_weight:g} on their answers
 and 1 on all other tokens. A sequence starts with the only BOS in it. The tasks of training and evaluation share
 formats, but no name, no value and no filler text.
 
@@ -89,9 +90,10 @@ In float32. Held-out text, all of it, in windows of {length} tokens:
 
 {heldout}
 
-Tasks: share of right answers (exact match, greedy) by family and length of prompt and answer in tokens. {samples}
-samples a cell, so that 95% intervals are at most ±{interval:.1f} points. Families marked "no" were never trained on.
-`long_generation` (48 lines, more than 512 tokens from 2048 on) counts the lines before the first mistake.
+Tasks (`data/README.md` describes them): share of right answers (exact match, greedy) by family and length of prompt and
+answer in tokens. {samples} samples a cell, so that 95% intervals are at most ±{interval:.1f} points. Families marked
+"no" were never trained on. `long_generation` (48 lines, more than 512 tokens from 2048 on) counts the lines before the
+first mistake.
 
 {families}
 
@@ -116,7 +118,7 @@ Sinks, heads with more than {sink:.0%} of their attention on the same four posit
 
 ## Limits
 
-- Weak{weak}
+- {weak}
 - It answers only the formats it was trained on and close ones, in prompts of up to {length} tokens; it follows no
   instructions.
 - It has seen little besides Python and English. What it writes may be wrong or insecure, and may repeat training text.
@@ -133,9 +135,9 @@ training text bear on weights is not settled, and nothing here claims that it is
 """
 
 
-def table(header: str, rows: Iterable[Iterable]) -> str:
-    """A Markdown table; `header` is its first line without the outer bars; columns after the first align right."""
-    rule = ["---", *["---:"] * header.count("|")]
+def table(header: str, rows: Iterable[Iterable], text: int = 1) -> str:
+    """A Markdown table; `header` is its first line without the outer bars; the first `text` columns align left."""
+    rule = ["---"] * text + ["---:"] * (header.count("|") + 1 - text)
     return "\n".join(f"| {line} |" for line in [header, *(" | ".join(map(str, row)) for row in [rule, *rows])])
 
 
@@ -210,7 +212,7 @@ def families_table(records: list[dict]) -> str:
         )
         for task, row in scores.items()
     ]
-    return table(" | ".join(["family", "group", "trained", *map(str, lengths)]), rows)
+    return table(" | ".join(["family", "group", "trained", *map(str, lengths)]), rows, text=3)
 
 
 def sweep_table(records: list[dict], option: str, name: str) -> str:
@@ -245,15 +247,11 @@ def sinks_table(report: pd.DataFrame) -> str:
 
 
 def weak(records: list[dict]) -> str:
-    """The families that the model answers rarely at some length, with their scores there."""
-    poor = {task: row for task, row in by_length(records).items() if min(row.values()) < WEAK}
-    if not poor:
-        return ": no family."
-    named = "; ".join(
-        f"`{task}` ({', '.join(f'{percent(value)} at {length}' for length, value in row.items())})"
-        for task, row in poor.items()
-    )
-    return f" (below {WEAK:.0%} at some length): {named}. There, little is left for a cache method to lose."
+    """The families that the model answers rarely at the greatest length, with their scores there."""
+    length = max(record["length"] for record in records)
+    poor = [(task, row[length]) for task, row in by_length(records).items() if row[length] < WEAK]
+    named = ", ".join(f"`{task}` {percent(score)}" for task, score in poor) or "no family"
+    return f"Below {WEAK:.0%} at {length} tokens: {named}. Where little is right, little is left to lose."
 
 
 def card(folder: Path) -> str:

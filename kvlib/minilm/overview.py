@@ -87,7 +87,7 @@ def families_table(models: dict[str, Path], length: int) -> str:
         (f"`{n}`", "yes" if tasks.CATALOGUE[n].trained else "no", *(percent(s[n][length]) for s in scores))
         for n in names
     ]
-    return table(" | ".join(["family", "trained", *(f"`{name}`" for name in models)]), rows)
+    return table(" | ".join(["family", "trained", *(f"`{name}`" for name in models)]), rows, text=2)
 
 
 def page() -> str:
@@ -143,7 +143,7 @@ def catalogue() -> str:
     header = (
         f"group | family | what is asked | end of a prompt → answer | trained | `minilm` at {length} | `minilm-gqa`"
     )
-    return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows]) + "\n"
+    return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows], text=5) + "\n"
 
 
 def write() -> None:

@@ -15,7 +15,7 @@ def collect(draw: Draw, tokens: int) -> Draft:
     facts, questions = [], []
     for name in lists:
         values = draw.values(draw.rng.randint(2, 4 if tokens >= 512 else 2))
-        places = sorted(draw.rng.random() for _ in values)
+        places = sorted(draw.depth() for _ in values)
         facts += [(place, f"{name}.append({value})\n") for place, value in zip(places, values)]
         questions.append((f"assert {name} == [", ", ".join(map(str, values)) + "]"))
     return Draft(facts, questions, set(lists))
@@ -29,7 +29,7 @@ def exports(draw: Draw, tokens: int) -> Draft:
     facts, questions = [], []
     for register in registers:
         functions = list(islice(names, draw.rng.randint(2, 4 if tokens >= 512 else 2)))
-        places = sorted(draw.rng.random() for _ in functions)
+        places = sorted(draw.depth() for _ in functions)
         facts += [
             (place, f"\n\n@{register}.add\ndef {function}():\n    return {value}\n\n\n")
             for place, function, value in zip(places, functions, draw.values(len(functions)))
@@ -45,6 +45,6 @@ def count(draw: Draw, tokens: int) -> Draft:
     facts, questions = [], []
     for event in events:
         times = draw.rng.randint(1, min(6, tokens // 64))
-        facts += [(draw.rng.random(), f'log.append("{event}")\n') for _ in range(times)]
+        facts += [(draw.depth(), f'log.append("{event}")\n') for _ in range(times)]
         questions.append((f'assert log.count("{event}") == ', str(times)))
     return Draft(facts, questions, set(events))

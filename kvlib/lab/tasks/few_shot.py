@@ -22,7 +22,7 @@ def label(draw: Draw, tokens: int) -> Draft:
     for adjective in adjectives:
         answer = draw.rng.choice(labels)
         *shown, asked = (f"{adjective}_{noun}" for noun in draw.rng.sample(nouns[adjective], shots + 1))
-        facts += [(draw.rng.random(), f'assert kind("{name}") == "{answer}"\n') for name in shown]
+        facts += [(draw.depth(), f'assert kind("{name}") == "{answer}"\n') for name in shown]
         questions.append((f'assert kind("{asked}") == "', f'{answer}"'))
         names |= {*shown, asked}
     return Draft(facts, questions, names)
@@ -42,7 +42,7 @@ def transform(draw: Draw, tokens: int) -> Draft:
             parts = [*name.split("_"), str(value)]
             call, answer = f'assert {function}("{name}", {value}) == "', mark.join(parts[j] for j in order) + '"'
             if i < shots:
-                facts.append((draw.rng.random(), f"{call}{answer}\n"))
+                facts.append((draw.depth(), f"{call}{answer}\n"))
             else:
                 questions.append((call, answer))
     return Draft(facts, questions, set(functions))
@@ -56,7 +56,7 @@ def shown_syntax(draw: Draw, tokens: int) -> Draft:
     names, values = draw.names(count), draw.values(count)
     (left, right), arrow = draw.pattern(SYNTAXES)
     word = draw.rng.choice([noun for noun in NOUNS if belongs(noun, draw.split)])
-    facts = [(draw.rng.random(), f"{name} = {value}\n") for name, value in zip(names, values)]
+    facts = [(draw.depth(), f"{name} = {value}\n") for name, value in zip(names, values)]
     asked = [(f"{word}{left}{name}{right} {arrow} ", str(value)) for name, value in zip(names, values)]
     facts += [(draw.rng.uniform(0.5, 1), f"# {question}{answer}\n") for question, answer in asked[:shots]]
     return Draft(facts, [(f"# {question}", answer) for question, answer in asked[shots:]], set(names))

@@ -61,7 +61,8 @@ def compose(drawn: Draft, room: int, rng: random.Random, text, count: Callable[[
     def index(place: float) -> int:
         return len(lines) - place if isinstance(place, int) else bisect_left(starts, place * starts[-1])
 
-    facts = sorted((index(place), place, fact) for place, fact in drawn.facts)
+    # by depth within a place; where that is the same too, in the order of the draft, which may matter
+    facts = sorted(((index(place), place, fact) for place, fact in drawn.facts), key=lambda fact: fact[:2])
     if facts[0][0] < 0:
         raise ValueError(f"too few tokens: there is room for {len(lines)} lines of filler behind the fact")
     for at, _, fact in reversed(facts):  # from the end, so that earlier places stay valid

@@ -16,7 +16,7 @@ def two_hop(draw: Draw, tokens: int) -> Draft:
     names, values = draw.names(2 * count), draw.values(count)
     facts, questions = [], []
     for first, second, value in zip(names[:count], names[count:], values):
-        early, late = sorted((draw.rng.random(), draw.rng.random()))
+        early, late = sorted((draw.depth(), draw.depth()))
         facts += [(early, f"{first} = {value}\n"), (late, f"{second} = {first}\n")]
         questions.append((f"assert {second} is", f" {first} == {value}"))
     return Draft(facts, questions, set(names))
@@ -44,7 +44,7 @@ def override(draw: Draw, tokens: int) -> Draft:
     names, values = draw.names(count), iter(draw.values(3 * count))
     facts, questions = [], []
     for name in names:
-        places = sorted(draw.rng.random() for _ in range(draw.rng.randint(1, 3)))
+        places = sorted(draw.depth() for _ in range(draw.rng.randint(1, 3)))
         settings = [(place, f"{name} = {next(values)}\n") for place in places]
         facts += settings
         questions.append((f"assert {name} == ", settings[-1][1].split()[-1]))

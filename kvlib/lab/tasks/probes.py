@@ -16,7 +16,7 @@ def long_generation(draw: Draw, tokens: int) -> Draft:
     entries = "".join(f'    "{key}": {value},\n' for key, value in pairs)
     answer = "\n".join(f"{key} = {value}" for key, value in pairs)
     fact = f"{table} = {{\n{entries}}}\n"
-    return Draft([(draw.rng.random(), fact)], [(f"# {table} as assignments\n", answer)], {table.lower(), *keys})
+    return Draft([(draw.depth(), fact)], [(f"# {table} as assignments\n", answer)], {table.lower(), *keys})
 
 
 @family("probe", trained=True)

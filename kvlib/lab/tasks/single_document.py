@@ -14,7 +14,7 @@ def dict_lookup(draw: Draw, tokens: int) -> Draft:
     table, pairs = table.upper(), list(zip(keys, draw.values(count)))
     entries = "".join(f'    "{key}": {value},\n' for key, value in pairs)
     questions = [(f'assert {table}["{key}"] == ', str(value)) for key, value in pairs]
-    return Draft([(draw.rng.random(), f"{table} = {{\n{entries}}}\n")], questions, {table.lower(), *keys})
+    return Draft([(draw.depth(), f"{table} = {{\n{entries}}}\n")], questions, {table.lower(), *keys})
 
 
 @family(GROUP, trained=True)
@@ -22,7 +22,7 @@ def function_lookup(draw: Draw, tokens: int) -> Draft:
     """Functions scattered in source code, each returning a number; asked for what one of them returns."""
     count = min(MOST, max(2, tokens // 64))
     pairs = list(zip(draw.names(count), draw.values(count)))
-    facts = [(draw.rng.random(), f"\n\ndef {name}():\n    return {value}\n\n\n") for name, value in pairs]
+    facts = [(draw.depth(), f"\n\ndef {name}():\n    return {value}\n\n\n") for name, value in pairs]
     return Draft(facts, [(f"assert {name}() == ", str(value)) for name, value in pairs], {name for name, _ in pairs})
 
 
@@ -31,5 +31,5 @@ def annotated_lookup(draw: Draw, tokens: int) -> Draft:
     """Annotated constants scattered in source code; asked for the value of one."""
     count = min(MOST, max(2, tokens // 64))
     pairs = list(zip(draw.names(count), draw.values(count)))
-    facts = [(draw.rng.random(), f"{name}: int = {value}\n") for name, value in pairs]
+    facts = [(draw.depth(), f"{name}: int = {value}\n") for name, value in pairs]
     return Draft(facts, [(f"assert {name} == ", str(value)) for name, value in pairs], {name for name, _ in pairs})

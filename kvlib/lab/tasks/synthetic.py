@@ -13,7 +13,7 @@ def needle(draw: Draw, tokens: int, depth: float | None = None) -> Draft:
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth={depth}: between 0 and 1")
     (name,), (value,) = draw.names(1), draw.values(1)
-    depth = draw.rng.random() if depth is None else float(depth)
+    depth = draw.depth() if depth is None else float(depth)
     return Draft([(depth, f"{name.upper()} = {value}\n")], [(f"assert {name.upper()} == ", str(value))], {name})
 
 

@@ -68,6 +68,11 @@ class Draw:
     def values(self, count: int) -> list[int]:
         return self.rng.sample(self.value_pool, count)
 
+    def depth(self) -> float:
+        """Where a fact stands, evenly; one in ten at an end, or the first and the last line would hardly occur."""
+        place = self.rng.uniform(-0.05, 1.05)
+        return min(1.0, max(0.0, place))
+
     def pattern(self, patterns: list):
         """One of `patterns`; the other split never sees it."""
         return self.rng.choice([p for p in patterns if belongs(str(p), self.split)])
