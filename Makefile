@@ -22,7 +22,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab figures smoke test test-deep lint publish results minilm clean lock
+.PHONY: help setup lab figures smoke test test-deep lint publish results results-clean verify minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -52,8 +52,15 @@ publish: $(INSTALLED)  ## run the default profile and store its outputs in noteb
 	@$(MAKE) --no-print-directory figures PROFILE=default
 	@$(RUN) publish
 
-results: $(INSTALLED)  ## make the result tables again (minutes on a GPU, a night without)
-	$(PYTHON) -m kvlib.lab.evaluate 00_kv_cache
+results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without)
+	$(PYTHON) -m kvlib.lab.results
+
+results-clean:  ## delete the result tables that any machine can make again
+	$(PYTHON) -m kvlib.lab.results --clean
+
+FRACTION ?= 0.2
+verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables and compare
+	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION)
 
 minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
 	$(PYTHON) -m kvlib.minilm corpus tokenizer tokens

@@ -484,7 +484,7 @@ def test_facts_that_do_not_fit():
     ],
 )
 def test_what_counts_as_correct(answer, generated, expected):
-    assert correct(Sample("needle", "", answer, 0, 0), generated) is expected
+    assert correct(Sample("needle", "", answer, "", 0, 0), generated) is expected
 
 
 @pytest.mark.parametrize(
@@ -503,4 +503,4 @@ def test_what_counts_as_correct(answer, generated, expected):
     ],
 )
 def test_partial_credit(generated, expected):
-    assert share_of_lines(Sample("long_generation", "", "a = 1\nb = 2\nc = 3\nd = 4", 0, 0), generated) == expected
+    assert share_of_lines(Sample("long_generation", "", "a = 1\nb = 2\nc = 3\nd = 4", "", 0, 0), generated) == expected

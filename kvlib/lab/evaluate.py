@@ -1,27 +1,28 @@
-"""Exact-match evaluation of cache methods: one prefill per batch of prompts, forked for every method and budget.
+"""Exact-match evaluation of cache methods: one prefill per block of prompts, forked for every method and budget.
 
-Every row of a result table is one sample under one configuration, with the bytes that were really stored. The prompt,
-question included, is prefilled and compressed; then the answer is fed token by token, and the sample counts if every
-token of it was the model's first choice and the choice after it does not continue its last word. That is what greedy
-decoding would have to produce, at a fixed cost per sample.
+The prompt is prefilled and compressed; then the model's first choices at every token of the answer are compared with
+it. That is what greedy decoding would give, up to its first mistake, at a fixed cost per sample.
+
+Protocols:
+    prompt: the question is part of what is prefilled, so a method that looks at the end of the prompt sees it.
+    decoded: the context is prefilled and compressed; then the question is fed token by token.
 """
 
-import argparse
 import json
-import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import kvlib
-from kvlib import paths
 from kvlib.lab import tasks
+from kvlib.lab.statistics import paired_difference
 
-PROTOCOL = "question in prompt, teacher-forced exact match"
+PROTOCOLS = ("prompt", "decoded")
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
+BLOCK = 4  # prompts per prefill
+AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,25 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Study:
-    """What one result table holds."""
+    """What one result table holds: every configuration on the same samples of every task, for every model.
+
+    length: tokens of prompt and answer. samples: their number per task and model; sample n has the seed n.
+    """
 
     tasks: tuple[str, ...]
     length: int
     samples: int
     configurations: tuple[Configuration, ...]
+    models: tuple[str, ...] = ("minilm",)
+    protocol: str = "prompt"
+
+    def __post_init__(self):
+        for task in self.tasks:
+            tasks.find(task)
+        for configuration in self.configurations:
+            configuration.make()
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol!r}: {' or '.join(PROTOCOLS)}")
 
 
 STUDIES = {
@@ -63,52 +77,75 @@ STUDIES = {
 
 
 def evaluate(
-    model, tokenizer, configurations, task: str, length: int, samples, *, name: str, batch: int = 4
+    model,
+    tokenizer,
+    configurations: Sequence[Configuration],
+    task: str,
+    length: int,
+    samples: Iterable[int],
+    *,
+    name: str,
+    protocol: str = "prompt",
+    block: int = BLOCK,
+    progress: Callable = iter,
 ) -> pd.DataFrame:
     """One row per sample and configuration.
 
     Args:
-        configurations: `Configuration`s; samples: sample numbers, which are the tasks' seeds.
-        task, length: what `kvlib.lab.tasks.sample` draws.
-        name: the model's name for the table; batch: prompts per prefill (left-padded).
+        samples: sample numbers, which are the tasks' seeds. task, length: what `kvlib.lab.tasks.sample` draws.
+        name: the model's name for the table; block: prompts per prefill (left-padded; 1 in the protocol "decoded").
+        progress: wraps the list of blocks, for example `tqdm`.
 
     Returns:
-        columns model, method, budget, arguments, task, length, sample, value (1 = exact match), stored_bytes (K and V
-        after the prompt), full_bytes, clamped, protocol, torch, device.
+        columns model, method, budget, arguments, task, length, protocol, sample, value (1 = right; of long answers the
+        share of lines before the first mistake), stored_bytes (K and V after the prompt), read_bytes (K and V in the
+        first decode step: what is stored, unless the method reads sparsely), full_bytes, prefill_flops, clamped,
+        torch, device.
+
+    Raises:
+        ValueError: for an unknown task or protocol, or if `length` exceeds the model's window.
     """
-    rows = []
-    samples = list(samples)
-    for start in tqdm(range(0, len(samples), batch), desc=f"{task} {length}", file=sys.stdout):
-        numbers = samples[start : start + batch]
+    check_window(model, length)
+    samples, rows = list(samples), []
+    sparse = any(configuration.make().hooks("attend") for configuration in configurations)
+    size = 1 if protocol == "decoded" or sparse else block  # questions differ in length; reads are counted per pass
+    for numbers in progress([samples[i : i + size] for i in range(0, len(samples), size)]):
         drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
-        inputs = tokenizer([s.prompt for s in drawn], return_tensors="pt", padding=True, padding_side="left").to(
-            model.device
-        )
+        snapshot, question = prefill(model, tokenizer, drawn, protocol)
         answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
-        snapshot = kvlib.snapshot(model, **inputs)
         for configuration in configurations:
-            values, stored, full, clamped = score(model, configuration.make(), snapshot, answers, tokenizer)
-            for row, number in enumerate(numbers):
-                rows.append(
-                    {
-                        "model": name,
-                        **asdict(configuration),
-                        "task": task,
-                        "length": length,
-                        "sample": number,
-                        "value": float(values[row]),
-                        "stored_bytes": stored[row],
-                        "full_bytes": full[row],
-                        "clamped": clamped,
-                    }
-                )
+            columns = score(model, configuration.make(), snapshot, question, answers, tokenizer)
+            rows += [
+                {**asdict(configuration), "sample": number, **dict(zip(columns, cells))}
+                for number, *cells in zip(numbers, *columns.values())
+            ]
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    return pd.DataFrame(rows).assign(protocol=PROTOCOL, torch=torch.__version__, device=device)
+    places = {"task": task, "length": length, "protocol": protocol}
+    table = pd.DataFrame(rows).assign(model=name, **places, torch=torch.__version__, device=device)
+    order = ["model", "method", "budget", "arguments", *places, "sample"]
+    return table[[*order, *(column for column in table if column not in order)]]
+
+
+def check_window(model, length: int) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and length > window:
+        raise ValueError(f"length={length}: the model's window is {window} tokens")
+
+
+def prefill(model, tokenizer, drawn: list, protocol: str):
+    """The snapshot of the prompts, or of their contexts, and the question's ids `(batch, tokens)` still to be fed."""
+    prompts = [s.prompt if protocol == "prompt" else s.prompt[: -len(s.question)] for s in drawn]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    snapshot = kvlib.snapshot(model, inputs.input_ids, inputs.attention_mask)
+    if protocol == "prompt":
+        return snapshot, inputs.input_ids[:, :0]
+    question = tokenizer([s.question for s in drawn], add_special_tokens=False, return_tensors="pt").input_ids
+    return snapshot, question.to(model.device)
 
 
 @torch.no_grad()
-def score(model, method, snapshot, answers: list[list[int]], tokenizer):
-    """Exact match per row, bytes stored per row, those of a full cache, and whether the prompt forced a clamp."""
+def score(model, method, snapshot, question: torch.Tensor, answers: list[list[int]], tokenizer) -> dict[str, list]:
+    """Columns of `evaluate` with one entry per row of the snapshot, for one method."""
     longest = max(map(len, answers))
     fed = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device)
     with method(model) as run:
@@ -116,16 +153,32 @@ def score(model, method, snapshot, answers: list[list[int]], tokenizer):
         stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
         if sum(stored) != run.stored_bytes():
             raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
-        clamped = bool(run.clamped)
-        choices = [snapshot.logits.argmax(-1)]
-        for token in fed.unbind(1):
-            choices.append(model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1))
-    said = torch.stack(choices, dim=1).tolist()
-    right = [
-        row[: len(answer)] == answer and tasks.ends(tokenizer.decode([row[len(answer)]]))
-        for row, answer in zip(said, answers)
-    ]
-    return right, stored, full, clamped
+        clamped, reads = bool(run.clamped), stored
+        first = snapshot.logits.argmax(-1)
+        for token in question.unbind(1):
+            first = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
+        # What is evicted or read while decoding depends on the tokens one by one; otherwise all go in one pass.
+        stepwise = method.evicts_in_decode or method.hooks("attend")
+        steps = fed.split(1, dim=1) if stepwise else [fed]
+        chosen, alive = [first[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
+        for tokens in steps:
+            if stepwise:
+                alive &= chosen[-1][:, 0] == tokens[:, 0]
+                if not alive.any():
+                    break  # every row has made its first mistake or is done
+            chosen.append(model(tokens, past_key_values=cache).logits.argmax(-1))
+            if method.hooks("attend") and len(chosen) == 2:
+                reads = [run.read_bytes()]  # of the one row
+    said = torch.cat(chosen, dim=1)
+    said = torch.nn.functional.pad(said, (0, longest + 1 - said.shape[1]), value=-1).tolist()
+    return {
+        "value": [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, said)],
+        "stored_bytes": stored,
+        "read_bytes": reads,
+        "full_bytes": full,
+        "prefill_flops": [prefill_flops(model, n) for n in snapshot.counts.tolist()],
+        "clamped": [clamped] * len(answers),
+    }
 
 
 def bytes_per_row(cache, counts: str) -> list[int]:
@@ -138,54 +191,44 @@ def bytes_per_row(cache, counts: str) -> list[int]:
     return total.tolist()
 
 
-def verify(table: pd.DataFrame, model, tokenizer, study: Study, samples) -> float:
+def prefill_flops(model, tokens: int) -> int:
+    """Multiplications and additions of a dense causal prefill: weights, q·k and a·v, and one row of logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (1 if tied else 2) * embedding
+    pairs = config.num_hidden_layers * config.num_attention_heads * tokens * (tokens + 1) // 2
+    return 2 * weights * tokens + 4 * head_dim * pairs + 2 * embedding
+
+
+def verify(
+    table: pd.DataFrame, model, tokenizer, study: Study, samples: Iterable[int], *, name: str = "minilm"
+) -> float:
     """Recompute whole samples of a table, every configuration of them, and return the share of rows that agree.
 
     Raises:
-        ValueError: if fewer than 97 % of the rows have the recorded value, or if stored bytes differ anywhere.
+        ValueError: if fewer than 97 % of the rows have the recorded value, if the recomputed values are all in all
+            higher or lower (the 95 % interval of the mean difference excludes 0), or if stored bytes differ anywhere.
     """
     key = ["method", "budget", "arguments", "task", "sample"]
-    name = table["model"].iloc[0]
+    samples = list(samples)
     again = pd.concat(
-        evaluate(model, tokenizer, study.configurations, task, study.length, samples, name=name) for task in study.tasks
-    )
-    both = again.merge(table, on=key, suffixes=("", "_recorded"), validate="one_to_one")
-    if len(both) != len(again):
-        raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} rows of samples {list(samples)}")
-    if (both["stored_bytes"] != both["stored_bytes_recorded"]).any():
-        raise ValueError("stored bytes differ from the recorded ones")
-    agreement = float((both["value"] == both["value_recorded"]).mean())
-    if agreement < 0.97:
-        raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
-    return agreement
-
-
-def main() -> None:
-    """Make the table of a study."""
-    parser = argparse.ArgumentParser(prog="python -m kvlib.lab.evaluate", description=main.__doc__)
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--out", type=Path, help="default: data/results/<study>.parquet")
-    parser.add_argument("--batch", type=int, default=4, help="prompts per prefill (default: 4)")
-    parser.add_argument("--samples", type=int, help="samples per task (default: the study's)")
-    options = parser.parse_args()
-    study = STUDIES[options.study]
-    out = options.out or paths.RESULTS / f"{options.study}.parquet"
-    model, tokenizer = kvlib.load()
-    if torch.cuda.is_available():
-        model = model.cuda()
-    samples = range(options.samples or study.samples)
-    table = pd.concat(
         evaluate(
-            model, tokenizer, study.configurations, task, study.length, samples, name="minilm", batch=options.batch
+            model, tokenizer, study.configurations, task, study.length, samples, name=name, protocol=study.protocol
         )
         for task in study.tasks
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
-    table.to_parquet(part, compression="zstd", index=False)
-    part.rename(out)
-    print(f"{len(table)} rows in {out}")
-
-
-if __name__ == "__main__":
-    main()
+    recorded = table[table["model"] == name]
+    both = again.merge(recorded, on=key, suffixes=("", "_recorded"), validate="one_to_one")
+    if len(both) != len(again):
+        raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} rows of samples {samples}")
+    if (both["stored_bytes"] != both["stored_bytes_recorded"]).any():
+        raise ValueError("stored bytes differ from the recorded ones")
+    agreement = float((both["value"] - both["value_recorded"]).abs().lt(1e-9).mean())
+    if agreement < AGREEMENT:
+        raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
+    difference, low, high = paired_difference(both["value"], both["value_recorded"])
+    if low > 0 or high < 0:
+        raise ValueError(f"recomputed values differ by {difference:+.3f} [{low:.3f}, {high:.3f}] on average")
+    return agreement

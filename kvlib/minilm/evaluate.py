@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlib.lab.tasks import FAMILIES, Sample, ends, find, sample
+from kvlib.lab.tasks import FAMILIES, Sample, find, judge, sample
 from kvlib.lab.tasks.code import SHORTEST_CODE
 from kvlib.lab.tasks.probes import DISTANCES
 from kvlib.minilm import HELDOUT, MODEL
@@ -117,12 +117,8 @@ def answered(model, drawn: list[Sample], size: int) -> list[float]:
         for i, row in enumerate(rows):  # padding on the right is never seen by a causal model's earlier positions
             ids[i, : len(row)] = torch.tensor(row)
         best = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
-        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-            *said, after = best[i, len(prompt) - 1 : len(prompt) + len(answer)].tolist()
-            right = next((j for j, (a, b) in enumerate(zip(said, answer)) if a != b), len(answer))
-            complete = right == len(answer) and ends(tokenizer.decode([after]))
-            lines = tokenizer.decode(answer[:right]).count("\n")
-            shares.append(1.0 if complete else lines / (batch[i].answer.count("\n") + 1))
+        for row, prompt, answer in zip(best.tolist(), prompts, answers):
+            shares.append(judge(answer, row[len(prompt) - 1 : len(prompt) + len(answer)], tokenizer))
     return shares
 
 

@@ -8,9 +8,9 @@ Scoring: an answer is right when the text that is generated starts with it and i
 """
 
 from kvlib.lab.tasks import single_document, multi_document, aggregation, few_shot, synthetic, code, probes  # noqa: F401, I001
-from kvlib.lab.tasks.draft import CATALOGUE, GROUPS, SHORTEST, Draft, Family, Sample, find
-from kvlib.lab.tasks.filler import Filler, compose, filler
-from kvlib.lab.tasks.sample import correct, draft, ends, sample, share_of_lines
+from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS, SHORTEST, Draft, Family, Sample, find
+from kvlib.lab.tasks.composing import Filler, compose, filler
+from kvlib.lab.tasks.sampling import correct, draft, ends, judge, sample, share_of_lines
 from kvlib.lab.tasks.words import Draw
 
 FAMILIES = {name: family for name, family in CATALOGUE.items() if family.group in GROUPS}
@@ -18,5 +18,5 @@ PROBES = {name: family for name, family in CATALOGUE.items() if family.group == 
 
 __all__ = [
     "CATALOGUE", "FAMILIES", "GROUPS", "PROBES", "SHORTEST", "Draft", "Draw", "Family", "Filler", "Sample",
-    "compose", "correct", "draft", "ends", "filler", "find", "sample", "share_of_lines",
+    "compose", "correct", "draft", "ends", "filler", "find", "judge", "sample", "share_of_lines",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from kvlib.lab.tasks.draft import Draft, family
+from kvlib.lab.tasks.catalogue import Draft, family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "aggregation"

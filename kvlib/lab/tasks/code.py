@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from kvlib.lab.tasks.draft import family
-from kvlib.lab.tasks.filler import HELDOUT
+from kvlib.lab.tasks.catalogue import family
+from kvlib.lab.tasks.composing import HELDOUT
 
 GROUP = "code"
 IDENTIFIER = re.compile(r"\b[A-Za-z_]{8,}\b")  # long ones, so that something is left to complete

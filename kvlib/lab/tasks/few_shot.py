@@ -2,7 +2,7 @@
 
 from itertools import permutations, product
 
-from kvlib.lab.tasks.draft import MOST, Draft, family
+from kvlib.lab.tasks.catalogue import MOST, Draft, family
 from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, Draw, belongs, nouns_of
 
 GROUP = "few-shot"

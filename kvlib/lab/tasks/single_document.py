@@ -1,6 +1,6 @@
 """One fact of one document answers the question."""
 
-from kvlib.lab.tasks.draft import MOST, Draft, family
+from kvlib.lab.tasks.catalogue import MOST, Draft, family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "single-document QA"

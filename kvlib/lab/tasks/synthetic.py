@@ -1,6 +1,6 @@
 """What long-context models are commonly probed with."""
 
-from kvlib.lab.tasks.draft import Draft, family
+from kvlib.lab.tasks.catalogue import Draft, family
 from kvlib.lab.tasks.multi_document import files
 from kvlib.lab.tasks.words import Draw
 

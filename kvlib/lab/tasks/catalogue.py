@@ -18,11 +18,15 @@ MOST = 512  # facts, however long the prompt
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt that ends where its answer begins; `length` is that of the prompt in tokens, BOS included."""
+    """A prompt that ends where its answer begins.
+
+    question: the end of the prompt, what is not context. length: that of the prompt in tokens, BOS included.
+    """
 
     task: str
     prompt: str
     answer: str
+    question: str
     seed: int
     length: int
 

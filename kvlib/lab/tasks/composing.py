@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 
-from kvlib.lab.tasks.draft import Draft
+from kvlib.lab.tasks.catalogue import Draft
 from kvlib.paths import DATA, ROOT
 
 HELDOUT = DATA / "heldout" / "code.jsonl"

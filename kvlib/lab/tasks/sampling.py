@@ -3,8 +3,8 @@
 import random
 import re
 
-from kvlib.lab.tasks.draft import SHORTEST, Draft, Sample, find
-from kvlib.lab.tasks.filler import Filler, compose, filler
+from kvlib.lab.tasks.catalogue import SHORTEST, Draft, Sample, find
+from kvlib.lab.tasks.composing import Filler, compose, filler
 from kvlib.lab.tasks.words import Draw
 
 
@@ -34,6 +34,7 @@ def sample(task: str, tokens: int, seed: int, *, tokenizer, split: str = "test",
         if family.group == "code":
             options |= {"room": room, "tokenizer": tokenizer, "split": split, "count": count}
             prompt, answer = family.make(seed, tokens, **options)
+            question = prompt[prompt.rindex("\n") + 1 :]
         else:
             drawn = draft(task, tokens, Draw(rng, split), **options)
             question, answer = drawn.questions[0]
@@ -42,7 +43,7 @@ def sample(task: str, tokens: int, seed: int, *, tokenizer, split: str = "test",
         length = len(tokenizer(prompt).input_ids)
         spare = tokens - length - sum(count([answer]))
         if 0 <= spare <= 8 + tokens // 50:
-            return Sample(task, prompt, answer, seed, length)
+            return Sample(task, prompt, answer, question, seed, length)
         room += spare
     raise ValueError(f"no prompt of {tokens} tokens could be made for {task!r} with this tokenizer and filler")
 
@@ -64,3 +65,15 @@ def share_of_lines(sample: Sample, generated: str) -> float:
     wanted = sample.answer.split("\n")
     right = [line == said for line, said in zip(wanted[:-1], generated.split("\n"))]
     return [*right, False].index(False) / len(wanted)
+
+
+def judge(answer: list[int], chosen: list[int], tokenizer) -> float:
+    """`share_of_lines` of greedy decoding, from the model's first choices at each token of the answer and after it.
+
+    `chosen` has one token more than `answer`. Up to the first difference greedy decoding would have fed the same
+    tokens; what comes later does not count.
+    """
+    right = next((i for i, pair in enumerate(zip(answer, chosen)) if pair[0] != pair[1]), len(answer))
+    if right == len(answer) and ends(tokenizer.decode([chosen[right]])):
+        return 1.0
+    return tokenizer.decode(answer[:right]).count("\n") / (tokenizer.decode(answer).count("\n") + 1)

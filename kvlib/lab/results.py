@@ -1,0 +1,261 @@
+"""Making, resuming and verifying the result tables of `kvlib.lab.evaluate.STUDIES`.
+
+    python -m kvlib.lab.results [STUDY ...]             make tables, or what is missing of them
+    python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples and compare
+    python -m kvlib.lab.results --clean                 delete tables and shards, to make everything anew
+
+Work is cut into blocks of samples, in the same way whatever was done before. A finished block is a shard, written under
+another name and renamed, so that a run killed at any moment leaves whole shards only and the next run goes on after
+them. A row is reused, from a shard or from the table, when its key is that of today's checkpoint, parameters, and code
+of method and task.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import kvlib
+from kvlib import paths
+from kvlib.lab import evaluate, tasks
+from kvlib.lab.evaluate import STUDIES, Configuration, Study
+from kvlib.lab.fingerprint import fingerprint
+from kvlib.registry import METHODS
+
+BUILD = paths.ROOT / "build" / "results"
+CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
+SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples that are prefilled together, for every configuration of a study."""
+
+    model: str
+    task: str
+    samples: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.model}-{self.task}-{self.samples[0]:05}-{len(self.samples)}.parquet"
+
+
+def blocks(study: Study, size: int) -> list[Block]:
+    """All of a study, in the order in which it is made."""
+    starts = range(0, study.samples, size)
+    return [
+        Block(model, task, tuple(range(start, min(start + size, study.samples))))
+        for model, task, start in product(study.models, study.tasks, starts)
+    ]
+
+
+def checkpoint(model: str) -> str:
+    """sha256 over the files of a shipped model that decide what it computes."""
+    lines = (paths.MODELS / model / "SHA256SUMS").read_text().splitlines()
+    deciding = [line for line in lines if line.endswith((".safetensors", "config.json", "tokenizer.json"))]
+    return hashlib.sha256("\n".join(sorted(deciding)).encode()).hexdigest()
+
+
+def key(model: str, task: str, study: Study, configuration: Configuration) -> str:
+    """What the rows of a cell follow from, sample numbers aside: checkpoint, parameters, code of task and method."""
+    code = fingerprint(tasks.sample, tasks.find(task).make, tasks.judge, METHODS[configuration.method])
+    parts = [checkpoint(model), code, task, study.length, study.protocol, asdict(configuration)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keys(study: Study) -> pd.DataFrame:
+    """The key of every cell of a study: columns `CELL` and key."""
+    rows = [
+        {
+            "model": m,
+            **asdict(c),
+            "task": t,
+            "length": study.length,
+            "protocol": study.protocol,
+            "key": key(m, t, study, c),
+        }
+        for m, t, c in product(study.models, study.tasks, study.configurations)
+    ]
+    return pd.DataFrame(rows)
+
+
+def current(rows: pd.DataFrame, wanted: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose key is that of their cell in `wanted`."""
+    return rows.merge(wanted, on=[*CELL, "key"], how="inner") if len(rows) else rows
+
+
+def together(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Frames below each other, a row of two frames once. Empty ones are left out: they have no types."""
+    return pd.concat([f for f in frames if len(f)] or frames[:1]).drop_duplicates([*CELL, "sample"])
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table or shard; empty if there is none. Raises ValueError for a file that is damaged."""
+    if not path.is_file():
+        return pd.DataFrame(columns=[*CELL, "sample", "key"])
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be read ({error}); delete it, and it will be made again") from error
+
+
+def write(rows: pd.DataFrame, path: Path) -> None:
+    """Appear at once and whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    rows.to_parquet(part, compression="zstd", index=False)
+    part.replace(path)
+
+
+@contextmanager
+def owner(name: str) -> Iterator[None]:
+    """One process at a time makes a table. Raises RuntimeError if another does; the lock dies with its process."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is making the table {name}") from None
+        yield
+
+
+def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wanted: pd.DataFrame, load) -> int:
+    """Compute what is missing of a block and write its shard; returns the number of new rows."""
+    path = folder / block.file
+    known = together(current(read(path), wanted), table)
+    known = known[(known["model"] == block.model) & (known["task"] == block.task) & known["sample"].isin(block.samples)]
+    done = set(known["key"].value_counts()[lambda n: n == len(block.samples)].index)
+    cells = wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
+    missing = [c for c, k in zip(study.configurations, cells["key"]) if k not in done]
+    if not missing:
+        return 0
+    model, tokenizer = load(block.model)
+    size = len(block.samples)
+    new = evaluate.evaluate(
+        model, tokenizer, missing, block.task, study.length, block.samples,
+        name=block.model, protocol=study.protocol, block=size,
+    ).merge(cells, on=CELL)  # fmt: skip
+    write(together(new, known[known["key"].isin(done)]), path)
+    return len(new)
+
+
+class Loader:
+    """The model of the last block, on the GPU if there is one."""
+
+    def __init__(self):
+        self.name, self.pair = None, None
+
+    def __call__(self, name: str):
+        if name != self.name:
+            model, tokenizer = kvlib.load(name)
+            self.name, self.pair = name, (model.cuda() if torch.cuda.is_available() else model, tokenizer)
+        return self.pair
+
+
+def work(name: str, study: Study, size: int, part: int, parts: int) -> None:
+    """Every `parts`-th block from `part` on: the share of one process."""
+    if parts > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+    torch.set_float32_matmul_precision("highest")
+    folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
+    table = current(read(paths.RESULTS / f"{name}.parquet"), wanted)
+    for block in tqdm(blocks(study, size)[part::parts], desc=name, disable=part > 0 or None):
+        made += make_block(block, study, folder, table, wanted, load)
+    seconds = time.monotonic() - started
+    print(
+        f"{name}, process {part + 1} of {parts}: {made} rows in {seconds:.0f} s, {made / seconds:.1f} rows/s",
+        flush=True,
+    )
+
+
+def make(name: str, study: Study, size: int = evaluate.BLOCK, processes: int = 1) -> pd.DataFrame:
+    """Make the table of a study, or what is missing of it, and write it to data/results.
+
+    Raises:
+        RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged shard.
+    """
+    with owner(name):
+        if processes == 1:
+            work(name, study, size, 0, 1)
+        else:
+            context = multiprocessing.get_context("spawn")
+            arguments = [(name, study, size, part, processes) for part in range(processes)]
+            running = [context.Process(target=work, args=each) for each in arguments]
+            for process in running:
+                process.start()
+            for process in running:
+                process.join()
+            if failed := [process.exitcode for process in running if process.exitcode]:
+                raise RuntimeError(f"{len(failed)} of {processes} processes failed; what they finished is kept")
+        return merge(name, study, size)
+
+
+def merge(name: str, study: Study, size: int) -> pd.DataFrame:
+    """Put the table together from its shards and its older self."""
+    wanted = keys(study)
+    found = [read(BUILD / name / block.file) for block in blocks(study, size)]
+    rows = current(together(*found, read(paths.RESULTS / f"{name}.parquet")), wanted)
+    rows = rows[rows["sample"] < study.samples].sort_values(SORTED, ignore_index=True)
+    if len(rows) != len(wanted) * study.samples:
+        raise ValueError(f"{name}: {len(rows)} of {len(wanted) * study.samples} rows; shards of another block size?")
+    write(rows, paths.RESULTS / f"{name}.parquet")
+    return rows
+
+
+def verify(name: str, study: Study, fraction: float, seed: int = 0) -> float:
+    """Recompute a share of the samples of every model; the share of rows that agree. Raises as `evaluate.verify`."""
+    table = pd.read_parquet(paths.RESULTS / f"{name}.parquet")
+    count = max(1, round(fraction * study.samples))
+    samples = sorted(np.random.default_rng(seed).choice(study.samples, count, replace=False).tolist())
+    load = Loader()
+    agreements = [evaluate.verify(table, *load(model), study, samples, name=model) for model in study.models]
+    return float(np.mean(agreements))
+
+
+def clean(names: list[str]) -> None:
+    """Delete tables and shards of studies. Other tables in data/results, which only a GPU can make, stay."""
+    for name in names:
+        with owner(name):
+            for path in [paths.RESULTS / f"{name}.parquet", *(BUILD / name).glob("*.parquet")]:
+                path.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m kvlib.lab.results", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all; known: {', '.join(STUDIES)}")
+    parser.add_argument("--block", type=int, default=evaluate.BLOCK, help="prompts per prefill")
+    parser.add_argument("--processes", type=int, default=1, help="side by side, also on one GPU")
+    parser.add_argument("--verify", type=float, metavar="FRACTION", help="recompute this share of the samples instead")
+    parser.add_argument("--clean", action="store_true", help="delete instead")
+    arguments = parser.parse_args(argv)
+    names = arguments.studies or list(STUDIES)
+    if unknown := set(names) - set(STUDIES):
+        parser.error(f"unknown study {', '.join(sorted(unknown))}; known: {', '.join(STUDIES)}")
+    if arguments.verify is not None and not 0 < arguments.verify <= 1:
+        parser.error(f"--verify {arguments.verify}: a share of the samples, in (0, 1]")
+    if arguments.clean:
+        return clean(names)
+    for name in names:
+        if arguments.verify is not None:
+            print(f"{name}: {verify(name, STUDIES[name], arguments.verify):.1%} of the recomputed rows agree")
+        else:
+            print(f"{len(make(name, STUDIES[name], arguments.block, arguments.processes))} rows in {name}.parquet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Result tables: rows are made once, survive a killed run, and are made again when something behind them changes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvlib import paths
+from kvlib.lab import evaluate, fingerprint, results
+from kvlib.lab.evaluate import Configuration, Study
+from kvlib.minilm import checksums
+
+STUDY = Study(
+    tasks=("needle", "count"),
+    length=200,
+    samples=6,
+    configurations=(Configuration("full", 1.0), Configuration("snapkv", 0.2), Configuration("h2o", 0.4)),
+    models=("minilm-test",),
+)
+
+
+def place(folder: Path, monkeypatch=None) -> None:
+    """Let `kvlib.load` and the tables use `folder`, where a random model is made."""
+    model = folder / "models" / "minilm-test"
+    if not model.exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        )
+        LlamaForCausalLM(config).save_pretrained(model)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(paths.MODELS / "minilm" / name, model)
+        checksums.write(model)
+    change = monkeypatch.setattr if monkeypatch else setattr
+    change(paths, "MODELS", folder / "models")
+    change(paths, "RESULTS", folder / "results")
+    change(results, "BUILD", folder / "build")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    place(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The (task, samples, configurations) that the evaluator was asked for."""
+    asked, plain = [], evaluate.evaluate
+
+    def counting(model, tokenizer, configurations, task, length, samples, **options):
+        asked.append((task, tuple(samples), len(configurations)))
+        return plain(model, tokenizer, configurations, task, length, samples, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", counting)
+    return asked
+
+
+def table_bytes(folder: Path) -> bytes:
+    return (folder / "results" / "study.parquet").read_bytes()
+
+
+def test_a_table_has_every_cell_once_and_is_made_once(folder, computed):
+    table = results.make("study", STUDY)
+    assert len(table) == 2 * 6 * 3 and not table.duplicated([*results.CELL, "sample"]).any()
+    assert sorted(computed) == sorted((task, block, 3) for task in STUDY.tasks for block in [(0, 1, 2, 3), (4, 5)])
+    assert set(table["key"].value_counts()) == {6} and table["key"].nunique() == 6
+    before = table_bytes(folder)
+    computed.clear()
+    results.make("study", STUDY)
+    shutil.rmtree(folder / "build")
+    results.make("study", STUDY)  # from the table alone
+    assert computed == [] and table_bytes(folder) == before
+
+
+def test_only_what_changed_is_made_again(folder, computed, monkeypatch):
+    before = results.make("study", STUDY)
+    computed.clear()
+    more = replace(STUDY, configurations=(*STUDY.configurations, Configuration("random", 0.3)), samples=7)
+    table = results.make("study", more)
+    asked = [((0, 1, 2, 3), 1), ((4, 5, 6), 4)]
+    assert sorted(computed) == [(task, *each) for task in ("count", "needle") for each in asked]
+    assert len(table) == 2 * 7 * 4
+    computed.clear()
+    plain = results.key
+    monkeypatch.setattr(results, "key", lambda m, t, s, c: plain(m, t, s, c) + ("new" if c.method == "h2o" else ""))
+    results.make("study", STUDY)
+    assert sorted(computed) == sorted((task, block, 1) for task in STUDY.tasks for block in [(0, 1, 2, 3), (4, 5)])
+    monkeypatch.undo()
+    assert len(before)
+
+
+def test_keys_follow_code_parameters_and_checkpoint(folder, monkeypatch):
+    snapkv = STUDY.configurations[1]
+
+    def key(study=STUDY, task="needle", configuration=snapkv):
+        fingerprint.fingerprint.cache_clear()
+        return results.key("minilm-test", task, study, configuration)
+
+    first = key()
+    assert key() == first
+    others = [
+        key(replace(STUDY, length=201)),
+        key(replace(STUDY, protocol="decoded")),
+        key(task="count"),
+        key(configuration=Configuration("snapkv", 0.3)),
+        key(configuration=Configuration("snapkv", 0.2, '{"kernel": 9}')),
+        key(configuration=Configuration("h2o", 0.2)),
+    ]
+
+    monkeypatch.setattr("kvlib.lab.tasks.sampling.SHORTEST", 129)  # a constant that `sample` reads
+    others.append(key())
+    monkeypatch.undo()
+    place(folder, monkeypatch)
+    with (folder / "models" / "minilm-test" / "config.json").open("a") as file:
+        file.write("\n")
+    checksums.write(folder / "models" / "minilm-test")
+    others.append(key())
+    assert len({first, *others}) == len(others) + 1
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_results
+from kvlib.lab import evaluate, results
+test_results.place(Path({folder!r}))
+plain = evaluate.evaluate
+def slow(*args, **options):
+    rows = plain(*args, **options)
+    time.sleep(0.4)
+    return rows
+evaluate.evaluate = slow
+print("ready", flush=True)
+results.make("study", test_results.STUDY, 2, {processes})
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed, processes):
+    results.make("study", STUDY, 2)
+    whole = table_bytes(folder)
+    results.BUILD.rename(folder / "first")
+    (folder / "results" / "study.parquet").unlink()
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), processes=1)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"CI": "true"})
+    shards = folder / "build" / "study"
+    deadline = time.monotonic() + 120
+    while len(list(shards.glob("*.parquet"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(shards.glob("*.parquet")))
+    assert 2 <= done < 6 and not (folder / "results" / "study.parquet").exists()
+    computed.clear()
+    results.make("study", STUDY, 2)
+    assert len(computed) == 6 - done and table_bytes(folder) == whole
+    if processes == 2:  # processes side by side give the same rows too
+        shutil.rmtree(folder / "build")
+        (folder / "results" / "study.parquet").unlink()
+        results.work("study", STUDY, 2, 1, 2)
+        results.work("study", STUDY, 2, 0, 2)
+        results.merge("study", STUDY, 2)
+        assert table_bytes(folder) == whole
+
+
+def test_one_owner_at_a_time(folder):
+    with results.owner("study"):
+        with pytest.raises(RuntimeError, match="another process is making the table study"):
+            results.make("study", STUDY)
+        with results.owner("other"):
+            pass
+    with results.owner("study"):
+        pass
+
+
+def test_damaged_and_foreign_shards(folder):
+    results.make("study", STUDY)
+    shard = next((folder / "build" / "study").glob("*.parquet"))
+    (folder / "results" / "study.parquet").unlink()
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-40])
+    with pytest.raises(ValueError, match=rf"{shard.name} cannot be read .*; delete it, and it will be made again"):
+        results.make("study", STUDY)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="0 of 36 rows; shards of another block size"):
+        results.merge("study", STUDY, 3)
+
+
+def test_verification_finds_a_tampered_table(folder):
+    table = results.make("study", STUDY)
+    assert results.verify("study", STUDY, 0.5) == 1.0
+    table.assign(value=1 - table["value"]).to_parquet(folder / "results" / "study.parquet")
+    with pytest.raises(ValueError, match="recomputed rows agree with the table"):
+        results.verify("study", STUDY, 0.2)
+
+
+def test_cleaning_leaves_other_tables(folder, monkeypatch):
+    monkeypatch.setitem(results.STUDIES, "study", STUDY)
+    results.make("study", STUDY)
+    other = folder / "results" / "timings.parquet"
+    pd.DataFrame({"seconds": [1.0]}).to_parquet(other)
+    results.main(["study", "--clean"])
+    assert sorted(path.name for path in (folder / "results").iterdir()) == [other.name]
+    assert not list((folder / "build" / "study").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["00_kv_cash"], "unknown study 00_kv_cash; known: 00_kv_cache"),
+        (["--verify", "0"], "a share of the samples, in (0, 1]"),
+        (["--verify", "1.5"], "a share of the samples, in (0, 1]"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        results.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_bad_studies(folder):
+    with pytest.raises(ValueError, match="unknown task 'needles'; did you mean 'needle'"):
+        replace(STUDY, tasks=("needles",))
+    with pytest.raises(ValueError, match="unknown method 'snapkw'"):
+        replace(STUDY, configurations=(Configuration("snapkw", 0.5),))
+    with pytest.raises(ValueError, match="protocol='spoken': prompt or decoded"):
+        replace(STUDY, protocol="spoken")
+    with pytest.raises(ValueError, match="length=4096: the model's window is 2048 tokens"):
+        results.make("study", replace(STUDY, length=4096))
