@@ -19,7 +19,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvlib.lab import tasks
-from kvlib.lab.tasks import CATALOGUE, FAMILIES, PROBES, SHORTEST, Draw, Filler, Sample, correct, sample, share_of_lines
+from kvlib.lab.tasks import (
+    CATALOGUE,
+    FAMILIES,
+    PROBES,
+    SHORTEST,
+    Draw,
+    Filler,
+    Sample,
+    correct,
+    judge,
+    sample,
+    share_of_lines,
+)
 from kvlib.lab.tasks.code import SHORTEST_CODE
 from kvlib.lab.tasks.probes import DISTANCES
 from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, pools
@@ -504,3 +516,36 @@ def test_what_counts_as_correct(answer, generated, expected):
 )
 def test_partial_credit(generated, expected):
     assert share_of_lines(Sample("long_generation", "", "a = 1\nb = 2\nc = 3\nd = 4", "", 0, 0), generated) == expected
+
+
+DIGITS = [tokenizer()(str(digit), add_special_tokens=False).input_ids[0] for digit in range(10)]
+(NEWLINE,) = tokenizer()("\n", add_special_tokens=False).input_ids
+
+
+@given(st.lists(st.sampled_from([*DIGITS, NEWLINE]), min_size=2, max_size=12), st.data())
+def test_judging_first_choices_is_judging_what_greedy_decoding_writes(answer, data):
+    """Tokens here are one character each, so that a text is the same as its tokens."""
+    choices = st.sampled_from([*DIGITS, NEWLINE])
+    chosen = [data.draw(st.sampled_from([token, token, token, DIGITS[0]])) for token in answer] + [data.draw(choices)]
+    wrong = next((i for i, pair in enumerate(zip(answer, chosen)) if pair[0] != pair[1]), len(answer))
+    written = tokenizer().decode(chosen[: wrong + 1] + data.draw(st.lists(choices, max_size=4)))
+    drawn = Sample("needle", "", tokenizer().decode(answer), "", 0, 0)
+    assert judge(answer, chosen, tokenizer()) == share_of_lines(drawn, written)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=200)
+def test_facts_stand_at_both_ends_now_and_then(seed):
+    depths = [Draw(random.Random(f"{seed} {i}"), "train").depth() for i in range(200)]
+    assert all(0 <= depth <= 1 for depth in depths)
+    assert 0 < depths.count(0.0) < 30 and 0 < depths.count(1.0) < 30
+
+
+@pytest.mark.parametrize("task", CATALOGUE)
+def test_the_question_ends_the_prompt(task):
+    drawn = sample(task, 600, 3, tokenizer=tokenizer())
+    assert drawn.prompt.endswith(drawn.question) and 0 < len(drawn.question) < 200
+    context = drawn.prompt[: -len(drawn.question)]
+    assert context.endswith("\n")
+    parts = [tokenizer()(text, add_special_tokens=False).input_ids for text in (context, drawn.question)]
+    assert tokenizer()(drawn.prompt, add_special_tokens=False).input_ids == parts[0] + parts[1]
