@@ -16,16 +16,19 @@ class Snapshot:
         layers: per layer `(query, key, value, scaling)`, `(batch, heads, tokens, head_dim)` each, rotated.
         positions: `(batch, tokens)`, -1 for padding. counts: `(batch,)` real tokens, on the CPU.
         logits: `(batch, vocabulary)` after the last token.
+        sums: column sums that a method asked for; the next method need not compute them again.
     """
 
     layers: list
     positions: torch.Tensor
     counts: torch.Tensor
     logits: torch.Tensor
+    sums: dict = field(default_factory=dict)
 
     def step(self) -> Step:
         """The forward pass that read the prompt, to be replayed."""
-        return Step(0, True, self.positions.shape[1], self.positions, self.counts, self.counts, self.counts)
+        seen = self.positions.shape[1]
+        return Step(0, True, seen, self.positions, self.counts, self.counts, self.counts, sums=self.sums)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Step:
             (while a prompt is read: so far).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
         shared: free space for what a method carries from layer to layer.
+        sums: the column sums over all queries that were already computed, by (layer of the queries, layer of the keys).
         view: the latest layer's view.
     """
 
@@ -35,6 +36,7 @@ class Step:
     prompt_tokens: torch.Tensor
     columns: torch.Tensor | None = None
     shared: dict = field(default_factory=dict)
+    sums: dict = field(default_factory=dict)
     view: "View | None" = None
 
     @property
@@ -90,16 +92,23 @@ class View:
         if not self.intact:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
         if last is None:
-            query, positions = self.query, self.query_positions
-        else:
-            last = torch.as_tensor(last).expand(len(self.tokens))
-            longest = int(last.max())
-            if longest > self.run.method.window:
-                raise ValueError(f"last={longest}: the method declares window={self.run.method.window} queries")
-            query, positions = self.recent_queries(longest)
-            start = (self.tokens - last).to(positions.device)[:, None]
-            positions = positions.where(positions >= start, -1)
-        if self.uniform and (last is None or bool((last == longest).all())):
+            # kept: they cost as much as the attention itself, and a snapshot serves many methods
+            pair = (self.module.layer_idx, self.layer_idx)
+            if pair not in self.step.sums:
+                self.step.sums[pair] = self._sums(self.query, self.query_positions, self.uniform)
+            return self.step.sums[pair].clone()
+        last = torch.as_tensor(last).expand(len(self.tokens))
+        longest = int(last.max())
+        if longest > self.run.method.window:
+            raise ValueError(f"last={longest}: the method declares window={self.run.method.window} queries")
+        query, positions = self.recent_queries(longest)
+        start = (self.tokens - last).to(positions.device)[:, None]
+        return self._sums(
+            query, positions.where(positions >= start, -1), self.uniform and bool((last == longest).all())
+        )
+
+    def _sums(self, query: torch.Tensor, positions: torch.Tensor, uniform: bool) -> torch.Tensor:
+        if uniform:
             return attention.column_sums(query, self.key, scaling=self.scaling)
         return attention.column_sums(query, self.key, positions, self.positions, self.scaling)
 

@@ -76,20 +76,17 @@ def test_a_question_decoded_after_compression(model):
 def test_one_pass_over_the_answer_is_as_good_as_one_token_at_a_time(model, monkeypatch):
     """Answers of several lengths and lines, right and wrong ones; `attend` makes the evaluator go token by token."""
     model, tokenizer = model
-    asked = [(task, 900, configuration) for task in ("collect", "long_generation") for configuration in CONFIGURATIONS]
+    snapkv = Configuration("snapkv", 0.8, '{"kernel": 15}')
 
     def values():
-        return [
-            evaluate.evaluate(model, tokenizer, [configuration], task, length, range(3), name="minilm")[
-                "value"
-            ].tolist()
-            for task, length, configuration in asked
-        ]
+        asked = [("collect", range(4)), ("long_generation", range(3))]
+        tables = [evaluate.evaluate(model, tokenizer, [snapkv], task, 300, samples, name="") for task, samples in asked]
+        return pd.concat(tables)["value"].tolist()
 
     together = values()
     monkeypatch.setattr(kvlib.Method, "hooks", lambda self, name: name == "attend")
     assert values() == together
-    assert 0 < np.mean(together) < 1 and any(0 < value < 1 for row in together for value in row)
+    assert 0 < np.mean(together) < 1
 
 
 def test_prefill_work_by_hand():

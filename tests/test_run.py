@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kvlib
+from kvlib import attention
 
 KNORM = kvlib.method("knorm", budget=0.5)
 H2O = kvlib.method("h2o", budget=0.5)
@@ -359,6 +360,24 @@ def test_a_snapshot_is_the_stock_model_s_last_logits_and_can_be_used_many_times(
     for layer, copies in zip(taken.layers, before, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(layer, copies, strict=False))
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_column_sums_are_computed_once_and_each_method_gets_its_own(monkeypatch):
+    model = tiny.model("llama-gqa", torch.float32)
+    taken, calls, plain = kvlib.snapshot(model, tiny.tokens(2, 17)), [], attention.column_sums
+    monkeypatch.setattr(attention, "column_sums", lambda *a, **o: calls.append(1) or plain(*a, **o))
+
+    class Doubling(kvlib.Method):
+        def score(self, view):
+            return view.column_sums().mul_(-2).sum(2)  # in place, in its own copy
+
+    layers = model.config.num_hidden_layers
+    kept = []
+    for method in (H2O, Doubling(budget=0.5), H2O):
+        with method(model) as run:
+            run.fork(taken)
+            kept.append(tiny.kept(run))
+    assert kept[0] == kept[2] != kept[1] and len(calls) == layers
 
 
 def test_reading_and_storing_once_is_not_copying_twice():
