@@ -157,8 +157,7 @@ def score(model, method, snapshot, question: torch.Tensor, answers: list[list[in
         first = snapshot.logits.argmax(-1)
         for token in question.unbind(1):
             first = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
-        # What is evicted or read while decoding depends on the tokens one by one; otherwise all go in one pass.
-        stepwise = method.evicts_in_decode or method.hooks("attend")
+        stepwise = one_by_one(method)
         steps = fed.split(1, dim=1) if stepwise else [fed]
         chosen, alive = [first[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
         for tokens in steps:
@@ -179,6 +178,13 @@ def score(model, method, snapshot, question: torch.Tensor, answers: list[list[in
         "prefill_flops": [prefill_flops(model, n) for n in snapshot.counts.tolist()],
         "clamped": [clamped] * len(answers),
     }
+
+
+def one_by_one(method) -> bool:
+    """Whether what a method computes depends on tokens after the prompt coming one at a time."""
+    if method.evicts and method.evicts_in_decode:
+        return True
+    return any(method.hooks(name) for name in ("attend", "before_layer", "on_token_ids"))
 
 
 def bytes_per_row(cache, counts: str) -> list[int]:

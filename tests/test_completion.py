@@ -1,0 +1,307 @@
+"""Completion of lines: prompts are real text, lines are code, lengths hold, the definition of the name is shown."""
+
+import ast
+import io
+import json
+import re
+import token
+import tokenize
+from functools import cache
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from kvlib.lab import completion
+from kvlib.lab.completion import TASKS, judge, sample, score
+from kvlib.lab.tasks import Sample
+from kvlib.paths import DATA, MODELS
+
+FILES = [json.loads(line) for line in (DATA / "heldout" / "code.jsonl").open()]
+TEXTS = {row["file"]: row["text"] for row in FILES}
+LENGTHS = (512, 600, 1024, 4096)
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODELS / "minilm")
+
+
+def ids(text: str) -> list[int]:
+    """Without BOS."""
+    return tokenizer()(text, add_special_tokens=False).input_ids
+
+
+def check_sizes(drawn: Sample, tokens: int) -> None:
+    """As for the other tasks: no token crosses the end of the prompt, and hardly a token is left over."""
+    prompt, answer = ids(drawn.prompt), ids(drawn.answer)
+    assert ids(drawn.prompt + drawn.answer) == prompt + answer
+    assert drawn.length == len(prompt) + 1 == len(tokenizer()(drawn.prompt).input_ids)
+    assert 0 <= tokens - drawn.length - len(answer) <= 8 + tokens // 50
+
+
+def check_line(drawn: Sample) -> None:
+    assert drawn.prompt.endswith("\n") and "\n" not in drawn.answer
+    line = drawn.answer.strip()
+    assert len(line) >= 10 and not {"#", "`"} & set(line) and "//" not in line
+    assert not re.match(r"(import|from)\s", line)
+    kinds = list(tokenize.generate_tokens(io.StringIO(line.rstrip("\\")).readline)) if balanced(line) else []
+    assert not kinds or any(kind.type == token.NAME for kind in kinds)
+    assert drawn.prompt.endswith(drawn.question)
+    assert drawn.question.strip() and "\n" not in drawn.question.rstrip("\n")
+
+
+def balanced(line: str) -> bool:
+    try:
+        list(tokenize.generate_tokens(io.StringIO(line).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    return True
+
+
+def definition(line: completion.Line) -> str:
+    """The line that defines what a line uses."""
+    return FILES[line.source]["text"][line.defined :].split("\n")[0]
+
+
+def names_used(line: completion.Line) -> list[str]:
+    """What a line uses of what its source defines there, under the names by which it is imported, by the text."""
+    name = re.match(r"(?:async def|def|class)?\s*(\w+)", definition(line))[1]
+    text = FILES[line.file]["text"]
+    statement = rf"^ *from\b[^\n()]*(?:\([^()]*)?\b{name}\b(?: as (\w+))?"
+    names = [found[1] or name for found in re.finditer(statement, text[: line.at], re.MULTILINE)]
+    return [used for used in names if re.search(rf"\b{used}\b", text[line.at :].split("\n")[0])]
+
+
+# The lines
+
+
+def test_the_lines_are_the_same_for_every_supported_python():
+    for text in TEXTS.values():
+        ast.parse(text, feature_version=(3, 11))
+
+
+def test_no_line_lies_in_a_docstring_or_a_long_string():
+    """By Python's tokenizer, not its parser."""
+    everything = set()
+    for file, row in enumerate(FILES[:30]):
+        begins = completion.line_starts(file)
+        asked = {begins.index(at) + 1 for at in completion.code_lines(file)}
+        everything |= asked
+        for found in tokenize.generate_tokens(io.StringIO(row["text"]).readline):
+            if found.type == token.STRING and found.start[0] < found.end[0]:
+                assert asked.isdisjoint(range(found.start[0], found.end[0] + 1))
+            if found.type == token.STRING and found.line.strip() == found.string and found.string.startswith('"""'):
+                assert found.start[0] not in asked
+            if found.type == token.COMMENT:
+                assert found.start[0] not in asked
+    assert len(everything) > 500
+
+
+def test_strings_that_are_prose():
+    source = '''def f(x):
+    """The "name" of x."""
+    y = """one
+    {two}"""
+    z = f"""{x}
+    two"""
+    w = ("one"
+         "two" + x("three"))
+    def g(x) -> str: ...
+    return "one", f"{x}"
+'''
+    assert [(node.lineno, node.end_lineno) for node in completion.strings(ast.parse(source))] == [
+        *((2, 2), (3, 4), (5, 6), (7, 8)),
+    ]
+
+
+def test_where_imports_lead():
+    numbers = {row["file"]: number for number, row in enumerate(FILES)}
+
+    def lead(file: str, statement: str) -> str | None:
+        found = completion.module(numbers[file], ast.parse(statement).body[0])
+        return None if found is None else FILES[found]["file"]
+
+    nested = "bs4/builder/_lxml.py"
+    assert lead(nested, "from . import _htmlparser") == lead(nested, "from bs4.builder import x")
+    assert lead(nested, "from . import x") == "bs4/builder/__init__.py"
+    assert lead(nested, "from ._htmlparser import x") == "bs4/builder/_htmlparser.py"
+    assert lead(nested, "from ..element import Tag") == lead(nested, "from bs4.element import Tag") == "bs4/element.py"
+    assert lead(nested, "from element import Tag") is None is lead(nested, "from collections import deque")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("    return self.value", True),
+        ("    return x", False),  # eight characters
+        ("          x = 12", False),  # indentation does not count
+        ("    def f(self)", True),
+        ("    return None", False),  # keywords only
+        ("    'one', 'two', 'three',", False),
+        ('    b"one": b"two",', False),
+        ('    "one": two_three,', True),
+        ("    value = 1  # one", False),
+        ("    # return self.value", False),
+        ("    value = total // 2", False),
+        ("    import collections", False),
+        ("from collections import deque", False),
+        ("    important = True", True),
+        ("    )  .  ]  ,  }", False),
+        ("", False),
+    ],
+)
+def test_what_is_worth_asking(line, expected):
+    assert completion.worth_asking(line) is expected
+
+
+# Samples
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_the_prompt_is_what_stands_before_the_line(tokens):
+    for seed in range(15):
+        drawn = sample("next_line", tokens, seed, tokenizer=tokenizer())
+        assert any(drawn.prompt + drawn.answer + "\n" in text for text in TEXTS.values())
+        check_line(drawn)
+        check_sizes(drawn, tokens)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_the_file_that_defines_the_name_comes_first(tokens):
+    for seed in range(25):
+        drawn = sample("cross_file_line", tokens, seed, tokenizer=tokenizer())
+        line = completion.cross_file_lines()[seed]
+        source, file = FILES[line.source], FILES[line.file]
+        assert source["distribution"] == file["distribution"]
+        first, _, here = drawn.prompt.rpartition(f"# {file['file']}\n")
+        assert first.startswith(f"# {source['file']}\n")
+        # the own file: the text before the line
+        before = file["text"][: line.at]
+        assert before.endswith(here) and (before + drawn.answer + "\n") in file["text"]
+        # the other: around the definition of a name that is imported, and used now
+        assert f"\n{definition(line)}\n" in first
+        assert names_used(line) and drawn.answer == file["text"][line.at :].split("\n")[0]
+        check_line(drawn)
+        check_sizes(drawn, tokens)
+
+
+def test_the_line_is_the_first_that_uses_the_name():
+    for line in completion.cross_file_lines()[:200]:
+        text = FILES[line.file]["text"][: line.at]
+        end = max(found.end() for found in re.finditer(r"^ *(?:from|import)\b[^\n(]*(\([^)]*\))?", text, re.MULTILINE))
+        asked = [row for at, row in completion.code_lines(line.file).items() if end <= at < line.at]
+        assert any(not any(re.search(rf"\b{name}\b", row) for row in asked) for name in names_used(line))
+
+
+def test_definitions_stand_at_all_depths():
+    """Of what is shown before the own file."""
+    depths = []
+    for seed in range(60):
+        drawn = sample("cross_file_line", 1024, seed, tokenizer=tokenizer())
+        line = completion.cross_file_lines()[seed]
+        first = drawn.prompt.rpartition(f"# {FILES[line.file]['file']}\n")[0]
+        depths.append(first.index(f"\n{definition(line)}\n") / len(first))
+    assert min(depths) < 0.1 and max(depths) > 0.85
+    assert sum(0.2 < depth < 0.8 for depth in depths) > 15
+
+
+def test_names_are_found_under_the_names_of_their_imports():
+    assert all(names_used(line) for line in completion.cross_file_lines())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sample_follows_from_its_seed(task):
+    first = sample(task, 512, 3, tokenizer=tokenizer())
+    drawn = [sample(task, 512, seed, tokenizer=tokenizer()) for seed in range(60)]
+    assert drawn[3] == first and first.task == task and first.seed == 3
+    assert len({d.prompt for d in drawn}) == 60
+
+
+@pytest.mark.parametrize("lines", [completion.next_lines, completion.cross_file_lines])
+def test_places_are_distinct_and_spread(lines):
+    places = [(line.file, line.at) for line in lines()]
+    assert len(set(places)) == len(places) > 400
+    assert len({FILES[line.file]["distribution"] for line in lines()[:200]}) == 5
+    assert len({line.file for line in lines()[:200]}) > 40
+
+
+def test_enough_lines_for_the_longest_prompts():
+    sample("next_line", 4096, 10_000, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"seed=20000: held-out code has 1\d{4} such lines"):
+        sample("next_line", 512, 20_000, tokenizer=tokenizer())
+
+
+def merging() -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose tokens may span lines: what is met with other people's models."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    source = FILES[0]["text"] + FILES[40]["text"]
+    bpe.train_from_iterator([source[i : i + 500] for i in range(0, min(60_000, len(source)), 500)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_tokenizers_that_merge_lines():
+    foreign = merging()
+    assert any("Ċ" in word.strip("Ċ") for word in foreign.get_vocab())  # Ċ is the newline's byte
+    for task in TASKS:
+        for seed in range(8):
+            drawn = sample(task, 1024, seed, tokenizer=foreign)
+            left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
+            assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("next_lines", 512, 0), "unknown task 'next_lines'; known: next_line, cross_file_line"),
+        *[((task, 511, 0), "tokens=511: at least 512 for the completion of real code") for task in TASKS],
+        *[((task, 512, 10**6), "seed=1000000: held-out code has ") for task in TASKS],
+        *[((task, 512, -1), "seed=-1: held-out code has ") for task in TASKS],
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample(*arguments, tokenizer=tokenizer())
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("generated", "exact"),
+    [
+        ("    return self.value", 1),
+        ("    return self.value\n", 1),
+        ("return self.value  \n\ndef f():", 1),
+        ("\n\n    return self.value", 1),
+        ("  \n    return self.value", 1),
+        ("    return self.values", 0),
+        ("    return self.value  # found", 0),
+        ("    pass\n    return self.value", 0),
+        ("    return self.valu", 0),
+        ("    return  self.value", 0),
+        ("", 0),
+    ],
+)
+def test_exact(generated, exact):
+    drawn = Sample(task="next_line", prompt="", answer="    return self.value", question="", seed=0, length=0)
+    assert score(drawn, generated)["exact"] == exact
+    assert score(drawn, generated, similarity=lambda said, wanted: 0.5)["similarity"] == 0.5
+
+
+def test_similarity_is_between_text_and_answer():
+    drawn = Sample(task="next_line", prompt="", answer="abcd", question="", seed=0, length=0)
+    assert score(drawn, "abXd\nabcd") == {"exact": 0, "similarity": 0.75}
+
+
+@pytest.mark.parametrize(("behind", "expected"), [("\n", 1), ("  \n", None), (")", 0), (" ", 0), ("1", 0), ("</s>", 1)])
+def test_first_choices(behind, expected):
+    answer = ids("    return self.value")
+    (end, *_) = ids(behind) if behind != "</s>" else [tokenizer().eos_token_id]
+    if expected is not None:
+        assert judge(answer, [*answer, end], tokenizer()) == expected
+    assert judge(answer, [*answer[:-1], answer[-1] + 1, ids("\n")[0]], tokenizer()) == 0
+    assert judge(answer, [answer[0] + 1, *answer[1:], ids("\n")[0]], tokenizer()) == 0
