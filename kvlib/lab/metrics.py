@@ -103,7 +103,7 @@ def classification(prediction: str, answer: str, classes: Sequence[str]) -> floa
     while place < len(named):
         name = named[place]
         if name in answer and name != answer:
-            named.remove(name)  # the next one moves to this place, and the loop goes on behind it
+            del named[place]  # the next one moves here, and the loop goes on behind it
         place += 1
     return 1 / len(named) if answer in named else 0.0
 
@@ -116,10 +116,10 @@ def retrieval(prediction: str, answer: str) -> float:
     return count(prediction, label.group(1))
 
 
-def count(prediction: str, answer: str) -> float:
+def count(prediction: str, answer: str | int) -> float:
     """Share of the numbers in the prediction that are the answer, digit by digit: neither "07" nor "7.0" is "7"."""
     numbers = re.findall(r"\d+", prediction)
-    return numbers.count(answer) / len(numbers) if numbers else 0.0
+    return numbers.count(str(answer)) / len(numbers) if numbers else 0.0
 
 
 # Code
