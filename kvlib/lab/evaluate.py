@@ -69,9 +69,12 @@ STUDIES = {
             Configuration("full", 1.0),
             *(Configuration(m, b) for m in ("random", "streaming_llm", "h2o", "snapkv", "knorm") for b in BUDGETS),
             *(Configuration("streaming_llm", b, '{"renumber": false}') for b in BUDGETS),
+            Configuration("streaming_llm", 0.2, '{"sinks": 0}'),
+            Configuration("knorm", 0.5),
             # an answer is five one-digit tokens, more than half of the default kernel of 7 reaches
             *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
         ),
+        models=("minilm", "minilm-gqa"),
     )
 }
 

@@ -1,6 +1,6 @@
 """The corpus as tokens: one flat uint16 array per kind of text, documents separated by `</s>`.
 
-The arrays travel to the training machine compressed (25 MiB) and are unpacked there once.
+The arrays travel to the training machine compressed (47 MiB) and are unpacked there once.
 """
 
 import lzma
