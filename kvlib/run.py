@@ -23,6 +23,7 @@ class Run:
     Attributes:
         cache: the live transformers cache (None before the first forward pass).
         clamped: name -> `(batch,)` values that the prompt forced into range; empty if nothing had to give.
+        clamped_rows: `(batch,)` bool, the rows in which something had to.
     """
 
     def __init__(self, method, model):
@@ -34,6 +35,7 @@ class Run:
         self._rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
         self.cache: KVCache | None = None
         self.clamped: dict[str, torch.Tensor] = {}
+        self.clamped_rows = torch.zeros(0, dtype=torch.bool)
         self.step: Step | None = None
         self._prompt_columns: int | None = None
         self._hooks: list = []  # while the block is open
@@ -121,7 +123,7 @@ class Run:
         if cache.interrupted:
             raise ValueError("a forward pass over this cache was interrupted half-way; start a new one")
         if cache.get_seq_length() == 0:
-            self.clamped = {}
+            self._unclamp(len(inputs))
         self.cache = kwargs["past_key_values"] = cache
         self.step = self._read(inputs, kwargs.get("attention_mask"), cache)
         given = kwargs.get("position_ids")
@@ -242,15 +244,18 @@ class Run:
         Raises:
             ValueError: for methods that change the prefill itself.
         """
-        if self.method.own_prefill:
+        if self.method.own_prefill or any(map(self.method.hooks, ("before_layer", "on_token_ids"))):
             raise ValueError(f"{self.method!r} changes the prefill and cannot start from a snapshot")
         self.cache = KVCache(len(self.modules), self.method)
-        self.clamped = {}
+        self._unclamp(len(snapshot.counts))
         self.step = snapshot.step()
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
             self.settle(self.store(module, query, key, value, scaling, 0.0))
         self.step = None
         return self.cache
+
+    def _unclamp(self, batch: int) -> None:
+        self.clamped, self.clamped_rows = {}, torch.zeros(batch, dtype=torch.bool)
 
     # Reports
 

@@ -76,6 +76,7 @@ class View:
         self.intact = layer.intact  # False in `other` once that layer has evicted: the new tokens may be gone
         self.uniform = self.intact and layer.uniform and bool((self.step.counts == self.query.shape[2]).all())
         self.key, self.value = layer.rectangles(layer.keys, layer.values)
+        self._original = self.query, self.key
         self.positions = layer.position_rectangle()
         self.state = dict(zip(layer.state, layer.rectangles(*layer.state.values()), strict=True))
 
@@ -93,6 +94,8 @@ class View:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
         if last is None:
             # kept: they cost as much as the attention itself, and a snapshot serves many methods
+            if not (self.query is self._original[0] and self.key is self._original[1]):
+                return self._sums(self.query, self.query_positions, self.uniform)  # a method changed its copy
             pair = (self.module.layer_idx, self.layer_idx)
             if pair not in self.step.sums:
                 self.step.sums[pair] = self._sums(self.query, self.query_positions, self.uniform)
@@ -141,6 +144,7 @@ class View:
         inside = inside if low is None else torch.maximum(inside, torch.as_tensor(low))
         if not torch.equal(inside, value):
             self.run.clamped[name] = inside
+            self.run.clamped_rows = self.run.clamped_rows | (inside != value)
         return inside
 
     def other(self, layer_idx: int) -> "View":

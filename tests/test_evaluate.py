@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvlib
 from kvlib import paths
-from kvlib.lab import evaluate, tasks
+from kvlib.lab import evaluate, results, tasks
 from kvlib.lab.evaluate import Configuration, Study
 from kvlib.lab.statistics import mean_interval, paired_difference
 
@@ -89,6 +89,19 @@ def test_one_pass_over_the_answer_is_as_good_as_one_token_at_a_time(model, monke
     assert 0 < np.mean(together) < 1
 
 
+def test_prompts_that_fill_the_window(model, monkeypatch):
+    """Answers of different lengths: what fills up the shorter ones must not count as text beyond the window."""
+    model, tokenizer = model
+    monkeypatch.setattr(model.config, "max_position_embeddings", 300)
+    configuration = [Configuration("snapkv", 0.8, '{"kernel": 15}')]
+    for task in ("exports", "long_generation"):
+        table = evaluate.evaluate(model, tokenizer, configuration, task, 300, range(4), name="")
+        alone = evaluate.evaluate(model, tokenizer, configuration, task, 300, range(4), name="", block=1)
+        pd.testing.assert_frame_equal(table, alone)
+    with pytest.raises(ValueError, match="length=301: the model's window is 300 tokens"):
+        evaluate.evaluate(model, tokenizer, configuration, "exports", 301, range(4), name="")
+
+
 def test_prefill_work_by_hand():
     config = LlamaConfig(
         vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=3, num_attention_heads=2, head_dim=2
@@ -108,18 +121,28 @@ def test_a_table_that_was_changed_is_found_out(model, table):
     flipped = table.assign(value=table["value"].where(table["method"] != "full", 1 - table["value"]))
     with pytest.raises(ValueError, match="recomputed rows agree with the table"):
         evaluate.verify(flipped, *model, STUDY, [1, 4])
-    with pytest.raises(ValueError, match="stored bytes differ"):
+    with pytest.raises(ValueError, match="stored_bytes differs"):
         evaluate.verify(table.assign(stored_bytes=table["stored_bytes"] + 4), *model, STUDY, [1])
     with pytest.raises(ValueError, match="lacks 1 of 4 rows"):
         evaluate.verify(table[(table["method"] != "full") | (table["sample"] != 1)], *model, STUDY, [1])
 
 
-def test_the_shipped_table_has_every_cell_once():
-    study = evaluate.STUDIES["00_kv_cache"]
-    table = pd.read_parquet(paths.RESULTS / "00_kv_cache.parquet")
-    cells = table.groupby(["task", "method", "budget", "arguments"])["sample"]
-    assert len(cells) == len(study.tasks) * len(study.configurations)
-    assert all(sorted(samples) == list(range(study.samples)) for _, samples in cells)
+def test_a_clamp_counts_for_the_rows_that_it_concerns(model):
+    """Whatever else is in the block: of prompts of unequal lengths the shorter has no room for a window of 32."""
+    model, tokenizer = model
+    prompts = [tasks.sample("needle", tokens, 1, tokenizer=tokenizer) for tokens in (140, 400)]
+    snapshot, question = evaluate.prefill(model, tokenizer, prompts, "prompt")
+    answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in prompts]
+    columns = evaluate.score(model, kvlib.method("snapkv", budget=0.2), snapshot, question, answers, tokenizer)
+    assert columns["clamped"] == [True, False]
+
+
+@pytest.mark.parametrize("name", evaluate.STUDIES)
+def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
+    study = evaluate.STUDIES[name]
+    table, wanted = results.read(paths.RESULTS / f"{name}.parquet"), results.keys(study)
+    assert len(results.current(table, wanted)) == len(table) == len(wanted) * study.samples, "make results"
+    assert (table.groupby([*results.CELL])["sample"].nunique() == study.samples).all()
     share = table["stored_bytes"] / table["full_bytes"]
     assert (share <= 1.05 * table["budget"]).all()
 

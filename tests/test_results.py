@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import kvlib
 from kvlib import paths
 from kvlib.lab import evaluate, fingerprint, results
 from kvlib.lab.evaluate import Configuration, Study
@@ -128,6 +129,18 @@ def test_keys_follow_code_parameters_and_checkpoint(folder, monkeypatch):
     assert len({first, *others}) == len(others) + 1
 
 
+def test_fingerprints_follow_what_is_called():
+    """Through modules too, but neither comments nor layout."""
+    found = {}
+    fingerprint.parts(kvlib.registry.METHODS["streaming_llm"], found)
+    assert {"kvlib.baselines.StreamingLLM", "kvlib.attention.rotate", "kvlib.registry.require"} <= set(found)
+    found = {}
+    fingerprint.parts(evaluate.evaluate, found)
+    called = {"score", "prefill", "one_by_one", "bytes_per_row", "prefill_flops"}
+    assert {f"kvlib.lab.evaluate.{name}" for name in called} <= set(found)
+    assert "kvlib.lab.tasks.sampling.judge" in found
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -142,17 +155,29 @@ def slow(*args, **options):
     return rows
 evaluate.evaluate = slow
 print("ready", flush=True)
-results.make("study", test_results.STUDY, 2, {processes})
+results.make("study", test_results.STUDY, 2)
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed, processes):
+def test_processes_side_by_side_give_the_same_table(folder):
+    results.make("study", STUDY, 2)
+    whole = table_bytes(folder)
+    shutil.rmtree(results.BUILD)
+    (folder / "results" / "study.parquet").unlink()
+    results.work("study", STUDY, 2, 1, 2)
+    results.work("study", STUDY, 2, 0, 2)
+    results.merge("study", STUDY, 2)
+    assert table_bytes(folder) == whole
+    with pytest.raises(RuntimeError, match="the process that owns the table is gone"):
+        results.work("study", STUDY, 2, 0, 2, parent=-1)
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed):
     results.make("study", STUDY, 2)
     whole = table_bytes(folder)
     results.BUILD.rename(folder / "first")
     (folder / "results" / "study.parquet").unlink()
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), processes=1)
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"CI": "true"})
     shards = folder / "build" / "study"
     deadline = time.monotonic() + 120
@@ -165,13 +190,6 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed, process
     computed.clear()
     results.make("study", STUDY, 2)
     assert len(computed) == 6 - done and table_bytes(folder) == whole
-    if processes == 2:  # processes side by side give the same rows too
-        shutil.rmtree(folder / "build")
-        (folder / "results" / "study.parquet").unlink()
-        results.work("study", STUDY, 2, 1, 2)
-        results.work("study", STUDY, 2, 0, 2)
-        results.merge("study", STUDY, 2)
-        assert table_bytes(folder) == whole
 
 
 def test_one_owner_at_a_time(folder):
@@ -195,13 +213,40 @@ def test_damaged_and_foreign_shards(folder):
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="0 of 36 rows; shards of another block size"):
         results.merge("study", STUDY, 3)
+    pd.read_parquet(shard).drop(columns="read_bytes").assign(speed=1.0).to_parquet(shard)
+    with pytest.raises(
+        ValueError, match=rf"{shard.name} is of another version \(columns read_bytes, speed\); delete it"
+    ):
+        results.make("study", STUDY)
+
+
+def test_a_current_table_beside_older_shards_stays(folder, monkeypatch):
+    """As after changing to a newer state of the repository."""
+    plain = results.key
+    monkeypatch.setattr(results, "key", lambda *a: plain(*a) + "old")
+    results.make("study", STUDY)
+    results.BUILD.rename(folder / "old")
+    (folder / "results" / "study.parquet").unlink()
+    monkeypatch.setattr(results, "key", plain)
+    results.make("study", STUDY)
+    before = table_bytes(folder)
+    shutil.rmtree(results.BUILD)
+    (folder / "old").rename(results.BUILD)
+    results.make("study", STUDY)
+    assert table_bytes(folder) == before
 
 
 def test_verification_finds_a_tampered_table(folder):
     table = results.make("study", STUDY)
     assert results.verify("study", STUDY, 0.5) == 1.0
-    table.assign(value=1 - table["value"]).to_parquet(folder / "results" / "study.parquet")
-    with pytest.raises(ValueError, match="recomputed rows agree with the table"):
+    for column in evaluate.MEASURED:
+        changed = ~table[column] if column == "clamped" else 1 - table[column]
+        table.assign(**{column: changed}).to_parquet(folder / "results" / "study.parquet")
+        message = "rows agree with the table" if column == "value" else f"{column} differs from what the table records"
+        with pytest.raises(ValueError, match=message):
+            results.verify("study", STUDY, 0.2)
+    table.assign(key="0").to_parquet(folder / "results" / "study.parquet")
+    with pytest.raises(ValueError, match="study: rows of other code, text or models"):
         results.verify("study", STUDY, 0.2)
 
 

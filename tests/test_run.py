@@ -1,5 +1,6 @@
 """Blocks: what they change, that they undo it, and what a run says afterwards."""
 
+import copy
 import subprocess
 import sys
 
@@ -371,13 +372,19 @@ def test_column_sums_are_computed_once_and_each_method_gets_its_own(monkeypatch)
         def score(self, view):
             return view.column_sums().mul_(-2).sum(2)  # in place, in its own copy
 
+    class Shifted(kvlib.Method):
+        def score(self, view):
+            view = copy.copy(view)
+            view.key = -view.key
+            return view.column_sums().sum(2)  # of other keys: neither from the shared sums nor into them
+
     layers = model.config.num_hidden_layers
     kept = []
-    for method in (H2O, Doubling(budget=0.5), H2O):
+    for method in (Shifted(budget=0.5), H2O, Doubling(budget=0.5), H2O):
         with method(model) as run:
             run.fork(taken)
             kept.append(tiny.kept(run))
-    assert kept[0] == kept[2] != kept[1] and len(calls) == layers
+    assert kept[1] == kept[3] and len({str(each) for each in kept}) == 3 and len(calls) == 2 * layers
 
 
 def test_reading_and_storing_once_is_not_copying_twice():

@@ -22,6 +22,7 @@ from kvlib.lab.statistics import paired_difference
 PROTOCOLS = ("prompt", "decoded")
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
 BLOCK = 4  # prompts per prefill
+MEASURED = ("value", "stored_bytes", "read_bytes", "full_bytes", "prefill_flops", "clamped")
 AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
 
 
@@ -108,7 +109,7 @@ def evaluate(
     Raises:
         ValueError: for an unknown task or protocol, or if `length` exceeds the model's window.
     """
-    check_window(model, length)
+    check_window(window_of(model), length)
     samples, rows = list(samples), []
     sparse = any(configuration.make().hooks("attend") for configuration in configurations)
     size = 1 if protocol == "decoded" or sparse else block  # questions differ in length; reads are counted per pass
@@ -129,8 +130,11 @@ def evaluate(
     return table[[*order, *(column for column in table if column not in order)]]
 
 
-def check_window(model, length: int) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_of(model) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_window(window: int | None, length: int) -> None:
     if window is not None and length > window:
         raise ValueError(f"length={length}: the model's window is {window} tokens")
 
@@ -156,11 +160,14 @@ def score(model, method, snapshot, question: torch.Tensor, answers: list[list[in
         stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
         if sum(stored) != run.stored_bytes():
             raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
-        clamped, reads = bool(run.clamped), stored
+        clamped, reads = run.clamped_rows.tolist(), stored
         first = snapshot.logits.argmax(-1)
         for token in question.unbind(1):
             first = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
-        stepwise = one_by_one(method)
+        # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
+        window = window_of(model)
+        full_house = window is not None and int(snapshot.counts.max()) + question.shape[1] + longest > window
+        stepwise = one_by_one(method) or full_house
         steps = fed.split(1, dim=1) if stepwise else [fed]
         chosen, alive = [first[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
         for tokens in steps:
@@ -179,7 +186,7 @@ def score(model, method, snapshot, question: torch.Tensor, answers: list[list[in
         "read_bytes": reads,
         "full_bytes": full,
         "prefill_flops": [prefill_flops(model, n) for n in snapshot.counts.tolist()],
-        "clamped": [clamped] * len(answers),
+        "clamped": clamped,
     }
 
 
@@ -218,9 +225,9 @@ def verify(
 
     Raises:
         ValueError: if fewer than 97 % of the rows have the recorded value, if the recomputed values are all in all
-            higher or lower (the 95 % interval of the mean difference excludes 0), or if stored bytes differ anywhere.
+            higher or lower (the 95 % interval of the mean difference excludes 0), or if another column differs.
     """
-    key = ["method", "budget", "arguments", "task", "sample"]
+    key = ["method", "budget", "arguments", "task", "length", "protocol", "sample"]
     samples = list(samples)
     again = pd.concat(
         evaluate(
@@ -232,12 +239,15 @@ def verify(
     both = again.merge(recorded, on=key, suffixes=("", "_recorded"), validate="one_to_one")
     if len(both) != len(again):
         raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} rows of samples {samples}")
-    if (both["stored_bytes"] != both["stored_bytes_recorded"]).any():
-        raise ValueError("stored bytes differ from the recorded ones")
+    for column in MEASURED[1:]:
+        if (both[column] != both[f"{column}_recorded"]).any():
+            raise ValueError(f"{column} differs from what the table records")
     agreement = float((both["value"] - both["value_recorded"]).abs().lt(1e-9).mean())
     if agreement < AGREEMENT:
         raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
-    difference, low, high = paired_difference(both["value"], both["value_recorded"])
+    # by sample: its configurations share a prefill, in which one close choice may tip for all of them
+    means = both.groupby(["task", "sample"])[["value", "value_recorded"]].mean()
+    difference, low, high = paired_difference(means["value"], means["value_recorded"])
     if low > 0 or high < 0:
         raise ValueError(f"recomputed values differ by {difference:+.3f} [{low:.3f}, {high:.3f}] on average")
     return agreement

@@ -11,7 +11,7 @@ import json
 import re
 import textwrap
 from functools import cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 from kvlib.lab.notebooks import skeleton
 from kvlib.registry import Method
@@ -55,12 +55,22 @@ def parts(thing, found: dict[str, object]) -> None:
     for function in functions(thing):
         for used in names(function.__code__) & function.__globals__.keys():
             value = function.__globals__[used]
-            if callable(value):
-                value = inspect.unwrap(value)  # from under a cache
-            if isinstance(value, type | FunctionType):
-                parts(value, found)
-            elif (text := constant(value)) is not None:
-                found[f"{function.__module__}.{used}"] = text
+            if isinstance(value, ModuleType) and value.__name__.startswith("kvlib."):
+                inside = {name: vars(value).get(name) for name in names(function.__code__)}
+                for name, thing_inside in inside.items():
+                    add(f"{value.__name__}.{name}", thing_inside, found)
+            else:
+                add(f"{function.__module__}.{used}", value, found)
+
+
+def add(name: str, value, found: dict[str, object]) -> None:
+    """A function or class with its parts, or a constant; nothing for anything else."""
+    if callable(value):
+        value = inspect.unwrap(value)  # from under a cache
+    if isinstance(value, type | FunctionType):
+        parts(value, found)
+    elif value is not None and (text := constant(value)) is not None:
+        found[name] = text
 
 
 @cache

@@ -33,10 +33,12 @@ from kvlib import paths
 from kvlib.lab import evaluate, tasks
 from kvlib.lab.evaluate import STUDIES, Configuration, Study
 from kvlib.lab.fingerprint import fingerprint
+from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.registry import METHODS
 
 BUILD = paths.ROOT / "build" / "results"
 CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
+COLUMNS = [*CELL, "sample", *evaluate.MEASURED, "torch", "device", "key"]
 SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
 
 
@@ -65,14 +67,18 @@ def blocks(study: Study, size: int) -> list[Block]:
 def checkpoint(model: str) -> str:
     """sha256 over the files of a shipped model that decide what it computes."""
     lines = (paths.MODELS / model / "SHA256SUMS").read_text().splitlines()
-    deciding = [line for line in lines if line.endswith((".safetensors", "config.json", "tokenizer.json"))]
+    deciding = [line for line in lines if line.endswith((".safetensors", "  config.json", "  tokenizer.json"))]
     return hashlib.sha256("\n".join(sorted(deciding)).encode()).hexdigest()
 
 
 def key(model: str, task: str, study: Study, configuration: Configuration) -> str:
-    """What the rows of a cell follow from, sample numbers aside: checkpoint, parameters, code of task and method."""
-    code = fingerprint(tasks.sample, tasks.find(task).make, tasks.judge, METHODS[configuration.method])
-    parts = [checkpoint(model), code, task, study.length, study.protocol, asdict(configuration)]
+    """What the rows of a cell follow from, sample numbers aside.
+
+    Checkpoint, held-out text, parameters, and the code of evaluator, task and method.
+    """
+    code = fingerprint(evaluate.evaluate, tasks.sample, tasks.find(task).make, METHODS[configuration.method])
+    text = hashlib.sha256(HELDOUT.read_bytes()).hexdigest()
+    parts = [checkpoint(model), text, code, task, study.length, study.protocol, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -103,21 +109,28 @@ def together(*frames: pd.DataFrame) -> pd.DataFrame:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """A table or shard; empty if there is none. Raises ValueError for a file that is damaged."""
+    """A table or shard; empty if there is none. Raises ValueError for one that is damaged or has other columns."""
     if not path.is_file():
-        return pd.DataFrame(columns=[*CELL, "sample", "key"])
+        return pd.DataFrame(columns=COLUMNS)
     try:
-        return pd.read_parquet(path)
+        rows = pd.read_parquet(path)
     except Exception as error:
         raise ValueError(f"{path.name} cannot be read ({error}); delete it, and it will be made again") from error
+    if odd := set(rows) ^ set(COLUMNS):
+        raise ValueError(f"{path.name} is of another version (columns {', '.join(sorted(odd))}); delete it to go on")
+    return rows
 
 
 def write(rows: pd.DataFrame, path: Path) -> None:
-    """Appear at once and whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    rows.to_parquet(part, compression="zstd", index=False)
-    part.replace(path)
+    """Appear at once and whole, or not at all; what is the same keeps its date."""
+    part = BUILD / f"{path.name}.{os.getpid()}.part"
+    for folder in (path.parent, part.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows[COLUMNS].to_parquet(part, compression="zstd", index=False)
+    if path.is_file() and path.read_bytes() == part.read_bytes():
+        part.unlink()
+    else:
+        part.replace(path)
 
 
 @contextmanager
@@ -165,14 +178,16 @@ class Loader:
         return self.pair
 
 
-def work(name: str, study: Study, size: int, part: int, parts: int) -> None:
-    """Every `parts`-th block from `part` on: the share of one process."""
+def work(name: str, study: Study, size: int, part: int, parts: int, parent: int | None = None) -> None:
+    """Every `parts`-th block from `part` on: the share of one process, which stops when its parent is gone."""
     if parts > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
     torch.set_float32_matmul_precision("highest")
     folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
     table = current(read(paths.RESULTS / f"{name}.parquet"), wanted)
     for block in tqdm(blocks(study, size)[part::parts], desc=name, disable=part > 0 or None):
+        if parent not in (None, os.getppid()):
+            raise RuntimeError("the process that owns the table is gone")
         made += make_block(block, study, folder, table, wanted, load)
     seconds = time.monotonic() - started
     print(
@@ -185,14 +200,18 @@ def make(name: str, study: Study, size: int = evaluate.BLOCK, processes: int = 1
     """Make the table of a study, or what is missing of it, and write it to data/results.
 
     Raises:
-        RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged shard.
+        RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged or foreign shard, or
+            a length above a model's window.
     """
+    for model in study.models:
+        window = json.loads((paths.MODELS / model / "config.json").read_text())["max_position_embeddings"]
+        evaluate.check_window(window, study.length)
     with owner(name):
         if processes == 1:
             work(name, study, size, 0, 1)
         else:
             context = multiprocessing.get_context("spawn")
-            arguments = [(name, study, size, part, processes) for part in range(processes)]
+            arguments = [(name, study, size, part, processes, os.getpid()) for part in range(processes)]
             running = [context.Process(target=work, args=each) for each in arguments]
             for process in running:
                 process.start()
@@ -206,8 +225,8 @@ def make(name: str, study: Study, size: int = evaluate.BLOCK, processes: int = 1
 def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     """Put the table together from its shards and its older self."""
     wanted = keys(study)
-    found = [read(BUILD / name / block.file) for block in blocks(study, size)]
-    rows = current(together(*found, read(paths.RESULTS / f"{name}.parquet")), wanted)
+    files = [*(BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
+    rows = together(*(current(read(file), wanted) for file in files))
     rows = rows[rows["sample"] < study.samples].sort_values(SORTED, ignore_index=True)
     if len(rows) != len(wanted) * study.samples:
         raise ValueError(f"{name}: {len(rows)} of {len(wanted) * study.samples} rows; shards of another block size?")
@@ -217,7 +236,9 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
 
 def verify(name: str, study: Study, fraction: float, seed: int = 0) -> float:
     """Recompute a share of the samples of every model; the share of rows that agree. Raises as `evaluate.verify`."""
-    table = pd.read_parquet(paths.RESULTS / f"{name}.parquet")
+    table = read(paths.RESULTS / f"{name}.parquet")
+    if len(current(table, keys(study))) < len(table):
+        raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
     count = max(1, round(fraction * study.samples))
     samples = sorted(np.random.default_rng(seed).choice(study.samples, count, replace=False).tolist())
     load = Loader()

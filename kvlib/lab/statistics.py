@@ -120,8 +120,8 @@ def _stratified(groups, combine, seed: int = 0, confidence: float = 0.95, resamp
     Decisions are then close to those of the exact test of McNemar.
     """
     rng, weight = np.random.default_rng(seed), 1 / len(groups)
-    exact_match = all(np.isin(group, (0, 1)).all() for group in groups)
-    means = sum(_resampled_means(group, weight if exact_match else 0, resamples, rng) for group in groups) * weight
+    made_up = [weight if np.isin(group, (0, 1)).all() else 0 for group in groups]
+    means = sum(_resampled_means(group, extra, resamples, rng) for group, extra in zip(groups, made_up)) * weight
     # sums in another order differ in the last digits, which must not decide whether a draw equals a boundary
     draws = np.sort(np.round(combine(means), 12))
     value = combine(sum(group.mean(0) for group in groups) * weight)
