@@ -113,20 +113,6 @@ everywhere = pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
 
 
 @everywhere
-def test_a_method_that_shortens_the_prompt_cannot_fork_even_if_it_does_not_say_so():
-    class Silent(kvlib.Method):
-        def before_layer(self, run, layer_idx):
-            return None
-
-    model = tiny.model()
-    snapshot = kvlib.snapshot(model, tiny.tokens(1, 9))
-    with (
-        Silent()(model) as run,
-        pytest.raises(ValueError, match="changes the prefill and cannot start from a snapshot"),
-    ):
-        run.fork(snapshot)
-
-
 @on(GATE)
 @pytest.mark.parametrize("first", [(19, 12), (8, 23, 16)], ids=str)
 def test_padding_and_company_change_nothing(architecture, method, first):
@@ -535,3 +521,17 @@ def test_every_pass_says_where_it_stands():
         (0, False, True, 10, [10, 8], [10, 8], [3, 3]),
         (1, True, False, 11, [11, 9], [10, 8], [1, 1]),
     ]
+
+
+def test_a_method_that_shortens_the_prompt_cannot_fork_even_if_it_does_not_say_so():
+    class Silent(kvlib.Method):
+        def before_layer(self, run, layer_idx):
+            return None
+
+    model = tiny.model()
+    snapshot = kvlib.snapshot(model, tiny.tokens(1, 9))
+    with (
+        Silent()(model) as run,
+        pytest.raises(ValueError, match="changes the prefill and cannot start from a snapshot"),
+    ):
+        run.fork(snapshot)
