@@ -141,9 +141,10 @@ def in_shown_syntax(body: str, word: str, left: str, name: str, right: str, arro
         return only(rf"^{constant} = (\d+)$", body)
 
     form = f"{re.escape(left)}(\\w+){re.escape(right)} {re.escape(arrow)}"
-    shots = all_of(rf"^# {word}{form} (\d+)$", body)
-    assert len(shots) >= 1 and all(value(constant) == answer and constant != name for constant, answer in shots)
-    return value(name)
+    shots = all_of(rf"^# {word}{form} ([^\d\n]?)(\d+)([^\d\n]?)$", body)
+    assert all(value(constant) == answer and constant != name for constant, _, answer, _ in shots)
+    ((before, after),) = {(before, after) for _, before, _, after in shots}
+    return f" {before}{value(name)}{after}"
 
 
 FORMS = {
@@ -159,7 +160,7 @@ FORMS = {
     r'assert log\.count\("(\w+)"\) == ': counted,
     r'assert kind\("([a-z]+)_([a-z]+)"\) == "': labelled,
     r'assert (\w+)\("([a-z]+)_([a-z]+)", (\d+)\) == "': transformed,
-    r"# (\w+)(\W)(\w+)(\W) (\S+) ": in_shown_syntax,
+    r"# (\w+)(\W)(\w+)(\W) (\S+)": in_shown_syntax,
 }
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import kvlib
 from kvlib.lab.tasks import CATALOGUE, FAMILIES, correct, sample
-from kvlib.minilm import HELDOUT, MODEL, PILOTS, SIBLING, card, corpus, overview, tokens
+from kvlib.minilm import HELDOUT, MODEL, PILOTS, SIBLING, card, corpus, data, overview, tokens
 from kvlib.minilm import tokenizer as minilm_tokenizer
 from kvlib.minilm.__main__ import main
 from kvlib.minilm.data import PROSE_EVERY, Sequences, loader
@@ -330,6 +330,12 @@ def test_a_folder_holds_one_run(finished):
         train(sequences(replace(TINY, lr=1.0)), finished, minutes=60, workers=0)
 
 
+def test_a_run_goes_on_with_the_same_data_only(finished, monkeypatch):
+    monkeypatch.setitem(data.MIX, "needle", 7.0)
+    with pytest.raises(ValueError, match="holds a run on other tasks, tokens or tokenizer; choose another --out"):
+        train(sequences(), finished, minutes=60, workers=0)
+
+
 def test_sequences_must_divide_among_ranks(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="2 sequences a step cannot be shared by 3 processes"):
@@ -443,11 +449,6 @@ def test_the_card_names_sinks_and_weak_tasks(tmp_path):
     text = card.card(tmp_path)
     assert "| ---: |\n| 1.1 | 25.0% | 31.0% | `'def'` |\n\n" in text
     assert "Below 50% at 4096 tokens: `label` 49.8%. Where" in text
-
-
-def test_a_missing_model_and_a_pilot_without_weights(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no shipped model 'minilm-big'; there are: minilm, minilm-gqa"):
-        kvlib.load("minilm-big")
 
 
 def test_every_data_file_has_an_entry_in_the_guide():

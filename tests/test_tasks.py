@@ -180,7 +180,7 @@ def test_neither_the_first_nor_the_last_nor_the_commonest_value_is_often_right(t
     hits, seeds = Counter(), 200
     for seed in range(seeds):
         drawn = drafted(task, 1024, seed)
-        answer, *others = (re.search(r"\w+\W*$", option)[0].strip('"') for _, option in drawn.questions)
+        answer, *others = (re.search(r"(\w+)\W*$", option)[1] for _, option in drawn.questions)
         stated, options = "".join(text for _, text in sorted(drawn.facts)), sorted({answer, *others})
         hits["first"] += answer == min(options, key=stated.index)
         hits["last"] += answer == max(options, key=stated.rindex)
@@ -193,7 +193,7 @@ def test_settings_are_made_again():
     again = sum(len(drafted("override", 128, seed).facts) > 2 for seed in range(60))
     drawn = [sample("override", 400, seed, tokenizer=tokenizer()) for seed in range(60)]
     first = [re.search(rf"^{d.prompt.split()[-2]} = (\d+)$", d.prompt, re.MULTILINE)[1] == d.answer for d in drawn]
-    assert again > 40 and 0.15 * 60 < sum(first) < 0.6 * 60  # settings made once, about a third
+    assert again > 40 and sum(first) == 0  # every setting is made again
 
 
 def test_lists_are_asked_in_the_order_of_the_prompt():
@@ -276,8 +276,9 @@ def test_training_and_test_share_no_pattern_and_no_label():
         for seed in range(150):
             body = "".join(text for _, text in drafted("transform", 200, seed, split).facts)
             kinds["way"].add(way(body, re.match(r"assert (\w+)", body)[1]))
-            question = drafted("shown_syntax", 300, seed, split).questions[0][0]
-            word, *syntax = re.fullmatch(r"# (\w+)(\W)\w+(\W) (\S+) ", question).groups()
+            question, answer = drafted("shown_syntax", 300, seed, split).questions[0]
+            word, *syntax = re.fullmatch(r"# (\w+)(\W)\w+(\W) (\S+)", question).groups()
+            syntax += re.sub(r"\d+", "n", answer)
             kinds["word"].add(word)
             kinds["syntax"].add(tuple(syntax))
             kinds["label"] |= {answer for _, answer in drafted("label", 512, seed, split).questions}

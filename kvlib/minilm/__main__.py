@@ -8,6 +8,7 @@ train      by --recipe                        TRAIN_COST
 export     write the transformers folder      seconds
 evaluate   loss, tasks, attention             EVALUATE_COST
 card       README.md and SHA256SUMS           a second
+keep       copy statistics of a pilot into data/models/pilots
 overview   compare the models; data/models/README.md and the catalogue in data/README.md
 
 `make minilm` runs all of it, for every model and pilot.
@@ -15,6 +16,7 @@ overview   compare the models; data/models/README.md and the catalogue in data/R
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             {"corpus": corpus, "tokenizer": tokenizer, "tokens": tokens}[step].build()
         elif step == "train":
             if not train(load_sequences(recipe), run, arguments.minutes, arguments.workers):
-                return print("stopped by --minutes; the same command goes on from here")
+                sys.exit("stopped by --minutes; the same command goes on from here")
         elif step == "export":
             export(run, folder)
         elif step == "evaluate":

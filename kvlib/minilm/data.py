@@ -5,6 +5,8 @@ or workers, and a resumed run, see the same data. Each sequence starts with the 
 separated by `</s>`.
 """
 
+import hashlib
+import json
 import math
 import random
 from functools import lru_cache
@@ -14,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
+from kvlib.lab.fingerprint import fingerprint
 from kvlib.lab.tasks import CATALOGUE, SHORTEST, Draw, compose, draft
 from kvlib.minilm import MODEL
 from kvlib.minilm.recipe import Recipe
@@ -50,6 +53,15 @@ class Sequences(Dataset):
 
     def __len__(self) -> int:
         return self.recipe.first(self.recipe.steps)
+
+    def digest(self) -> str:
+        """A hash of what the sequences follow from beside the recipe: tokens, tokenizer, and the code of the tasks."""
+        makes = [CATALOGUE[task].make for task in MIX]
+        parts = [fingerprint(Sequences, draft, *makes), json.dumps(MIX), self.tokenizer.backend_tokenizer.to_str()]
+        digest = hashlib.sha256("\n".join(parts).encode())
+        digest.update(self.code.tobytes())
+        digest.update(self.prose.tobytes())
+        return digest.hexdigest()[:16]
 
     def __getitem__(self, g: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Text windows are counted anew in the long phase: its epochs are its own."""

@@ -60,10 +60,10 @@ def compile_layers(model) -> None:
 
 
 class Run:
-    """A folder with `recipe.json`, `checkpoint.pt`, `curve.csv` and, when done, `training.json`."""
+    """A folder with `checkpoint.pt`, `curve.csv` and at last `training.json`; `data` is a hash of what is learnt."""
 
-    def __init__(self, folder: Path, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, data: str):
+        self.folder, self.recipe, self.data = folder, recipe, data
         self.checkpoint, self.curve = folder / "checkpoint.pt", folder / "curve.csv"
         self.rows = []
 
@@ -74,6 +74,8 @@ class Run:
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         if state["recipe"] != asdict(self.recipe):
             raise ValueError(f"{self.folder} holds a run of another recipe; choose another --out")
+        if state["data"] != self.data:
+            raise ValueError(f"{self.folder} holds a run on other tasks, tokens or tokenizer; choose another --out")
         model.load_state_dict(state["model"])
         adamw.load_state_dict(state["optimizer"])
         with self.curve.open() as file:
@@ -82,6 +84,7 @@ class Run:
 
     def save(self, model, adamw, step: int, seconds: float) -> None:
         state = {"model": model.state_dict(), "optimizer": adamw.state_dict(), "recipe": asdict(self.recipe)}
+        state["data"] = self.data
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.checkpoint.with_suffix(".part")  # a run killed while writing keeps the older checkpoint
         torch.save(state | {"step": step, "seconds": seconds}, part)
@@ -120,7 +123,7 @@ def train(
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(recipe.config()).to(device)
     adamw = optimizer(model, recipe)
-    run = Run(folder, recipe)
+    run = Run(folder, recipe, sequences.digest())
     first, spent = run.resume(model, adamw)
     if cuda:
         compile_layers(model)
@@ -183,6 +186,7 @@ def write_summary(run: Run, model, seconds: float, device: torch.device, world: 
     summary = {
         "recipe": asdict(run.recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "data": run.data,
         "tokens": run.recipe.steps * run.recipe.sequences * run.recipe.length,
         "hardware": f"{world} x {name}",
         "minutes": round(seconds / 60, 1),

@@ -1,6 +1,7 @@
 """Completion of identifiers in real, held-out source code: nothing is planted, and no model here was trained on it.
 
-The prompt stops inside an identifier that is rare enough to have been read from the prompt rather than remembered.
+The prompt stops inside an identifier that occurs in few files of the held-out packages. Training code may know it too,
+so the scores have a floor: what is right without the earlier use.
 """
 
 import json
@@ -18,7 +19,7 @@ GROUP = "code"
 IDENTIFIER = re.compile(r"\b[A-Za-z_]{8,}\b")  # long ones, so that something is left to complete
 COMPOUND = re.compile(r"[A-Za-z]_[A-Za-z]|[a-z][A-Z]")  # what plain words of comments lack
 TYPED = 3  # characters of the identifier in the prompt, at least
-FILES = 3  # an identifier in more files than this may be known from other packages
+FILES = 3  # held-out files that have the identifier, at most
 SHORTEST_CODE = 512  # tokens
 APART = 16  # lines since the identifier was last seen
 
@@ -58,9 +59,10 @@ def places(same_file: bool) -> list[Place]:
         for word, at in words:
             if spread[word] <= FILES:
                 before = last.get(word)
-                if same_file and before is not None and texts[file].count("\n", before, at) >= APART:
+                inside = texts[file].rfind(word, 0, at)  # in a longer identifier too
+                if same_file and before is not None and texts[file].count("\n", inside, at) >= APART:
                     result.append(Place(word, file, at, file, before))
-                if not same_file and before is None:
+                if not same_file and inside < 0:
                     result += [
                         Place(word, file, at, other, first[other, word])
                         for other in range(len(texts))
@@ -105,8 +107,13 @@ def usable(same_file: bool, tokenizer) -> list[tuple[Place, str, int, int]]:
 
 
 def choose(same_file: bool, seed: int, tokens: int, tokenizer) -> tuple[Place, str, int]:
-    """The place for a seed, the line up to the identifier, and how much of it is typed; seeds give distinct places."""
-    fitting = [row[:3] for row in usable(same_file, tokenizer) if row[3] < tokens - tokens // 50 - 8]
+    """The place for a seed, the line up to the identifier, and how much of it is typed; seeds give distinct places.
+
+    In the same file the identifier was last seen in the first three quarters of the prompt: the longer the prompt, the
+    longer the memory that it takes.
+    """
+    nearest = tokens // 4 if same_file else -1
+    fitting = [row[:3] for row in usable(same_file, tokenizer) if nearest < row[3] < tokens - tokens // 50 - 8]
     if not 0 <= seed < len(fitting):
         raise ValueError(f"seed={seed}: held-out code has {len(fitting)} such places")
     return fitting[seed]
@@ -151,7 +158,7 @@ def check(split: str, tokens: int) -> None:
 
 @family(GROUP, trained=False)
 def completion(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
-    """An identifier that this file used before, but not in the last sixteen lines."""
+    """An identifier that this file used before, but not in the last quarter of the prompt."""
     check(split, tokens)
     place, line, typed = choose(True, seed, tokens, tokenizer)
     rows = heldout_files()

@@ -8,7 +8,9 @@ from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, Draw, belongs, nouns_of
 GROUP = "few-shot"
 # which parts of (adjective, noun, number) are written, in which order, with what between them
 TRANSFORMS = [(*order, mark) for size in (2, 3) for order in permutations(range(3), size) for mark in "-./:+"]
-SYNTAXES = list(product(["()", "<>", "[]", "{}", "||"], ["->", "=>", ":", "=", "~", "is"]))
+# brackets around the name, what stands between question and answer, how the answer is written
+WRITTEN = ("{}", '"{}"', "<{}>", "({})", "{}.")
+SYNTAXES = list(product(["()", "<>", "[]", "{}", "||"], ["->", "=>", ":", "=", "~", "is"], WRITTEN))
 
 
 @family(GROUP, trained=True)
@@ -50,13 +52,14 @@ def transform(draw: Draw, tokens: int) -> Draft:
 
 @family(GROUP, trained=True)
 def shown_syntax(draw: Draw, tokens: int) -> Draft:
-    """Constants, and solved questions in a made-up syntax; asked in that syntax, which tests alone use."""
+    """Constants, and solved questions in a made-up syntax, which tests alone use; asked in it, answered in it."""
     shots = 3 if tokens >= 256 else 2 if tokens >= 160 else 1
     count = min(MOST, max(shots + 2, tokens // 128))
     names, values = draw.names(count), draw.values(count)
-    (left, right), arrow = draw.pattern(SYNTAXES)
+    (left, right), arrow, written = draw.pattern(SYNTAXES)
     word = draw.rng.choice([noun for noun in NOUNS if belongs(noun, draw.split)])
     facts = [(draw.depth(), f"{name} = {value}\n") for name, value in zip(names, values)]
-    asked = [(f"{word}{left}{name}{right} {arrow} ", str(value)) for name, value in zip(names, values)]
+    pairs = list(zip(names, values))
+    asked = [(f"{word}{left}{name}{right} {arrow}", f" {written.format(value)}") for name, value in pairs]
     facts += [(draw.rng.uniform(0.5, 1), f"# {question}{answer}\n") for question, answer in asked[:shots]]
     return Draft(facts, [(f"# {question}", answer) for question, answer in asked[shots:]], set(names))

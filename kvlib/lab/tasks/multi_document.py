@@ -39,12 +39,12 @@ def file_lookup(draw: Draw, tokens: int) -> Draft:
 
 @family(GROUP, trained=False)
 def override(draw: Draw, tokens: int) -> Draft:
-    """Settings made, some of them made again later; asked for the value that is valid in the end."""
+    """Settings made, and made again once or twice; asked for the value that is valid in the end."""
     count = min(MOST, max(2, tokens // 128))
     names, values = draw.names(count), iter(draw.values(3 * count))
     facts, questions = [], []
     for name in names:
-        places = sorted(draw.depth() for _ in range(draw.rng.randint(1, 3)))
+        places = sorted(draw.depth() for _ in range(draw.rng.randint(2, 3)))
         settings = [(place, f"{name} = {next(values)}\n") for place in places]
         facts += settings
         questions.append((f"assert {name} == ", settings[-1][1].split()[-1]))

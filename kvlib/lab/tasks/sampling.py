@@ -71,7 +71,7 @@ def judge(answer: list[int], chosen: list[int], tokenizer) -> float:
     """`share_of_lines` of greedy decoding, from the model's first choices at each token of the answer and after it.
 
     `chosen` has one token more than `answer`. Up to the first difference greedy decoding would have fed the same
-    tokens; what comes later does not count.
+    tokens; what comes later does not count. The same text in other tokens counts as wrong.
     """
     right = next((i for i, pair in enumerate(zip(answer, chosen)) if pair[0] != pair[1]), len(answer))
     if right == len(answer) and ends(tokenizer.decode([chosen[right]])):
