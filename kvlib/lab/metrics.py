@@ -126,7 +126,7 @@ def count(prediction: str, answer: str | int) -> float:
 
 
 def code_similarity(prediction: str, answer: str) -> float:
-    """Similarity of the answer and the first line of the prediction that is neither fence nor comment, in percents.
+    """Similarity of the answer and the prediction's first line that is neither fence nor comment, to two decimals.
 
     A line with a backtick, "#" or "//" anywhere is passed over, strings and integer division included. If none is left
     the empty text is judged, which is right (1) only for an empty answer.

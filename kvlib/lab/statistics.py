@@ -114,9 +114,9 @@ def _stratified(groups, combine, seed: int = 0, confidence: float = 0.95, resamp
     A resample of n rows holds each distinct row a multinomial number of times, so counts are drawn, not rows.
 
     Right or wrong answers that (almost) never differ leave a bootstrap nothing to draw: 200 of 200 would have the
-    interval [1, 1], and four samples lost of 200 would count as certain where the exact test says p = 0.125. Where all
-    values are 0 or 1, one made-up sample in favour and one against, shared by the groups, are therefore added to what
-    is drawn from, not to the estimate (in the manner of Agresti and Min, Stat. Med. 24, 2005, for Wald's interval).
+    interval [1, 1], and four samples lost of 200 would count as certain where the exact test says p = 0.125. In groups
+    of values that are 0 or 1, a share of one made-up sample in favour and of one against is therefore added to what is
+    drawn from, not to the estimate (in the manner of Agresti and Min, Stat. Med. 24, 2005, for Wald's interval).
     Decisions are then close to those of the exact test of McNemar.
     """
     rng, weight = np.random.default_rng(seed), 1 / len(groups)
