@@ -1,4 +1,4 @@
-"""The evaluator against plain greedy decoding, a table against its own recomputation, and the intervals."""
+"""The evaluator against plain greedy decoding, and a table against its own recomputation."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,6 @@ import kvlib
 from kvlib import paths
 from kvlib.lab import evaluate, results, tasks
 from kvlib.lab.evaluate import Configuration, Study
-from kvlib.lab.statistics import mean_interval, paired_difference
 
 CONFIGURATIONS = (
     Configuration("full", 1.0),
@@ -145,18 +144,3 @@ def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
     assert (table.groupby([*results.CELL])["sample"].nunique() == study.samples).all()
     share = table["stored_bytes"] / table["full_bytes"]
     assert (share <= 1.05 * table["budget"]).all()
-
-
-def test_intervals():
-    values = np.repeat([0.0, 1.0], [60, 40])
-    mean, low, high = mean_interval(values)
-    width = 1.96 * np.sqrt(0.4 * 0.6 / 100)
-    assert mean == 0.4 and np.allclose([low, high], [0.4 - width, 0.4 + width], atol=0.02)
-    assert mean_interval(values) == (mean, low, high)
-    mean, low, high = mean_interval(np.ones(200))
-    assert mean == high == 1.0 and low == pytest.approx(0.025 ** (1 / 200))  # Clopper and Pearson
-    # Pairing takes out what the samples share: the same shift on very different samples is known exactly.
-    base = torch.randn(50, generator=torch.Generator().manual_seed(0)).double().numpy()
-    assert paired_difference(base + 0.5, base) == pytest.approx((0.5, 0.5, 0.5))
-    with pytest.raises(ValueError, match="the same samples"):
-        paired_difference(base, base[1:])

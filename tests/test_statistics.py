@@ -1,24 +1,26 @@
 """Intervals against simulated truth, tests against enumeration, what n samples can show against simulated power."""
 
 from fractions import Fraction
+from functools import cache
 from itertools import product
 from math import comb, inf
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from kvlib.lab import statistics
 from kvlib.lab.statistics import (
+    Estimate,
     detectable,
     detectable_shift,
     holm,
+    mean,
+    paired_difference,
+    paired_ratio,
     sign_test,
-    stratified_difference,
-    stratified_mean,
-    stratified_ratio,
     wins_needed,
 )
 
@@ -34,28 +36,54 @@ def answers(rng, samples: int, only_first: float, only_second: float, both: floa
 # Intervals
 
 
-def test_one_group_is_the_plain_paired_bootstrap():
-    first, second = answers(np.random.default_rng(1), 400, 0.2, 0.1)
-    found = stratified_difference([first], [second])
-    mean, low, high = statistics.paired_difference(first, second)
-    assert found.value == pytest.approx(mean)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+def scipys(function, *sides) -> tuple[float, float]:
+    """The limits of scipy's percentile bootstrap, which draws rows."""
+    rng = np.random.default_rng(0)
+    made = stats.bootstrap(sides, function, paired=True, method="percentile", vectorized=True, rng=rng)
+    return tuple(made.confidence_interval)
+
+
+def test_one_task_is_the_plain_bootstrap():
+    """Of answers and of scores that take as many values as there are samples."""
+    rng = np.random.default_rng(1)
+    for first, second in (answers(rng, 400, 0.2, 0.1), rng.normal(5, 1, (2, 400))):
+        found = mean([first])
+        assert found.value == pytest.approx(first.mean())
+        assert (found.low, found.high) == pytest.approx(scipys(np.mean, first), abs=0.01)
+        found = paired_difference([first], [second])
+        assert found.value == pytest.approx((first - second).mean())
+        assert (found.low, found.high) == pytest.approx(scipys(np.mean, first - second), abs=0.01)
+    found = paired_ratio([first], [second])
+    assert found.value == pytest.approx(first.mean() / second.mean())
+
+    def ratio(x, y, axis):
+        return x.mean(axis) / y.mean(axis)
+
+    assert (found.low, found.high) == pytest.approx(scipys(ratio, first, second), abs=0.01)
+
+
+def test_any_sequence_holds_values():
+    """Columns of tables with an index of their own, lists, booleans."""
+    right = [True, False, True, True]
+    expected = paired_difference([np.array(right, dtype=float)], [np.zeros(4)])
+    assert paired_difference([pd.Series(right, index=[4, 3, 2, 1])], [[0, 0, 0, 0]]) == expected
+    assert mean(np.array([right, right])).value == 0.75  # a row per task
 
 
 def test_every_task_counts_the_same():
     """Not every sample: one task has a hundred times as many."""
-    found = stratified_mean([np.ones(1000), np.zeros(10)])
+    found = mean([np.ones(1000), np.zeros(10)])
     assert found.value == 0.5 and 0.45 < found.low < 0.5 < found.high < 0.65
-    found = stratified_difference([np.ones(1000), np.zeros(10)], [np.zeros(1000), np.ones(10)])
+    found = paired_difference([np.ones(1000), np.zeros(10)], [np.zeros(1000), np.ones(10)])
     assert found.value == 0
-    assert stratified_ratio([[2, 2], [6]], [[1, 1], [1]]).value == 4
+    assert paired_ratio([[2, 2], [6]], [[1, 1], [1]]).value == 4
 
 
 def test_tasks_of_different_levels_do_not_widen_the_interval():
     """Samples are drawn within their task, so that only the spread within tasks counts."""
     rng = np.random.default_rng(2)
     groups = [rng.normal(level, 1, 100) for level in (0, 50, 100)]
-    found = stratified_mean(groups)
+    found = mean(groups)
     width = 2 * 1.96 / np.sqrt(300)
     assert found.high - found.low == pytest.approx(width, rel=0.15)
 
@@ -63,43 +91,89 @@ def test_tasks_of_different_levels_do_not_widen_the_interval():
 def test_pairs_stay_together():
     """The same shift on very different samples is known exactly; drawing the sides apart would not see it."""
     base = np.random.default_rng(3).normal(0, 10, 60)
-    found = stratified_difference([base + 0.5], [base])
+    found = paired_difference([base + 0.5], [base])
     assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert stratified_ratio([3 * (base + 100)], [base + 100]).low == pytest.approx(3)
+    assert paired_ratio([3 * (base + 100)], [base + 100]).low == pytest.approx(3)
 
 
+@pytest.mark.parametrize("samples", [(50,), (200,), (50, 50, 50), (30, 120)], ids=str)
 @pytest.mark.parametrize(
-    ("samples", "rates"),
-    [((200,), (0.2, 0.1)), ((50, 50, 50), (0.1, 0.1)), ((50,), (0.02, 0.0)), ((30, 120), (0.3, 0))],
+    ("only_first", "only_second"), [(0.05, 0), (0.05, 0.05), (0.02, 0), (0.3, 0), (0.5, 0.1), (0.97, 0.0), (0.03, 0.5)]
 )
-def test_intervals_of_differences_cover_the_truth(samples, rates):
-    rng, covered, runs = np.random.default_rng(4), 0, 300
-    for _ in range(runs):
-        pairs = [answers(rng, n, *rates) for n in samples]
-        found = stratified_difference(*zip(*pairs), resamples=399)
-        covered += found.low <= rates[0] - rates[1] <= found.high
-    assert covered / runs > 0.95 - 3 * np.sqrt(0.95 * 0.05 / runs)
+def test_intervals_of_differences_cover_the_truth(samples, only_first, only_second):
+    rng, runs = np.random.default_rng(4), 300
+    found = []
+    for seed in range(runs):
+        pairs = [answers(rng, n, only_first, only_second, both=0.03) for n in samples]
+        found.append(paired_difference(*zip(*pairs), resamples=399, seed=seed))
+    truth = round(only_first - only_second, 12)
+    assert np.mean([one.low <= truth <= one.high for one in found]) > 0.95 - 3 * np.sqrt(0.95 * 0.05 / runs)
+    variance = only_first + only_second - truth**2  # of a difference
+    made_up = 2 / len(samples)  # samples for each task
+    width = 2 * 1.96 * np.sqrt(sum((variance + made_up / n) / n for n in samples)) / len(samples)
+    assert np.mean([one.high - one.low for one in found]) < 1.25 * width
 
 
-@pytest.mark.parametrize(("samples", "share"), [(200, 0.5), (200, 0.98), (50, 0.9)])
+@cache
+def all_answers(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper limits for 0, 1, ... right answers."""
+    found = [mean([np.repeat([1, 0], [right, samples - right])], resamples=1999) for right in range(samples + 1)]
+    return np.array([one.low for one in found]), np.array([one.high for one in found])
+
+
+@pytest.mark.parametrize("samples", [50, 200])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5, 0.9, 0.97, 0.995])
 def test_intervals_of_means_cover_the_truth(samples, share):
-    rng, runs = np.random.default_rng(5), 300
-    found = [stratified_mean([(rng.random(samples) < share).astype(float)], resamples=399) for _ in range(runs)]
-    assert np.mean([one.low <= share <= one.high for one in found]) > 0.95 - 3 * np.sqrt(0.95 * 0.05 / runs)
+    """How often they do, exactly: there are only so many counts of right answers."""
+    low, high = all_answers(samples)
+    chances = stats.binom.pmf(np.arange(samples + 1), samples, share)
+    assert 0.95 <= chances[(low <= share) & (share <= high)].sum() < 0.999
+
+
+@pytest.mark.parametrize("samples", [50, 200])
+def test_intervals_of_means_are_near_the_exact_ones(samples):
+    """Those of Clopper and Pearson, which are known to be a little wide."""
+    low, high = all_answers(samples)
+    exact = [stats.binomtest(right, samples).proportion_ci() for right in range(samples + 1)]
+    assert low == pytest.approx(np.array([one.low for one in exact]), abs=2 / samples)
+    assert high == pytest.approx(np.array([one.high for one in exact]), abs=2 / samples)
+    assert ((high - low)[1:-1] > 0).all() and (high - low).mean() < np.mean([one.high - one.low for one in exact])
 
 
 def test_intervals_of_other_scores_cover_the_truth():
     """Scores between 0 and 1, which take as many values as there are samples."""
     rng, runs = np.random.default_rng(6), 200
-    found = [stratified_mean([rng.beta(2, 5, 80), rng.beta(5, 2, 80)], resamples=399) for _ in range(runs)]
+    found = [mean([rng.beta(2, 5, 80), rng.beta(5, 2, 80)], resamples=399) for _ in range(runs)]
     assert np.mean([one.low <= 0.5 <= one.high for one in found]) > 0.95 - 3 * np.sqrt(0.95 * 0.05 / runs)
 
 
 def test_no_disagreement_is_not_certainty():
-    same = stratified_difference([np.ones(200)], [np.ones(200)])
+    same = paired_difference([np.ones(200)], [np.ones(200)])
     assert same.value == 0 and -0.025 < same.low < 0 < same.high < 0.025
-    assert 0.97 < stratified_mean([np.ones(200)]).low < 1
-    assert stratified_mean([np.full(200, 0.3)]).low == 0.3  # not right or wrong: nothing says how such values vary
+    assert 0.97 < mean([np.ones(200)]).low < 1
+    for value in (0.3, 2.0):  # not right or wrong: nothing says how such values vary
+        assert mean([np.full(200, value)]) == Estimate(value, value, value, None)
+        assert paired_difference([np.full(200, value)], [np.full(200, value)]) == Estimate(0, 0, 0, None)
+    stored = paired_difference([np.ones(200)], [np.full(200, 0.25)])  # all bytes against a quarter
+    assert stored == Estimate(0.75, 0.75, 0.75, None)
+
+
+def test_a_half_right_answer_does_not_make_the_others_certain():
+    """The share of made-up samples follows the share of rows that are right or wrong."""
+    widths = []
+    for half in (0, 1, 100, 199):
+        same = np.repeat([0.5, 1.0], [half, 200 - half])
+        found = paired_difference([same], [same])
+        assert found.value == 0 and found.low == -found.high
+        widths.append(found.high)
+    assert widths[0] == widths[1] == 0.015 > widths[2] > widths[3] == 0
+    many = np.concatenate([np.linspace(0.1, 0.9, 40), np.ones(160)])  # also among many distinct values
+    assert 0.01 <= paired_difference([many], [many]).high <= 0.015
+
+
+def test_a_ratio_of_ones_is_certain():
+    """Made-up samples are for scores."""
+    assert paired_ratio([np.ones(20)], [np.ones(20)]) == Estimate(1, 1, 1, None)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(4, 0), (5, 0), (6, 0), (9, 2), (10, 2), (20, 10), (40, 22)])
@@ -108,35 +182,60 @@ def test_decisions_are_near_those_of_the_exact_test(wins, losses):
     first, second = np.zeros(200), np.zeros(200)
     first[:wins] = second[wins : wins + losses] = 1
     exact = stats.binomtest(wins, wins + losses).pvalue
-    assert stratified_difference([first], [second]).above(0) == pytest.approx(exact, abs=0.02)
-    both = stratified_difference(np.split(first, 4), np.split(second, 4))  # tasks share the two made-up samples
+    assert paired_difference([first], [second]).above(0) == pytest.approx(exact, abs=0.02)
+    both = paired_difference(np.split(first, 4), np.split(second, 4))  # tasks share the two made-up samples
     assert both.above(0) == pytest.approx(exact, abs=0.02)
 
 
 @given(st.integers(0, 2**16), st.floats(-0.3, 0.5))
 def test_intervals_and_p_values_say_the_same(seed, boundary):
     first, second = answers(np.random.default_rng(seed), 40, 0.3, 0.2)
-    found = stratified_difference([first], [second], resamples=399)
+    found = paired_difference([first], [second], resamples=399)
     for at in (boundary, found.low, found.high, 0.0):
         assert (found.above(at) <= 0.05) == (found.low > at)
         assert (found.below(at) <= 0.05) == (found.high < at)
-    mirrored = stratified_difference([second], [first], resamples=399)
+    mirrored = paired_difference([second], [first], resamples=399)
     assert mirrored.value == -found.value
 
 
 def test_same_seed_same_interval():
     groups = [np.random.default_rng(7).random(50) for _ in range(3)]
-    first, again, other = (stratified_mean(groups, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (mean(groups, seed=seed) for seed in (0, 0, 1))
     assert (first.low, first.high) == (again.low, again.high) != (other.low, other.high)
 
 
+@pytest.mark.parametrize("confidence", [0.8, 0.9])
+def test_other_confidence(confidence):
+    first, second = answers(np.random.default_rng(8), 100, 0.3, 0.2)
+    usual, found = (paired_difference([first], [second], confidence=level) for level in (0.95, confidence))
+    assert found.value == usual.value and usual.low < found.low < found.high < usual.high
+    assert np.mean(found.draws < found.low) <= (1 - confidence) / 2 <= np.mean(found.draws <= found.low)
+    assert np.mean(found.draws > found.high) <= (1 - confidence) / 2 <= np.mean(found.draws >= found.high)
+
+
+def test_an_estimate_shows_no_draws():
+    assert repr(mean([[2, 2]])) == "Estimate(value=2.0, low=2.0, high=2.0)"
+
+
+def test_what_is_not_a_list_of_tasks():
+    for statistic in (mean, lambda values: paired_difference(values, values)):
+        with pytest.raises(ValueError, match=r"values of each task is needed: \[values\] for a single one"):
+            statistic(np.ones(3))
+        with pytest.raises(ValueError, match="tasks are needed"):
+            statistic([])
+        with pytest.raises(ValueError, match="a task needs samples"):
+            statistic([np.ones(2), []])
+        with pytest.raises(ValueError, match="values have to be finite"):
+            statistic([[0.5, np.nan]])  # every comparison with it would be false, and every p-value tiny
+
+
 def test_sides_have_to_pair_up():
-    with pytest.raises(ValueError, match="the same samples"):
-        stratified_difference([np.ones(3)], [np.ones(2)])
-    with pytest.raises(ValueError, match="the same groups: 2 and 1"):
-        stratified_difference([np.ones(3)] * 2, [np.ones(3)])
+    with pytest.raises(ValueError, match="a task needs samples, the same on both sides: 3 and 2"):
+        paired_difference([np.ones(3)], [np.ones(2)])
+    with pytest.raises(ValueError, match="the same on both sides: 2 and 1"):
+        paired_difference([np.ones(3)] * 2, [np.ones(3)])
     with pytest.raises(ValueError, match="positive values to divide by"):
-        stratified_ratio([np.ones(3)], [np.array([1, 0, 1])])
+        paired_ratio([np.ones(3)], [np.array([1, 0, 1])])
 
 
 # Tests
@@ -194,13 +293,13 @@ def test_detectable_effects_are_found_four_times_in_five(n, disagreement):
     found = []
     for _ in range(runs):
         pair = answers(rng, n, (total + effect) / 2, (total - effect) / 2, both=0)
-        found.append(stratified_difference([pair[0]], [pair[1]], resamples=399).above(0) <= 0.05)
+        found.append(paired_difference([pair[0]], [pair[1]], resamples=1999).above(0) <= 0.05)
     assert np.mean(found) == pytest.approx(0.8, abs=0.08)
 
 
 def test_detectable_shift_of_other_values():
     rng, effect = np.random.default_rng(9), detectable_shift(100, 2.0)
-    found = [stratified_mean([rng.normal(effect, 2, 100)], resamples=399).above(0) <= 0.05 for _ in range(300)]
+    found = [mean([rng.normal(effect, 2, 100)], resamples=399).above(0) <= 0.05 for _ in range(300)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.07)
 
 
@@ -220,5 +319,5 @@ def test_detectable_is_monotone_and_says_when_nothing_is_enough():
 def test_one_fraction_among_many_cells_does_not_make_agreement_certain():
     """Two samples a task that agree everywhere prove little, also where one of them is half right twice."""
     groups = [np.zeros(2) for _ in range(15)] + [np.array([0.5, 0.0])]
-    estimate = statistics.stratified_difference(groups, groups)
+    estimate = paired_difference(groups, groups)
     assert estimate.low < -0.02 and estimate.high > 0.02 and estimate.above(-0.001) > 0.05

@@ -10,8 +10,7 @@ import torch
 
 import kvlib
 from kvlib import attention, paths
-from kvlib.lab import tasks
-from kvlib.lab.statistics import mean_interval, paired_difference
+from kvlib.lab import statistics, tasks
 
 
 def heldout_code(file: str) -> str:
@@ -174,9 +173,9 @@ def accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """One row per task, configuration and budget: share of bytes stored, accuracy with its 95 % interval, samples."""
     rows = []
     for (task, configuration, budget), cell in named(table).groupby(["task", "configuration", "budget"], sort=False):
-        mean, low, high = mean_interval(cell["value"])
+        mean = statistics.mean([cell["value"]])
         stored = cell["stored_bytes"].sum() / cell["full_bytes"].sum()
-        rows.append((task, configuration, budget, stored, mean, low, high, len(cell)))
+        rows.append((task, configuration, budget, stored, mean.value, mean.low, mean.high, len(cell)))
     columns = ["task", "configuration", "budget", "stored", "accuracy", "low", "high", "samples"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -217,8 +216,9 @@ def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
         rows[name], disagree = {}, 0
         for task in table["task"].unique():
             both = values(table, task, *first), values(table, task, *second)
-            mean, low, high = (100 * x for x in paired_difference(*both))
-            rows[name][task] = f"{mean:+.1f} [{low:.1f}, {high:.1f}]"
+            found = statistics.paired_difference(*([side] for side in both))
+            mean, low, high = (100 * x for x in (found.value, found.low, found.high))
+            rows[name][task] = f"{mean:+z.1f} [{low:z.1f}, {high:z.1f}]"
             disagree += int((both[0] != both[1]).sum())
         rows[name]["samples that differ"] = disagree
     return pd.DataFrame.from_dict(rows, orient="index")

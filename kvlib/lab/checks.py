@@ -95,7 +95,7 @@ def smallest_budget(table, task: str, configuration: str, loss: float) -> float 
     rows = table[table["task"] == task].sort_values("sample")
     full = rows.loc[rows["method"] == "full", "value"]
     for budget, cell in rows[rows["configuration"] == configuration].groupby("budget"):
-        if paired_difference(cell["value"], full)[1] > -loss:
+        if paired_difference([cell["value"]], [full]).low > -loss:
             return budget
     return None
 

@@ -247,7 +247,7 @@ def verify(
         raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
     # by sample: its configurations share a prefill, in which one close choice may tip for all of them
     means = both.groupby(["task", "sample"])[["value", "value_recorded"]].mean()
-    difference, low, high = paired_difference(means["value"], means["value_recorded"])
-    if low > 0 or high < 0:
-        raise ValueError(f"recomputed values differ by {difference:+.3f} [{low:.3f}, {high:.3f}] on average")
+    gap = paired_difference([means["value"]], [means["value_recorded"]])
+    if gap.low > 0 or gap.high < 0:
+        raise ValueError(f"recomputed values differ by {gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}] on average")
     return agreement

@@ -141,9 +141,9 @@ def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result
 def bootstrap(claim: Claim, groups: list[list[np.ndarray]]) -> Result:
     """Mean, difference or ratio with its interval; the effect that so many samples can show."""
     function: Callable = {
-        "mean": statistics.stratified_mean,
-        "mean_difference": statistics.stratified_difference,
-        "ratio": statistics.stratified_ratio,
+        "mean": statistics.mean,
+        "mean_difference": statistics.paired_difference,
+        "ratio": statistics.paired_ratio,
     }[claim.statistic]
     try:
         estimate = function(*groups)

@@ -1,48 +1,11 @@
 """Intervals for means over samples and for paired differences between methods; tests, and what they can show."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import optimize, stats
 
 RESAMPLES = 9999  # with these the limits of a 95 % interval are two of the draws, the 250th and the 9750th
-
-
-def mean_interval(values, seed: int = 0, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of per-sample values with a percentile-bootstrap interval: (mean, low, high).
-
-    Constant values have no spread to resample; the interval is then the exact binomial one when they are all 0 or all
-    1, because "200 of 200" is not certainty.
-    """
-    values = np.asarray(values, dtype=float)
-    if np.ptp(values) == 0:
-        if values[0] in (0.0, 1.0):
-            exact = stats.binomtest(int(values.sum()), len(values)).proportion_ci(confidence)
-            return float(values[0]), float(exact.low), float(exact.high)
-        return (float(values[0]),) * 3
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=confidence,
-        method="percentile",
-        n_resamples=2000,
-        rng=np.random.default_rng(seed),
-    )
-    return float(values.mean()), float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def paired_difference(first, second, seed: int = 0, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of `first - second` over the same samples with its bootstrap interval: (difference, low, high)."""
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if first.shape != second.shape:
-        raise ValueError(f"paired values need the same samples: {first.shape} and {second.shape}")
-    difference = first - second
-    if np.ptp(difference) == 0:
-        return (float(difference[0]),) * 3
-    return mean_interval(difference, seed, confidence)
-
-
-# What the ledger decides with
 
 
 @dataclass(frozen=True)
@@ -52,7 +15,7 @@ class Estimate:
     value: float
     low: float
     high: float
-    draws: np.ndarray
+    draws: np.ndarray = field(repr=False, compare=False)
 
     def above(self, boundary: float) -> float:
         """Two-sided p-value against "not above the boundary"; at most 0.05 exactly if a 95 % interval lies above it."""
@@ -66,81 +29,93 @@ class Estimate:
         return min(1.0, 2 * (1 + int(contrary)) / (1 + len(self.draws)))
 
 
-def stratified_mean(groups, **options) -> Estimate:
-    """Mean over groups of the mean over samples: every task counts the same, however many samples it has."""
-    return _stratified([_columns(group) for group in groups], lambda means: means[..., 0], **options)
+def mean(tasks, **options) -> Estimate:
+    """Mean over tasks of the mean over samples: every task counts the same, however many samples it has.
 
-
-def stratified_difference(first, second, **options) -> Estimate:
-    """Mean over groups of the paired mean difference `first - second`; both are lists of values, one per task.
-
-    Raises:
-        ValueError: if a group does not have the same number of samples on both sides.
-    """
-    pairs = [_columns(*pair) for pair in _zip(first, second)]
-    return _stratified(pairs, lambda means: means[..., 0] - means[..., 1], **options)
-
-
-def stratified_ratio(first, second, **options) -> Estimate:
-    """Mean of `first` over mean of `second`, means taken over groups of means; for work and bytes, not for scores.
+    Args:
+        tasks: the values of each task, so `[values]` for a single one.
+        options: seed = 0, confidence = 0.95, resamples = RESAMPLES.
 
     Raises:
-        ValueError: for groups that do not pair up, and for values of `second` that are not positive.
+        ValueError: for what is no list of arrays `(samples,)`, for a task without samples, for values not finite.
     """
-    pairs = [_columns(*pair) for pair in _zip(first, second)]
+    return _bootstrap(_paired(tasks), lambda means: means[..., 0], **options)
+
+
+def paired_difference(first, second, **options) -> Estimate:
+    """Mean over tasks of the mean of `first - second` over the same samples; arguments as for `mean`.
+
+    Raises:
+        ValueError: as `mean`, and if the sides do not have the same tasks or a task not as many samples on both.
+    """
+    return _bootstrap(_paired(first, second), lambda means: means[..., 0] - means[..., 1], **options)
+
+
+def paired_ratio(first, second, **options) -> Estimate:
+    """Mean of `first` over mean of `second`, means taken over tasks of means; for work and bytes, not for scores.
+
+    Raises:
+        ValueError: as `paired_difference`, and for values of `second` that are not positive.
+    """
+    pairs = _paired(first, second)
     if any((pair[:, 1] <= 0).any() for pair in pairs):
         raise ValueError("a ratio needs positive values to divide by")
-    return _stratified(pairs, lambda means: means[..., 0] / means[..., 1], **options)
+    return _bootstrap(pairs, lambda means: means[..., 0] / means[..., 1], scores=False, **options)
 
 
-def _columns(*sides) -> np.ndarray:
-    """Values as columns, `(samples, sides)`."""
-    sides = [np.asarray(side, dtype=float) for side in sides]
-    if len({side.shape for side in sides}) != 1:
-        raise ValueError(f"paired values need the same samples: {' and '.join(str(side.shape) for side in sides)}")
-    return np.stack(sides, axis=1)
+def _paired(*sides) -> list[np.ndarray]:
+    """The values of each task, `(samples, sides)`."""
+    sides = [list(side) for side in sides]
+    if len({len(side) for side in sides}) != 1 or not sides[0]:
+        raise ValueError(f"tasks are needed, the same on both sides: {' and '.join(str(len(side)) for side in sides)}")
+    tasks = []
+    for values in zip(*sides):
+        columns = [np.asarray(column, dtype=float) for column in values]
+        if any(column.ndim != 1 for column in columns):
+            raise ValueError("a list with the values of each task is needed: [values] for a single one")
+        if len({len(column) for column in columns}) != 1 or not len(columns[0]):
+            counts = " and ".join(str(len(column)) for column in columns)
+            raise ValueError(f"a task needs samples, the same on both sides: {counts}")
+        if not np.isfinite(columns).all():
+            raise ValueError("values have to be finite")
+        tasks.append(np.stack(columns, axis=1))
+    return tasks
 
 
-def _zip(first, second):
-    first, second = list(first), list(second)
-    if len(first) != len(second):
-        raise ValueError(f"paired values need the same groups: {len(first)} and {len(second)}")
-    return zip(first, second)
-
-
-def _stratified(groups, combine, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES) -> Estimate:
-    """Percentile bootstrap over the samples of every group; whole rows are drawn, so pairs stay together.
-
-    A resample of n rows holds each distinct row a multinomial number of times, so counts are drawn, not rows.
+def _bootstrap(
+    tasks, combine, scores: bool = True, seed: int = 0, confidence: float = 0.95, resamples: int = RESAMPLES
+) -> Estimate:
+    """Percentile bootstrap over the samples of every task; whole rows are drawn, so pairs stay together.
 
     Right or wrong answers that (almost) never differ leave a bootstrap nothing to draw: 200 of 200 would have the
-    interval [1, 1], and four samples lost of 200 would count as certain where the exact test says p = 0.125. In groups
-    of values that are 0 or 1, a share of one made-up sample in favour and of one against is therefore added to what is
-    drawn from, not to the estimate (in the manner of Agresti and Min, Stat. Med. 24, 2005, for Wald's interval).
-    Decisions are then close to those of the exact test of McNemar.
+    interval [1, 1], and four samples lost of 200 would count as certain where the exact test says p = 0.125. A share
+    of one made-up sample in favour and of one against is therefore added to what is drawn from, not to the estimate
+    (in the manner of Agresti and Min, Stat. Med. 24, 2005, for Wald's interval). Decisions are then close to those of
+    the exact test of McNemar. Tasks have equal shares in the two samples, and of its own a task gets as much as its
+    rows are right or wrong: a half-right answer among many does not change the rule for the others. Nothing says how
+    other values vary where they do not, so 0.3 two hundred times has the interval [0.3, 0.3].
     """
-    rng, weight = np.random.default_rng(seed), 1 / len(groups)
-    made_up = [weight if np.isin(group, (0, 1)).all() else 0 for group in groups]
-    means = sum(_resampled_means(group, extra, resamples, rng) for group, extra in zip(groups, made_up)) * weight
+    rng, weight, means = np.random.default_rng(seed), 1 / len(tasks), 0
+    for rows in tasks:
+        made_up = weight * np.isin(rows, (0, 1)).all(1).mean() if scores else 0
+        means = means + weight * _resampled_means(rows, made_up, resamples, rng)
     # sums in another order differ in the last digits, which must not decide whether a draw equals a boundary
     draws = np.sort(np.round(combine(means), 12))
-    value = combine(sum(group.mean(0) for group in groups) * weight)
+    value = combine(sum(rows.mean(0) for rows in tasks) * weight)
     rank = round((1 - confidence) / 2 * (resamples + 1))  # these order statistics agree with the p-values
     return Estimate(round(float(value), 12), float(draws[rank - 1]), float(draws[-rank]), draws)
 
 
-def _resampled_means(group: np.ndarray, made_up: float, resamples: int, rng) -> np.ndarray:
-    """Means of resampled rows, `(resamples, columns)`."""
-    rows, counts = np.unique(group, axis=0, return_counts=True)
-    if len(rows) > 16:  # as many counts as rows: then drawing rows is faster
-        drawn = rng.integers(len(group), size=(resamples, len(group)))
-        return np.stack([column[drawn].mean(1) for column in group.T], axis=1)
-    if made_up:
-        favour = np.zeros(group.shape[1])
-        favour[0] = 1  # right alone, or right where the other is wrong
-        rows = np.concatenate([rows, [favour, 1 - favour]])
-        counts = np.concatenate([counts, [made_up, made_up]])
-    return rng.multinomial(len(group), counts / counts.sum(), size=resamples) @ rows / len(group)
+def _resampled_means(rows: np.ndarray, made_up: float, resamples: int, rng) -> np.ndarray:
+    """Means of resampled rows, `(resamples, columns)`.
+
+    A resample of n rows holds each distinct row a multinomial number of times, so counts are drawn, not rows.
+    """
+    favour = np.eye(rows.shape[1])[0]  # right alone, or right where the other is wrong
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    distinct = np.concatenate([[favour, 1 - favour], distinct])
+    counts = np.concatenate([[made_up, made_up], counts])
+    return rng.multinomial(len(rows), counts / counts.sum(), size=resamples) @ distinct / len(rows)
 
 
 def sign_test(wins: int, losses: int) -> float:

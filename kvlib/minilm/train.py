@@ -93,10 +93,12 @@ class Run:
     def log(self, row: dict) -> None:
         self.rows.append(row)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.curve.open("w", newline="") as file:
+        part = self.curve.with_suffix(".csv.part")  # a run killed while writing keeps the older rows
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
+        part.replace(self.curve)
 
 
 def train(
@@ -117,14 +119,16 @@ def train(
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
 
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(recipe.config()).to(device)
     adamw = optimizer(model, recipe)
     run = Run(folder, recipe, sequences.digest())
     first, spent = run.resume(model, adamw)
+    if first == recipe.steps and (folder / "training.json").is_file():
+        return True  # as finished before: this start would count as training, on this machine
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     if cuda:
         compile_layers(model)
     loss_of = torch.compile(losses, dynamic=False) if cuda else losses
