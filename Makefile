@@ -68,6 +68,7 @@ minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m
 	  $(PYTHON) -m kvlib.minilm train export evaluate keep --recipe $$recipe; done
 	for recipe in base gqa; do $(PYTHON) -m kvlib.minilm train export evaluate card --recipe $$recipe; done
 	$(PYTHON) -m kvlib.minilm overview
+	$(PYTHON) tests/test_minilm.py
 
 clean:      ## delete build/
 	rm -rf build
