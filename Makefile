@@ -59,8 +59,9 @@ results-clean:  ## delete the result tables that any machine can make again
 	$(PYTHON) -m kvlib.lab.results --clean
 
 FRACTION ?= 0.2
-verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables and compare
-	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION)
+SEED ?= 0
+verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables, drawn by SEED=0, and compare
+	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION) --seed $(SEED)
 
 minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
 	$(PYTHON) -m kvlib.minilm corpus tokenizer tokens

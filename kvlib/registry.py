@@ -10,12 +10,12 @@ what to keep (`score`); the library stores, attends, evicts and counts. Registra
             return -view.positions.float()
 """
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
 from kvlib import attention
+from kvlib.nearest import unknown
 from kvlib.run import Run
 from kvlib.view import View
 
@@ -132,9 +132,7 @@ def method(name: str, **arguments) -> Method:
         ValueError: for an unknown name (naming the nearest one) and for arguments that can never work.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name).lower(), METHODS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown method {name!r}; {hint}known: {', '.join(sorted(METHODS))}")
+        raise unknown("method", name, sorted(METHODS))
     return METHODS[name](**arguments)
 
 

@@ -97,6 +97,20 @@ def test_one_model_is_not_enough(judged, model):
     assert row["reason"] == expected
 
 
+def test_models_may_have_different_numbers_of_samples(judged):
+    """What can be shown is then what the one with fewer can show; without enough of it nothing is decided."""
+    alone = {n: judged(both_models(("h2o", 3 * n // 4, {"samples": n}), ("random", n // 4, {"samples": n})))
+             for n in (4, 40, 200)}  # fmt: skip
+    for fewer, verdict in ((40, "holds"), (4, "inconclusive")):
+        sides = [rows(m, right * n // 4, samples=n, model=model, task=task) for model, n in zip(MODELS, (200, fewer))
+                 for task in CLAIM["tasks"] for m, right in (("h2o", 3), ("random", 1))]  # fmt: skip
+        row = judged(pd.concat(sides))
+        assert row["verdict"] == verdict and row["models"] == "minilm; minilm-gqa"
+        assert row["n"] == "; ".join(alone[n]["n"].split("; ")[0] for n in (200, fewer))
+        assert row["ours"].split("; ") == [alone[n]["ours"].split("; ")[i] for i, n in enumerate((200, fewer))]
+        assert row["detectable"] == alone[fewer]["detectable"]
+
+
 def test_other_models_do_not_count(judged):
     strangers = both_models(("h2o", 0), ("random", 40)).assign(model="seed1")
     assert judged(pd.concat([WINS, strangers]))["ours"] == judged(WINS)["ours"]

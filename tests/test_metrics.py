@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlib.lab import metrics
-from kvlib.lab.metrics import classification, code_similarity, count, qa_f1, retrieval, rouge_l, score
+from kvlib.lab.metrics import classification, code_similarity, count, is_decided, qa_f1, retrieval, rouge_l, score
 
 CASES = json.loads((Path(__file__).parent / "parity" / "longbench_metrics" / "cases.json").read_text())["cases"]
 METRICS = {
@@ -298,6 +298,26 @@ def test_the_first_label_of_the_answer_counts():
     assert retrieval("4", "2 pages, Paragraph 4 or Paragraph 5") == 1
     with pytest.raises(ValueError, match="answer='paragraph 4'"):
         retrieval("4", "paragraph 4")
+
+
+CODE = st.text("\n\n\n#`/ abx=", max_size=24)
+
+
+@given(CODE, CODE, CODE)
+def test_a_decided_score_stays(prediction, rest, answer):
+    """And one that is not can change with what follows."""
+    if is_decided(prediction):
+        assert code_similarity(prediction + rest, answer) == code_similarity(prediction, answer)
+    else:
+        changed = (code_similarity(prediction + end, "yz") for end in ("yz", "\nyz"))
+        assert max(changed) > code_similarity(prediction, "yz")
+
+
+@given(st.text("ab =\n", max_size=99), st.text("ab =", min_size=1, max_size=99), st.integers(0, 98), st.data())
+def test_below_100_characters_only_the_answer_itself_scores_1(prediction, answer, at, data):
+    near = answer[:at] + data.draw(st.sampled_from(["", "a", "x"])) + answer[at + data.draw(st.integers(0, 1)) :]
+    for said in (prediction, near):
+        assert (code_similarity(said, answer) == 1) == (said.lstrip("\n").split("\n")[0] == answer)
 
 
 # Quirks of code_similarity

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import kvlib
 from kvlib.baselines import Full, SnapKV
 from kvlib.lab.evaluate import Configuration
-from kvlib.lab.perplexity import cut_windows, first_tokens, losses, one_by_one, perplexity, places, summary
+from kvlib.lab.perplexity import cut_windows, first_tokens, losses, perplexity, places, summary
+from kvlib.lab.prompts import one_by_one
 from kvlib.paths import MODELS
 from kvlib.registry import METHODS, Method
 
@@ -227,7 +228,7 @@ def test_methods_with_a_prefill_of_their_own(tokenizer, registered, monkeypatch)
 def test_the_prefill_is_shared(tokenizer, monkeypatch):
     calls = []
     original = kvlib.snapshot
-    monkeypatch.setattr(kvlib, "snapshot", lambda model, ids: calls.append(ids.shape) or original(model, ids))
+    monkeypatch.setattr(kvlib, "snapshot", lambda model, ids, mask: calls.append(ids.shape) or original(model, ids))
     perplexity(model(), tokenizer, TEXT, CONFIGURATIONS, batch=2, **NAMES, **SIZES)
     assert calls == [(2, 40), (1, 40)]
 

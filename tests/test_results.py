@@ -20,26 +20,26 @@ from kvlib.lab import evaluate, fingerprint, results
 from kvlib.lab.evaluate import Configuration, Study
 from kvlib.minilm import checksums
 
+TOKENIZER = paths.MODELS / "minilm"
 STUDY = Study(
     tasks=("needle", "count"),
     length=200,
-    samples=6,
     configurations=(Configuration("full", 1.0), Configuration("snapkv", 0.2), Configuration("h2o", 0.4)),
-    models=("minilm-test",),
+    models={"minilm-test": 6},
 )
 
 
-def place(folder: Path, monkeypatch=None) -> None:
+def place(folder: Path, monkeypatch=None, name: str = "minilm-test") -> None:
     """Let `kvlib.load` and the tables use `folder`, where a random model is made."""
-    model = folder / "models" / "minilm-test"
+    model = folder / "models" / name
     if not model.exists():
-        torch.manual_seed(0)
+        torch.manual_seed(len(name))
         config = LlamaConfig(
             vocab_size=4096, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
         )
         LlamaForCausalLM(config).save_pretrained(model)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(paths.MODELS / "minilm" / name, model)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TOKENIZER / file, model)
         checksums.write(model)
     change = monkeypatch.setattr if monkeypatch else setattr
     change(paths, "MODELS", folder / "models")
@@ -86,7 +86,9 @@ def test_a_table_has_every_cell_once_and_is_made_once(folder, computed):
 def test_only_what_changed_is_made_again(folder, computed, monkeypatch):
     before = results.make("study", STUDY)
     computed.clear()
-    more = replace(STUDY, configurations=(*STUDY.configurations, Configuration("random", 0.3)), samples=7)
+    more = replace(
+        STUDY, configurations=(*STUDY.configurations, Configuration("random", 0.3)), models={"minilm-test": 7}
+    )
     table = results.make("study", more)
     asked = [((0, 1, 2, 3), 1), ((4, 5, 6), 4)]
     assert sorted(computed) == [(task, *each) for task in ("count", "needle") for each in asked]
@@ -136,8 +138,9 @@ def test_fingerprints_follow_what_is_called():
     assert {"kvlib.baselines.StreamingLLM", "kvlib.attention.rotate", "kvlib.registry.require"} <= set(found)
     found = {}
     fingerprint.parts(evaluate.evaluate, found)
-    called = {"score", "prefill", "one_by_one", "bytes_per_row", "prefill_flops"}
-    assert {f"kvlib.lab.evaluate.{name}" for name in called} <= set(found)
+    called = ["evaluate.score", "evaluate.write", "evaluate.prefill_flops", "metrics.code_similarity"]
+    called += ["prompts.compressed", "prompts.one_by_one", "prompts.bytes_per_row"]
+    assert {f"kvlib.lab.{name}" for name in called} <= set(found)
     assert "kvlib.lab.tasks.sampling.judge" in found
 
 
@@ -236,18 +239,57 @@ def test_a_current_table_beside_older_shards_stays(folder, monkeypatch):
     assert table_bytes(folder) == before
 
 
+# Verification
+
+
 def test_verification_finds_a_tampered_table(folder):
     table = results.make("study", STUDY)
-    assert results.verify("study", STUDY, 0.5) == 1.0
+    assert results.verify("study", STUDY, 6) == results.verify("study", STUDY, 100) == 1.0
     for column in evaluate.MEASURED:
         changed = ~table[column] if column == "clamped" else 1 - table[column]
         table.assign(**{column: changed}).to_parquet(folder / "results" / "study.parquet")
         message = "rows agree with the table" if column == "value" else f"{column} differs from what the table records"
         with pytest.raises(ValueError, match=message):
-            results.verify("study", STUDY, 0.2)
+            results.verify("study", STUDY, 3, seed=5)
     table.assign(key="0").to_parquet(folder / "results" / "study.parquet")
     with pytest.raises(ValueError, match="study: rows of other code, text or models"):
-        results.verify("study", STUDY, 0.2)
+        results.verify("study", STUDY, 4)
+    table[1:].to_parquet(folder / "results" / "study.parquet")
+    with pytest.raises(ValueError, match="the table lacks 1 of 36 recomputed rows"):
+        results.verify("study", STUDY, 12)
+
+
+def test_models_with_different_numbers_of_samples(folder, computed, monkeypatch):
+    place(folder, monkeypatch, "minilm-second")
+    study = replace(STUDY, models={"minilm-test": 5, "minilm-second": 2})
+    table = results.make("study", study, size=2)
+    assert sorted(computed) == sorted(
+        (task, samples, 3) for task in STUDY.tasks for samples in [(0, 1), (2, 3), (4,), (0, 1)]
+    )
+    counts = table.groupby(["model", "task", "method"])["sample"].agg(list)
+    assert counts["minilm-test"].tolist() == [[*range(5)]] * 6 and counts["minilm-second"].tolist() == [[0, 1]] * 6
+    assert table.groupby("model")["key"].nunique().tolist() == [6, 6] and table["key"].nunique() == 12
+    assert results.samples_of(study) == 14 and len(table) == 14 * 3
+    computed.clear()
+    assert results.verify("study", study, 14) == 1.0
+    assert sorted(computed) == sorted((task, (*range(n),), 3) for task in STUDY.tasks for n in (5, 2))
+    # fewer of one model afterwards, the others stay
+    fewer = results.make("study", replace(study, models={"minilm-test": 3, "minilm-second": 2}), size=2)
+    assert fewer.groupby("model")["sample"].nunique().to_dict() == {"minilm-second": 2, "minilm-test": 3}
+
+
+def test_a_share_is_of_the_samples_of_all_models(folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(results, "verify", lambda name, study, count, seed: asked.append((count, seed)) or 1.0)
+    study = replace(STUDY, models={"minilm-test": 30, "minilm-second": 20})
+    monkeypatch.setitem(results.STUDIES, "study", study)
+    for share, seed in (("0.2", 3), ("0.01", 0), ("1", 1)):
+        results.main(["study", "--verify", share, "--seed", str(seed)])
+    assert asked == [(20, 3), (4, 0), (100, 1)]
+    assert "study: 100.0% of the rows of 20 recomputed samples agree" in capsys.readouterr().out
+    monkeypatch.setitem(results.STUDIES, "study", replace(STUDY, models={"minilm-test": 1}))
+    results.main(["study", "--verify", "1"])
+    assert asked[-1] == (2, 0)  # all that there are
 
 
 def test_cleaning_leaves_other_tables(folder, monkeypatch):
@@ -281,5 +323,8 @@ def test_bad_studies(folder):
         replace(STUDY, configurations=(Configuration("snapkw", 0.5),))
     with pytest.raises(ValueError, match="protocol='spoken': prompt or decoded"):
         replace(STUDY, protocol="spoken")
+    for models in ({}, {"minilm-test": 0}, {"minilm-test": 2.0}):
+        with pytest.raises(ValueError, match="a whole number of samples >= 1 for at least one model"):
+            replace(STUDY, models=models)
     with pytest.raises(ValueError, match="length=4096: the model's window is 2048 tokens"):
         results.make("study", replace(STUDY, length=4096))

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kvlib.lab import tasks
 from kvlib.lab.tasks import (
     CATALOGUE,
+    COMPLETIONS,
     FAMILIES,
     PROBES,
     SHORTEST,
@@ -39,7 +40,8 @@ from kvlib.minilm.tokenizer import encode
 from kvlib.paths import DATA, MODELS
 
 CODE = [name for name, family in FAMILIES.items() if family.group == "code"]
-PLANTED = [name for name in CATALOGUE if name not in CODE]
+REAL = [*CODE, *COMPLETIONS]
+PLANTED = [name for name in CATALOGUE if name not in REAL]
 TRAINED = [name for name, family in CATALOGUE.items() if family.trained]
 TASKS, SEEDS = st.sampled_from(PLANTED), st.integers(0, 10**6)
 SOURCE = Filler("".join(f"def step_{i}(x):\n    return x * {i} + step({i})\n\n" for i in range(400)))
@@ -68,7 +70,7 @@ def ids(text: str) -> list[int]:
 
 
 def shortest(task: str) -> int:
-    return SHORTEST_CODE if task in CODE else SHORTEST
+    return SHORTEST_CODE if task in REAL else SHORTEST
 
 
 def drafted(task: str, tokens: int, seed: int, split: str = "test") -> tasks.Draft:
@@ -93,7 +95,9 @@ def check_sizes(drawn: Sample, tokens: int) -> None:
 def test_as_many_families_as_longbench_has_tasks():
     assert len(FAMILIES) == 16
     assert Counter(family.group for family in FAMILIES.values()) == dict(zip(tasks.GROUPS, (3, 3, 3, 3, 2, 2)))
-    assert set(PROBES) == {"long_generation", "distance"} and {**FAMILIES, **PROBES}.keys() == CATALOGUE.keys()
+    assert set(PROBES) == {"long_generation", "distance"} and set(COMPLETIONS) == {"next_line", "cross_file_line"}
+    assert {**FAMILIES, **PROBES, **COMPLETIONS}.keys() == CATALOGUE.keys()
+    assert {name for name, family in CATALOGUE.items() if family.metric == "similarity"} == set(COMPLETIONS)
     assert all(name == family.name for name, family in CATALOGUE.items())
 
 
@@ -134,7 +138,7 @@ def test_a_sample_follows_from_its_seed(task):
     draw(4)  # nothing is left behind by samples in between
     assert draw(3) == first
     assert len({draw(seed).prompt for seed in range(20)}) == 20
-    if task not in CODE:
+    if task in PLANTED:
         assert draw(3, split="train", text=SOURCE).prompt != draw(3, text=SOURCE).prompt
 
 
@@ -393,7 +397,7 @@ def merging(vocabulary: int) -> PreTrainedTokenizerFast:
 def test_tokenizers_that_merge_lines():
     foreign, made = merging(1500), Counter()
     assert any("Ċ" in token.strip("Ċ") for token in foreign.get_vocab())  # Ċ is the newline's byte
-    for task in CATALOGUE:
+    for task in [*FAMILIES, *PROBES]:  # test_lines.py has the others
         for seed in range(5):
             try:
                 drawn = sample(task, 1024, seed, tokenizer=foreign)
@@ -420,9 +424,9 @@ def test_tokenizers_that_merge_lines():
         (("xyz", 300, 0), "unknown task 'xyz'; known: dict_lookup, function_lookup, annotated_lookup, two_hop"),
         (("needle", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
         (("completion", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
-        *[((task, SHORTEST_CODE - 1, 0), f"tokens={SHORTEST_CODE - 1}: at least {SHORTEST_CODE}") for task in CODE],
-        *[((task, 600, 10**6), "seed=1000000: held-out code has ") for task in CODE],
-        *[((task, 600, -1), "seed=-1: held-out code has ") for task in CODE],
+        *[((task, SHORTEST_CODE - 1, 0), f"tokens={SHORTEST_CODE - 1}: at least {SHORTEST_CODE}") for task in REAL],
+        *[((task, 600, 10**6), "seed=1000000: held-out code has ") for task in REAL],
+        *[((task, 600, -1), "seed=-1: held-out code has ") for task in REAL],
     ],
 )
 def test_errors(arguments, message):
@@ -452,7 +456,7 @@ def test_unknown_split():
         sample("needle", 300, 0, tokenizer=tokenizer(), split="dev", text=SOURCE)
 
 
-@pytest.mark.parametrize("task", CODE)
+@pytest.mark.parametrize("task", REAL)
 def test_real_code_is_not_trained_on(task):
     with pytest.raises(ValueError, match="split='train': real code is completed in tests only"):
         sample(task, 600, 0, tokenizer=tokenizer(), split="train")

@@ -13,7 +13,6 @@ What a row holds, under the names of the publishers:
 - longbench/<task> and longbench/<task>_e: id, dataset, language, input, context, answers, all_classes, length (words).
 """
 
-import difflib
 import gzip
 import hashlib
 import io
@@ -27,6 +26,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+
+from kvlib.nearest import unknown
 
 VARIABLE = "KVLIB_DATA"
 
@@ -272,9 +273,7 @@ def load(name: str, split: str | None = None, revision: str | None = None) -> li
 def find(name: str) -> Benchmark:
     """The set of that name. Raises ValueError with the nearest name."""
     if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(BENCHMARKS)}"
-        raise ValueError(f"unknown data set {name!r}; {hint}")
+        raise unknown("data set", name, BENCHMARKS)
     return BENCHMARKS[name]
 
 

@@ -4,7 +4,6 @@ A claim names a table, one or two configurations, tasks and a length; a statisti
 that the claim says the statistic lies in. `kvlib.lab.ledger` decides it.
 """
 
-import difflib
 import json
 from dataclasses import dataclass, replace
 from datetime import date
@@ -16,6 +15,7 @@ import yaml
 from kvlib import paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluate import STUDIES, Configuration
+from kvlib.nearest import unknown
 
 CLAIMS = paths.DATA / "claims.yaml"
 
@@ -160,9 +160,7 @@ def number(value) -> bool:
 def one_of(what: str, value, allowed):
     """`value` if it is allowed; the error names the nearest one that is."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(allowed))}"
-        raise ValueError(f"unknown {what} {value!r}; {hint}")
+        raise unknown(what, value, sorted(allowed))
     return value
 
 

@@ -1,7 +1,8 @@
-"""Exact-match evaluation of cache methods: one prefill per block of prompts, forked for every method and budget.
+"""Evaluation of cache methods on the tasks: one prefill per block of prompts, forked for every method and budget.
 
 The prompt is prefilled and compressed; then the model's first choices at every token of the answer are compared with
-it. That is what greedy decoding would give, up to its first mistake, at a fixed cost per sample.
+it. That is what greedy decoding would give, up to its first mistake, at a fixed cost per sample. Tasks that are judged
+by similarity are decoded instead, until their score is certain. Methods with a prefill of their own get one.
 
 Protocols:
     prompt: the question is part of what is prefilled, so a method that looks at the end of the prompt sees it.
@@ -9,6 +10,7 @@ Protocols:
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,13 +19,17 @@ import torch
 
 import kvlib
 from kvlib.lab import tasks
-from kvlib.lab.statistics import paired_difference
+from kvlib.lab.metrics import code_similarity, is_decided
+from kvlib.lab.prompts import Prompts, compressed, device_name, one_by_one, window_of
+from kvlib.lab.tasks import Sample
+from kvlib.registry import whole
 
 PROTOCOLS = ("prompt", "decoded")
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
 BLOCK = 4  # prompts per prefill
+NEW_TOKENS = 64  # as LongBench allows for its code tasks; the longest answer has 60 of minilm's
+CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
 MEASURED = ("value", "stored_bytes", "read_bytes", "full_bytes", "prefill_flops", "clamped")
-AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,13 @@ class Configuration:
 class Study:
     """What one result table holds: every configuration on the same samples of every task, for every model.
 
-    length: tokens of prompt and answer. samples: their number per task and model; sample n has the seed n.
+    length: tokens of prompt and answer. models: name -> samples per task; sample n has the seed n, for every model.
     """
 
     tasks: tuple[str, ...]
     length: int
-    samples: int
     configurations: tuple[Configuration, ...]
-    models: tuple[str, ...] = ("minilm",)
+    models: dict[str, int]
     protocol: str = "prompt"
 
     def __post_init__(self):
@@ -59,13 +64,14 @@ class Study:
             configuration.make()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r}: {' or '.join(PROTOCOLS)}")
+        if not (self.models and all(whole(samples, 1) for samples in self.models.values())):
+            raise ValueError(f"models={self.models!r}: a whole number of samples >= 1 for at least one model")
 
 
 STUDIES = {
     "00_kv_cache": Study(
         tasks=("needle", "dict_lookup", "function_lookup"),
         length=2048,
-        samples=200,
         configurations=(
             Configuration("full", 1.0),
             *(Configuration(m, b) for m in ("random", "streaming_llm", "h2o", "snapkv", "knorm") for b in BUDGETS),
@@ -75,7 +81,7 @@ STUDIES = {
             # an answer is five one-digit tokens, more than half of the default kernel of 7 reaches
             *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
         ),
-        models=("minilm", "minilm-gqa"),
+        models={"minilm": 200, "minilm-gqa": 50},
     )
 }
 
@@ -102,9 +108,12 @@ def evaluate(
 
     Returns:
         columns model, method, budget, arguments, task, length, protocol, sample, value (1 = right; of long answers the
-        share of lines before the first mistake), stored_bytes (K and V after the prompt), read_bytes (K and V in the
-        first decode step: what is stored, unless the method reads sparsely), full_bytes, prefill_flops, clamped,
+        share of lines before the first mistake, of lines of code their similarity), stored_bytes (K and V after the
+        prompt), read_bytes (K and V in the first decode step: what is stored, unless the method reads sparsely),
+        full_bytes, prefill_flops (NaN for methods with a prefill of their own, whose work nothing tells), clamped,
         torch, device.
+
+        Exact match is value == 1 for lines of code too: below 100 characters nothing else rounds to 1.
 
     Raises:
         ValueError: for an unknown task or protocol, or if `length` exceeds the model's window.
@@ -115,23 +124,17 @@ def evaluate(
     size = 1 if protocol == "decoded" or sparse else block  # questions differ in length; reads are counted per pass
     for numbers in progress([samples[i : i + size] for i in range(0, len(samples), size)]):
         drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
-        snapshot, question = prefill(model, tokenizer, drawn, protocol)
-        answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
+        prompts, question = prepare(model, tokenizer, drawn, protocol)
         for configuration in configurations:
-            columns = score(model, configuration.make(), snapshot, question, answers, tokenizer)
+            columns = score(configuration.make(), prompts, question, drawn, tokenizer)
             rows += [
                 {**asdict(configuration), "sample": number, **dict(zip(columns, cells))}
                 for number, *cells in zip(numbers, *columns.values())
             ]
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    places = {"task": task, "length": length, "protocol": protocol}
-    table = pd.DataFrame(rows).assign(model=name, **places, torch=torch.__version__, device=device)
-    order = ["model", "method", "budget", "arguments", *places, "sample"]
-    return table[[*order, *(column for column in table if column not in order)]]
-
-
-def window_of(model) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = pd.DataFrame(rows).assign(
+        model=name, task=task, length=length, protocol=protocol, torch=torch.__version__, device=device_name(model)
+    )
+    return table[[*CELL, "sample", *MEASURED, "torch", "device"]]
 
 
 def check_window(window: int | None, length: int) -> None:
@@ -139,72 +142,103 @@ def check_window(window: int | None, length: int) -> None:
         raise ValueError(f"length={length}: the model's window is {window} tokens")
 
 
-def prefill(model, tokenizer, drawn: list, protocol: str):
-    """The snapshot of the prompts, or of their contexts, and the question's ids `(batch, tokens)` still to be fed."""
-    prompts = [s.prompt if protocol == "prompt" else s.prompt[: -len(s.question)] for s in drawn]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    snapshot = kvlib.snapshot(model, inputs.input_ids, inputs.attention_mask)
+def prepare(model, tokenizer, drawn: list[Sample], protocol: str) -> tuple[Prompts, torch.Tensor]:
+    """The prompts, or their contexts, and the ids `(batch, tokens)` of the questions that are still to be fed."""
+    texts = [s.prompt if protocol == "prompt" else s.prompt[: -len(s.question)] for s in drawn]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    prompts = Prompts(model, inputs.input_ids, inputs.attention_mask)
     if protocol == "prompt":
-        return snapshot, inputs.input_ids[:, :0]
+        return prompts, inputs.input_ids[:, :0]
     question = tokenizer([s.question for s in drawn], add_special_tokens=False, return_tensors="pt").input_ids
-    return snapshot, question.to(model.device)
+    return prompts, question.to(model.device)
 
 
 @torch.no_grad()
-def score(model, method, snapshot, question: torch.Tensor, answers: list[list[int]], tokenizer) -> dict[str, list]:
-    """Columns of `evaluate` with one entry per row of the snapshot, for one method."""
-    longest = max(map(len, answers))
-    fed = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=snapshot.logits.device)
-    with method(model) as run:
-        cache = run.fork(snapshot)
-        stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
-        if sum(stored) != run.stored_bytes():
-            raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
-        clamped, reads = run.clamped_rows.tolist(), stored
-        first = snapshot.logits.argmax(-1)
+def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample], tokenizer) -> dict[str, list]:
+    """Columns of `evaluate` with one entry per prompt, for one method."""
+    model, reads = prompts.model, []
+    with compressed(prompts, method) as read:
+
+        def feed(ids: torch.Tensor) -> torch.Tensor:
+            """Logits `(batch, tokens, vocabulary)` after a pass over the ids of tokens."""
+            logits = model(ids, past_key_values=read.run.cache).logits
+            if method.hooks("attend") and not reads:
+                reads.append(read.run.read_bytes())  # of the one row
+            return logits
+
+        logits = read.logits
         for token in question.unbind(1):
-            first = model(token[:, None], past_key_values=cache).logits[:, -1].argmax(-1)
-        # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
+            logits = feed(token[:, None])[:, -1]
         window = window_of(model)
-        full_house = window is not None and int(snapshot.counts.max()) + question.shape[1] + longest > window
-        stepwise = one_by_one(method) or full_house
-        steps = fed.split(1, dim=1) if stepwise else [fed]
-        chosen, alive = [first[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
-        for tokens in steps:
-            if stepwise:
-                alive &= chosen[-1][:, 0] == tokens[:, 0]
-                if not alive.any():
-                    break  # every row has made its first mistake or is done
-            chosen.append(model(tokens, past_key_values=cache).logits.argmax(-1))
-            if method.hooks("attend") and len(chosen) == 2:
-                reads = [run.read_bytes()]  # of the one row
-    said = torch.cat(chosen, dim=1)
-    said = torch.nn.functional.pad(said, (0, longest + 1 - said.shape[1]), value=-1).tolist()
+        left = [math.inf if window is None else window - n - question.shape[1] for n in prompts.counts]
+        if tasks.find(drawn[0].task).metric == "similarity":
+            written = write(feed, logits, tokenizer, end_tokens(model), [min(NEW_TOKENS, n + 1) for n in left])
+            values = [code_similarity(text, s.answer) for text, s in zip(written, drawn)]
+        else:
+            answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
+            # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
+            stepwise = one_by_one(method) or max(map(len, answers)) > min(left)
+            chosen = first_choices(feed, logits, answers, stepwise)
+            values = [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, chosen)]
+        if method.hooks("attend") and not reads:
+            feed(logits.argmax(-1)[:, None])  # nothing was fed, because the first choice decided
+    dense = [math.nan if method.own_prefill else prefill_flops(model, n) for n in prompts.counts]
     return {
-        "value": [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, said)],
-        "stored_bytes": stored,
-        "read_bytes": reads,
-        "full_bytes": full,
-        "prefill_flops": [prefill_flops(model, n) for n in snapshot.counts.tolist()],
-        "clamped": clamped,
+        "value": values,
+        "stored_bytes": read.stored,
+        "read_bytes": reads or read.stored,
+        "full_bytes": read.full,
+        "prefill_flops": dense,
+        "clamped": read.clamped,
     }
 
 
-def one_by_one(method) -> bool:
-    """Whether what a method computes depends on tokens after the prompt coming one at a time."""
-    if method.evicts and method.evicts_in_decode:
-        return True
-    return any(method.hooks(name) for name in ("attend", "before_layer", "on_token_ids"))
+def first_choices(feed: Callable, logits: torch.Tensor, answers: list[list[int]], stepwise: bool) -> list[list[int]]:
+    """The model's first choice at every token of each answer, after those before it, and behind it; -1 if not asked.
+
+    Args:
+        logits: `(batch, vocabulary)` before the answers.
+        stepwise: feed a token a pass, until every row has made its first mistake, instead of all in one.
+    """
+    longest = max(map(len, answers))
+    fed = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=logits.device)
+    chosen, alive = [logits.argmax(-1)[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
+    for tokens in fed.split(1, dim=1) if stepwise else [fed]:
+        if stepwise:
+            alive &= chosen[-1][:, 0] == tokens[:, 0]
+            if not alive.any():
+                break
+        chosen.append(feed(tokens).argmax(-1))
+    said = torch.cat(chosen, dim=1)
+    return torch.nn.functional.pad(said, (0, longest + 1 - said.shape[1]), value=-1).tolist()
 
 
-def bytes_per_row(cache, counts: str) -> list[int]:
-    """K and V bytes of each row: `counts` is "lengths" for what is stored, "tokens" for everything seen."""
-    total = 0
-    for layer in cache.layers:
-        per_token = sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values))
-        tokens = layer.lengths.sum(1) if counts == "lengths" else layer.tokens * layer.lengths.shape[1]
-        total = total + tokens * per_token
-    return total.tolist()
+def write(feed: Callable, logits: torch.Tensor, tokenizer, ends: set[int], most: list[int]) -> list[str]:
+    """What greedy decoding writes, until `code_similarity` is decided: a text for every row.
+
+    A row that is done goes on with the others, but nothing of that counts.
+
+    Args:
+        logits: `(batch, vocabulary)` before the first token. ends: ids that end a text. most: tokens of each row.
+    """
+    ids: list[list[int]] = [[] for _ in most]
+    texts, writing = [""] * len(most), set(range(len(most)))
+    while True:
+        chosen = logits.argmax(-1)
+        for row in sorted(writing):
+            ids[row].append(int(chosen[row]))
+            texts[row] = tokenizer.decode(ids[row], skip_special_tokens=True)
+            if len(ids[row]) == most[row] or ids[row][-1] in ends or is_decided(texts[row]):
+                writing.remove(row)
+        if not writing:
+            return texts
+        logits = feed(chosen[:, None])[:, -1]
+
+
+def end_tokens(model) -> set[int]:
+    """Ids at which `generate` would stop."""
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def prefill_flops(model, tokens: int) -> int:
@@ -216,38 +250,3 @@ def prefill_flops(model, tokens: int) -> int:
     weights = sum(p.numel() for p in model.parameters()) - (1 if tied else 2) * embedding
     pairs = config.num_hidden_layers * config.num_attention_heads * tokens * (tokens + 1) // 2
     return 2 * weights * tokens + 4 * head_dim * pairs + 2 * embedding
-
-
-def verify(
-    table: pd.DataFrame, model, tokenizer, study: Study, samples: Iterable[int], *, name: str = "minilm"
-) -> float:
-    """Recompute whole samples of a table, every configuration of them, and return the share of rows that agree.
-
-    Raises:
-        ValueError: if fewer than 97 % of the rows have the recorded value, if the recomputed values are all in all
-            higher or lower (the 95 % interval of the mean difference excludes 0), or if another column differs.
-    """
-    key = ["method", "budget", "arguments", "task", "length", "protocol", "sample"]
-    samples = list(samples)
-    again = pd.concat(
-        evaluate(
-            model, tokenizer, study.configurations, task, study.length, samples, name=name, protocol=study.protocol
-        )
-        for task in study.tasks
-    )
-    recorded = table[table["model"] == name]
-    both = again.merge(recorded, on=key, suffixes=("", "_recorded"), validate="one_to_one")
-    if len(both) != len(again):
-        raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} rows of samples {samples}")
-    for column in MEASURED[1:]:
-        if (both[column] != both[f"{column}_recorded"]).any():
-            raise ValueError(f"{column} differs from what the table records")
-    agreement = float((both["value"] - both["value_recorded"]).abs().lt(1e-9).mean())
-    if agreement < AGREEMENT:
-        raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
-    # by sample: its configurations share a prefill, in which one close choice may tip for all of them
-    means = both.groupby(["task", "sample"])[["value", "value_recorded"]].mean()
-    gap = paired_difference([means["value"]], [means["value_recorded"]])
-    if gap.low > 0 or gap.high < 0:
-        raise ValueError(f"recomputed values differ by {gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}] on average")
-    return agreement

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
+PASSED_OVER = ("`", "#", "//")  # marks of generated lines that `code_similarity` does not judge
 LONGEST_TRACE = 990  # steps that rouge can trace, one call each, before Python 3.11 stops it; measured from eval.py
 
 # Question answering
@@ -136,11 +137,23 @@ def code_similarity(prediction: str, answer: str) -> float:
     installed fuzzywuzzy takes the longest common subsequence instead, which differs in 8 of the 61 recorded pairs, by
     up to 0.19. The papers do not say which they had.
     """
-    lines = prediction.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    line = next(filter(is_judged, lines_of(prediction)), "")
     if not line or not answer:
         return float(line == answer)
     return round(100 * SequenceMatcher(None, line, answer).ratio()) / 100
+
+
+def is_decided(prediction: str) -> bool:
+    """Whether `code_similarity` stays what it is whatever follows, because the line that it judges has ended."""
+    return any(map(is_judged, lines_of(prediction)[:-1]))
+
+
+def lines_of(prediction: str) -> list[str]:
+    return prediction.lstrip("\n").split("\n")
+
+
+def is_judged(line: str) -> bool:
+    return not any(mark in line for mark in PASSED_OVER)
 
 
 # Data sets

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 import torch
 
-import kvlib
-from kvlib.lab.evaluate import Configuration, bytes_per_row, one_by_one
+from kvlib.lab.evaluate import Configuration
+from kvlib.lab.prompts import Prompts, compressed, device_name, one_by_one, window_of
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)
@@ -67,16 +67,15 @@ def perplexity(
             and a tokenizer that cannot tell which characters its tokens are.
     """
     cut = cut_windows(tokenizer, text, context, targets, windows, stride)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = window_of(model)
     if limit is not None and context + targets - 1 > limit:  # the last target is predicted, but never fed
         raise ValueError(f"context={context} and targets={targets}: the model's window is {limit} tokens")
     rows = []
     for first in range(0, len(cut), batch):
         for row in evaluate_windows(model, cut[first : first + batch], configurations, first):
             rows.append({"model": name, "text": text_name, "context": context, **row})
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     protocol = f"{context} tokens compressed, the next {targets} teacher-forced"
-    return pd.DataFrame(rows).assign(protocol=protocol, torch=torch.__version__, device=device)
+    return pd.DataFrame(rows).assign(protocol=protocol, torch=torch.__version__, device=device_name(model))
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -150,15 +149,11 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
     """The rows of some windows, numbered from `first`, whose contexts are prefilled together."""
     ids = torch.tensor([window.context for window in cut], device=model.device)
     targets = torch.tensor([window.targets for window in cut], device=model.device)
-    methods = [configuration.make() for configuration in configurations]
-    shared = not all(method.own_prefill for method in methods)
-    snapshot = kvlib.snapshot(model, ids) if shared else None
-    for configuration, method in zip(configurations, methods):
-        with method(model) as run:
-            logits, cache = compress(model, run, ids, snapshot)
-            stored, full = bytes_per_row(cache, "lengths"), bytes_per_row(cache, "tokens")
-            clamped = bool(run.clamped)
-            total = losses(model, cache, logits, targets, one_by_one(method)).sum(1).tolist()
+    prompts = Prompts(model, ids)
+    for configuration in configurations:
+        method = configuration.make()
+        with compressed(prompts, method) as read:
+            total = losses(model, read.run.cache, read.logits, targets, one_by_one(method)).sum(1).tolist()
         for row, window in enumerate(cut):
             yield {
                 **asdict(configuration),
@@ -166,18 +161,10 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
                 "nats": total[row],
                 "tokens": len(window.targets),
                 "characters": window.characters,
-                "stored_bytes": stored[row],
-                "full_bytes": full[row],
-                "clamped": clamped,
+                "stored_bytes": read.stored[row],
+                "full_bytes": read.full[row],
+                "clamped": read.clamped[row],
             }
-
-
-@torch.no_grad()
-def compress(model, run, ids: torch.Tensor, snapshot):
-    """Logits `(batch, vocabulary)` after a context, and the cache that the open run's method makes of it."""
-    if run.method.own_prefill:
-        return model(ids, logits_to_keep=1).logits[:, -1], run.cache
-    return snapshot.logits, run.fork(snapshot)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Making, resuming and verifying the result tables of `kvlib.lab.evaluate.STUDIES`.
 
     python -m kvlib.lab.results [STUDY ...]             make tables, or what is missing of them
-    python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples and compare
+    python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples, at least four, and compare
     python -m kvlib.lab.results --clean                 delete tables and shards, to make everything anew
 
 Work is cut into blocks of samples, in the same way whatever was done before. A finished block is a shard, written under
@@ -23,21 +23,19 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
-from kvlib.lab import evaluate, tasks
-from kvlib.lab.evaluate import STUDIES, Configuration, Study
+from kvlib.lab import evaluate, tasks, verification
+from kvlib.lab.evaluate import CELL, STUDIES, Configuration, Study
 from kvlib.lab.fingerprint import fingerprint
 from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.registry import METHODS
 
 BUILD = paths.ROOT / "build" / "results"
-CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
 COLUMNS = [*CELL, "sample", *evaluate.MEASURED, "torch", "device", "key"]
 SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
 
@@ -57,11 +55,16 @@ class Block:
 
 def blocks(study: Study, size: int) -> list[Block]:
     """All of a study, in the order in which it is made."""
-    starts = range(0, study.samples, size)
     return [
-        Block(model, task, tuple(range(start, min(start + size, study.samples))))
-        for model, task, start in product(study.models, study.tasks, starts)
+        Block(model, task, tuple(range(start, min(start + size, samples))))
+        for (model, samples), task in product(study.models.items(), study.tasks)
+        for start in range(0, samples, size)
     ]
+
+
+def samples_of(study: Study) -> int:
+    """All of them: of every task, for every model."""
+    return len(study.tasks) * sum(study.models.values())
 
 
 def checkpoint(model: str) -> str:
@@ -227,23 +230,26 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     wanted = keys(study)
     files = [*(BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
     rows = together(*(current(read(file), wanted) for file in files))
-    rows = rows[rows["sample"] < study.samples].sort_values(SORTED, ignore_index=True)
-    if len(rows) != len(wanted) * study.samples:
-        raise ValueError(f"{name}: {len(rows)} of {len(wanted) * study.samples} rows; shards of another block size?")
+    rows = rows[rows["sample"] < rows["model"].map(study.models)].sort_values(SORTED, ignore_index=True)
+    if len(rows) != (count := samples_of(study) * len(study.configurations)):
+        raise ValueError(f"{name}: {len(rows)} of {count} rows; shards of another block size?")
     write(rows, paths.RESULTS / f"{name}.parquet")
     return rows
 
 
-def verify(name: str, study: Study, fraction: float, seed: int = 0) -> float:
-    """Recompute a share of the samples of every model; the share of rows that agree. Raises as `evaluate.verify`."""
+def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
+    """Recompute so many samples, with all configurations; the share of rows that agree.
+
+    They are drawn by seed from those of all models and tasks (`kvlib.lab.verification.draw`).
+
+    Raises:
+        ValueError: for rows of other code, text or models, and what `kvlib.lab.verification.compare` finds.
+    """
     table = read(paths.RESULTS / f"{name}.parquet")
     if len(current(table, keys(study))) < len(table):
         raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
-    count = max(1, round(fraction * study.samples))
-    samples = sorted(np.random.default_rng(seed).choice(study.samples, count, replace=False).tolist())
-    load = Loader()
-    agreements = [evaluate.verify(table, *load(model), study, samples, name=model) for model in study.models]
-    return float(np.mean(agreements))
+    drawn = verification.draw(study, samples, seed)
+    return verification.compare(table, verification.recompute(study, drawn, Loader()))
 
 
 def clean(names: list[str]) -> None:
@@ -262,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--block", type=int, default=evaluate.BLOCK, help="prompts per prefill")
     parser.add_argument("--processes", type=int, default=1, help="side by side, also on one GPU")
     parser.add_argument("--verify", type=float, metavar="FRACTION", help="recompute this share of the samples instead")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples to recompute")
     parser.add_argument("--clean", action="store_true", help="delete instead")
     arguments = parser.parse_args(argv)
     names = arguments.studies or list(STUDIES)
@@ -273,7 +280,10 @@ def main(argv: list[str] | None = None) -> None:
         return clean(names)
     for name in names:
         if arguments.verify is not None:
-            print(f"{name}: {verify(name, STUDIES[name], arguments.verify):.1%} of the recomputed rows agree")
+            total = samples_of(STUDIES[name])
+            count = min(total, max(verification.LEAST, round(arguments.verify * total)))
+            agreement = verify(name, STUDIES[name], count, arguments.seed)
+            print(f"{name}: {agreement:.1%} of the rows of {count} recomputed samples agree")
         else:
             print(f"{len(make(name, STUDIES[name], arguments.block, arguments.processes))} rows in {name}.parquet")
 

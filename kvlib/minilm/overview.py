@@ -122,7 +122,7 @@ def page() -> str:
 
 def example(task: str) -> str:
     """The end of a prompt and its answer, in one line of Markdown."""
-    length = max(EXAMPLE, tasks.code.SHORTEST_CODE) if tasks.find(task).group == "code" else EXAMPLE
+    length = max(EXAMPLE, tasks.code.SHORTEST_CODE) if tasks.find(task).group in tasks.REAL_CODE else EXAMPLE
     drawn = tasks.sample(task, length, 0, tokenizer=load_tokenizer())
     question = drawn.prompt.rstrip("\n").split("\n")[-1].strip()
     answer = drawn.answer.split("\n")
@@ -136,9 +136,10 @@ def catalogue() -> str:
     rows = []
     for name, family in tasks.CATALOGUE.items():
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
-        both = (percent(s[name][length]) if name in s else "see the card" for s in scores)
+        other = "see the card" if family.metric == "exact" else "judged by similarity"
+        both = (percent(s[name][length]) if name in s else other for s in scores)
         rows.append((family.group, f"`{name}`", what, example(name), "yes" if family.trained else "no", *both))
-    order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe"))}
+    order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion"))}
     rows.sort(key=lambda row: order[row[0]])
     header = (
         f"group | family | what is asked | end of a prompt → answer | trained | `minilm` at {length} | `minilm-gqa`"

@@ -12,6 +12,7 @@ GROUPS = (  # of LongBench, with as many families in each as it has tasks
     "synthetic",
     "code",
 )
+REAL_CODE = ("code", "completion")  # groups whose prompts are held-out code and nothing else
 SHORTEST = 128  # tokens; below it there is no room for filler
 MOST = 512  # facts, however long the prompt
 
@@ -47,26 +48,28 @@ class Draft:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task. `make(draw, tokens, **options)` gives a `Draft`, or a prompt and its answer (group "code").
+    """A kind of task. `make(draw, tokens, **options)` gives a `Draft`, or a prompt and its answer (`REAL_CODE`).
 
-    group: one of `GROUPS`, or "probe" for what is measured beside the sixteen families.
+    group: one of `GROUPS`, or "probe" or "completion" for what is measured beside the sixteen families.
     trained: whether the embedded models were trained on it.
+    metric: "exact", the answer or not, or "similarity" of the line that is generated and the answer.
     """
 
     name: str
     group: str
     trained: bool
     make: Callable
+    metric: str = "exact"
 
 
 CATALOGUE: dict[str, Family] = {}
 
 
-def family(group: str, trained: bool) -> Callable:
+def family(group: str, trained: bool, metric: str = "exact") -> Callable:
     """Enter a function in the catalogue under its name."""
 
     def enter(make: Callable) -> Callable:
-        CATALOGUE[make.__name__] = Family(make.__name__, group, trained, make)
+        CATALOGUE[make.__name__] = Family(make.__name__, group, trained, make, metric)
         return make
 
     return enter

@@ -149,6 +149,25 @@ def head(text: str, room: int, count) -> str:
     return "".join(lines[:end]) + ("".join(words) + "\n" if words else "")
 
 
+def two_files(source: int, start: int, file: int, text: str, room: int, seed: int, count) -> str:
+    """Another file and the end of `text`, each below its path, in at most `room` tokens.
+
+    Of the other file, number `source`, what is around the line that starts at `start`, which stands at a random depth;
+    more files follow where it is short. `text`, of file number `file`, has at most half of the room.
+    """
+    rows = heldout_files()
+    headers = [f"# {rows[number]['file']}\n" for number in (source, file)]
+    room -= sum(count(headers))
+    here = tail(text, room // 2, count)
+    room -= sum(count([here]))
+    rest = [row["text"] for number, row in enumerate(rows) if number not in (source, file)]
+    other = "\n".join([rows[source]["text"], *rest])
+    shown = sum(count([other[start : other.index("\n", start) + 1]]))
+    above = tail(other[:start], room - max(shown, round(random.Random(seed).random() * room)), count)
+    below = head(other[start:], room - sum(count([above])), count)
+    return headers[0] + above + below + headers[1] + here
+
+
 def check(split: str, tokens: int) -> None:
     if split != "test":
         raise ValueError(f"split={split!r}: real code is completed in tests only")
@@ -175,15 +194,7 @@ def cross_file(seed: int, tokens: int, *, room: int, tokenizer, split: str, coun
     place, line, typed = choose(False, seed, tokens, tokenizer)
     rows = heldout_files()
     end, answer = line + place.word[:typed], place.word[typed:]
-    headers = [f"# {rows[file]['file']}\n" for file in (place.source, place.file)]
-    room -= sum(count([*headers, answer])) + len(tokenizer(end).input_ids)
-    here = tail(rows[place.file]["text"][: place.at - len(line)], room // 2, count)
-    room -= sum(count([here]))
-    # the other file around the identifier, which stands at a random depth; other files follow when it is short
-    rest = [row["text"] for i, row in enumerate(rows) if i not in (place.source, place.file)]
-    other = "\n".join([rows[place.source]["text"], *rest])
-    start = other.rfind("\n", 0, place.seen) + 1
-    shown = sum(count([other[start : other.index("\n", start) + 1]]))
-    before = tail(other[:start], room - max(shown, round(random.Random(seed).random() * room)), count)
-    behind = head(other[start:], room - sum(count([before])), count)
-    return headers[0] + before + behind + headers[1] + here + end, answer
+    room -= sum(count([answer])) + len(tokenizer(end).input_ids)
+    start = rows[place.source]["text"].rfind("\n", 0, place.seen) + 1
+    text = rows[place.file]["text"][: place.at - len(line)]
+    return two_files(place.source, start, place.file, text, room, seed, count) + end, answer

@@ -3,7 +3,7 @@
 import random
 import re
 
-from kvlib.lab.tasks.catalogue import SHORTEST, Draft, Sample, find
+from kvlib.lab.tasks.catalogue import REAL_CODE, SHORTEST, Draft, Sample, find
 from kvlib.lab.tasks.composing import Filler, compose, filler
 from kvlib.lab.tasks.words import Draw
 
@@ -31,10 +31,10 @@ def sample(task: str, tokens: int, seed: int, *, tokenizer, split: str = "test",
     room = tokens
     for _ in range(8):  # tokenizers that merge across lines need a second try, ours does not
         rng = random.Random(f"{task} {tokens} {seed} {split}")
-        if family.group == "code":
+        if family.group in REAL_CODE:
             options |= {"room": room, "tokenizer": tokenizer, "split": split, "count": count}
             prompt, answer = family.make(seed, tokens, **options)
-            question = prompt[prompt.rindex("\n") + 1 :]
+            question = prompt[prompt.rstrip("\n").rindex("\n") + 1 :]
         else:
             drawn = draft(task, tokens, Draw(rng, split), **options)
             question, answer = drawn.questions[0]

@@ -12,9 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvlib.lab import completion
-from kvlib.lab.completion import TASKS, judge, sample, score
-from kvlib.lab.tasks import Sample
+from kvlib.lab.tasks import COMPLETIONS, Sample, lines, sample
 from kvlib.paths import DATA, MODELS
 
 FILES = [json.loads(line) for line in (DATA / "heldout" / "code.jsonl").open()]
@@ -59,12 +57,12 @@ def balanced(line: str) -> bool:
     return True
 
 
-def definition(line: completion.Line) -> str:
+def definition(line: lines.Line) -> str:
     """The line that defines what a line uses."""
     return FILES[line.source]["text"][line.defined :].split("\n")[0]
 
 
-def names_used(line: completion.Line) -> list[str]:
+def names_used(line: lines.Line) -> list[str]:
     """What a line uses of what its source defines there, under the names by which it is imported, by the text."""
     name = re.match(r"(?:async def|def|class)?\s*(\w+)", definition(line))[1]
     text = FILES[line.file]["text"]
@@ -85,8 +83,8 @@ def test_no_line_lies_in_a_docstring_or_a_long_string():
     """By Python's tokenizer, not its parser."""
     everything = set()
     for file, row in enumerate(FILES[:30]):
-        begins = completion.line_starts(file)
-        asked = {begins.index(at) + 1 for at in completion.code_lines(file)}
+        begins = lines.line_starts(file)
+        asked = {begins.index(at) + 1 for at in lines.code_lines(file)}
         everything |= asked
         for found in tokenize.generate_tokens(io.StringIO(row["text"]).readline):
             if found.type == token.STRING and found.start[0] < found.end[0]:
@@ -110,7 +108,7 @@ def test_strings_that_are_prose():
     def g(x) -> str: ...
     return "one", f"{x}"
 '''
-    assert [(node.lineno, node.end_lineno) for node in completion.strings(ast.parse(source))] == [
+    assert [(node.lineno, node.end_lineno) for node in lines.strings(ast.parse(source))] == [
         *((2, 2), (3, 4), (5, 6), (7, 8)),
     ]
 
@@ -119,7 +117,7 @@ def test_where_imports_lead():
     numbers = {row["file"]: number for number, row in enumerate(FILES)}
 
     def lead(file: str, statement: str) -> str | None:
-        found = completion.module(numbers[file], ast.parse(statement).body[0])
+        found = lines.module(numbers[file], ast.parse(statement).body[0])
         return None if found is None else FILES[found]["file"]
 
     nested = "bs4/builder/_lxml.py"
@@ -152,7 +150,7 @@ def test_where_imports_lead():
     ],
 )
 def test_what_is_worth_asking(line, expected):
-    assert completion.worth_asking(line) is expected
+    assert lines.worth_asking(line) is expected
 
 
 # Samples
@@ -171,7 +169,7 @@ def test_the_prompt_is_what_stands_before_the_line(tokens):
 def test_the_file_that_defines_the_name_comes_first(tokens):
     for seed in range(25):
         drawn = sample("cross_file_line", tokens, seed, tokenizer=tokenizer())
-        line = completion.cross_file_lines()[seed]
+        line = lines.cross_file_lines()[seed]
         source, file = FILES[line.source], FILES[line.file]
         assert source["distribution"] == file["distribution"]
         first, _, here = drawn.prompt.rpartition(f"# {file['file']}\n")
@@ -187,10 +185,10 @@ def test_the_file_that_defines_the_name_comes_first(tokens):
 
 
 def test_the_line_is_the_first_that_uses_the_name():
-    for line in completion.cross_file_lines()[:200]:
+    for line in lines.cross_file_lines()[:200]:
         text = FILES[line.file]["text"][: line.at]
         end = max(found.end() for found in re.finditer(r"^ *(?:from|import)\b[^\n(]*(\([^)]*\))?", text, re.MULTILINE))
-        asked = [row for at, row in completion.code_lines(line.file).items() if end <= at < line.at]
+        asked = [row for at, row in lines.code_lines(line.file).items() if end <= at < line.at]
         assert any(not any(re.search(rf"\b{name}\b", row) for row in asked) for name in names_used(line))
 
 
@@ -199,7 +197,7 @@ def test_definitions_stand_at_all_depths():
     depths = []
     for seed in range(60):
         drawn = sample("cross_file_line", 1024, seed, tokenizer=tokenizer())
-        line = completion.cross_file_lines()[seed]
+        line = lines.cross_file_lines()[seed]
         first = drawn.prompt.rpartition(f"# {FILES[line.file]['file']}\n")[0]
         depths.append(first.index(f"\n{definition(line)}\n") / len(first))
     assert min(depths) < 0.1 and max(depths) > 0.85
@@ -207,23 +205,15 @@ def test_definitions_stand_at_all_depths():
 
 
 def test_names_are_found_under_the_names_of_their_imports():
-    assert all(names_used(line) for line in completion.cross_file_lines())
+    assert all(names_used(line) for line in lines.cross_file_lines())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_sample_follows_from_its_seed(task):
-    first = sample(task, 512, 3, tokenizer=tokenizer())
-    drawn = [sample(task, 512, seed, tokenizer=tokenizer()) for seed in range(60)]
-    assert drawn[3] == first and first.task == task and first.seed == 3
-    assert len({d.prompt for d in drawn}) == 60
-
-
-@pytest.mark.parametrize("lines", [completion.next_lines, completion.cross_file_lines])
-def test_places_are_distinct_and_spread(lines):
-    places = [(line.file, line.at) for line in lines()]
+@pytest.mark.parametrize("found", [lines.next_lines, lines.cross_file_lines])
+def test_places_are_distinct_and_spread(found):
+    places = [(line.file, line.at) for line in found()]
     assert len(set(places)) == len(places) > 400
-    assert len({FILES[line.file]["distribution"] for line in lines()[:200]}) == 5
-    assert len({line.file for line in lines()[:200]}) > 40
+    assert len({FILES[line.file]["distribution"] for line in found()[:200]}) == 5
+    assert len({line.file for line in found()[:200]}) > 40
 
 
 def test_enough_lines_for_the_longest_prompts():
@@ -246,62 +236,8 @@ def merging() -> PreTrainedTokenizerFast:
 def test_tokenizers_that_merge_lines():
     foreign = merging()
     assert any("Ċ" in word.strip("Ċ") for word in foreign.get_vocab())  # Ċ is the newline's byte
-    for task in TASKS:
+    for task in COMPLETIONS:
         for seed in range(8):
             drawn = sample(task, 1024, seed, tokenizer=foreign)
             left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
             assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("next_lines", 512, 0), "unknown task 'next_lines'; known: next_line, cross_file_line"),
-        *[((task, 511, 0), "tokens=511: at least 512 for the completion of real code") for task in TASKS],
-        *[((task, 512, 10**6), "seed=1000000: held-out code has ") for task in TASKS],
-        *[((task, 512, -1), "seed=-1: held-out code has ") for task in TASKS],
-    ],
-)
-def test_errors(arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sample(*arguments, tokenizer=tokenizer())
-
-
-# Scores
-
-
-@pytest.mark.parametrize(
-    ("generated", "exact"),
-    [
-        ("    return self.value", 1),
-        ("    return self.value\n", 1),
-        ("return self.value  \n\ndef f():", 1),
-        ("\n\n    return self.value", 1),
-        ("  \n    return self.value", 1),
-        ("    return self.values", 0),
-        ("    return self.value  # found", 0),
-        ("    pass\n    return self.value", 0),
-        ("    return self.valu", 0),
-        ("    return  self.value", 0),
-        ("", 0),
-    ],
-)
-def test_exact(generated, exact):
-    drawn = Sample(task="next_line", prompt="", answer="    return self.value", question="", seed=0, length=0)
-    assert score(drawn, generated)["exact"] == exact
-    assert score(drawn, generated, similarity=lambda said, wanted: 0.5)["similarity"] == 0.5
-
-
-def test_similarity_is_between_text_and_answer():
-    drawn = Sample(task="next_line", prompt="", answer="abcd", question="", seed=0, length=0)
-    assert score(drawn, "abXd\nabcd") == {"exact": 0, "similarity": 0.75}
-
-
-@pytest.mark.parametrize(("behind", "expected"), [("\n", 1), ("  \n", None), (")", 0), (" ", 0), ("1", 0), ("</s>", 1)])
-def test_first_choices(behind, expected):
-    answer = ids("    return self.value")
-    (end, *_) = ids(behind) if behind != "</s>" else [tokenizer().eos_token_id]
-    if expected is not None:
-        assert judge(answer, [*answer, end], tokenizer()) == expected
-    assert judge(answer, [*answer[:-1], answer[-1] + 1, ids("\n")[0]], tokenizer()) == 0
-    assert judge(answer, [answer[0] + 1, *answer[1:], ids("\n")[0]], tokenizer()) == 0

@@ -1,0 +1,82 @@
+"""Recomputing whole samples of a result table, drawn by seed, and comparing them with what it records.
+
+A sample is that of one model and task, with all configurations of the study, which share its prefill.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from kvlib.lab import evaluate
+from kvlib.lab.evaluate import CELL, MEASURED, Study
+from kvlib.lab.statistics import paired_difference
+
+LEAST = 4  # samples
+AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
+
+
+def draw(study: Study, count: int, seed: int) -> list[tuple[str, str, int]]:
+    """`count` different (model, task, sample) in random order, or all if there are fewer.
+
+    They come in rounds: each has every task once, and the next one has it on the next model. A model with fewer
+    samples drops out when all of them are drawn.
+    """
+    rng = np.random.default_rng(seed)
+    models, tasks = rng.permutation(list(study.models)).tolist(), rng.permutation(study.tasks).tolist()
+    cells = [(models[(i + turn) % len(models)], task) for turn in range(len(models)) for i, task in enumerate(tasks)]
+    orders = [rng.permutation(study.models[model]).tolist() for model, _ in cells]
+    rounds = range(max(study.models.values()))
+    drawn = [(*cell, order[i]) for i in rounds for cell, order in zip(cells, orders) if i < len(order)]
+    return drawn[:count]
+
+
+def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable) -> pd.DataFrame:
+    """The rows of these samples; `load(model)` gives a model and its tokenizer, and is called once after another."""
+    numbers = defaultdict(list)
+    for model, task, sample in sorted(drawn):
+        numbers[model, task].append(sample)
+    return pd.concat(
+        evaluate.evaluate(
+            *load(model), study.configurations, task, study.length, samples, name=model, protocol=study.protocol
+        )
+        for (model, task), samples in numbers.items()
+    )
+
+
+def compare(table: pd.DataFrame, again: pd.DataFrame) -> float:
+    """The share of recomputed rows whose value is that of the table.
+
+    Raises:
+        ValueError: if a row is missing, if fewer than 97 % agree, if the recomputed values are all in all higher or
+            lower, or if another column differs.
+    """
+    both = again.merge(table, on=[*CELL, "sample"], suffixes=("", "_recorded"), validate="one_to_one")
+    if len(both) != len(again):
+        raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} recomputed rows")
+    for column in MEASURED[1:]:
+        found, recorded = both[column], both[f"{column}_recorded"]
+        if not (found.eq(recorded) | (found.isna() & recorded.isna())).all():
+            raise ValueError(f"{column} differs from what the table records")
+    agreement = float((both["value"] - both["value_recorded"]).abs().lt(1e-9).mean())
+    if agreement < AGREEMENT:
+        raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
+    check_mean(both)
+    return agreement
+
+
+def check_mean(both: pd.DataFrame) -> None:
+    """Raise ValueError if the 95 % bootstrap interval of the mean of `value - value_recorded` excludes 0.
+
+    What is resampled are samples, in whose shared prefill one close choice may tip for many configurations. Among
+    `LEAST` or more, one or two that changed never exclude 0, by however much: a resample has neither of them with a
+    probability of (1 - 2 / LEAST) ** LEAST, 6 %, or more. Three or four that all went up do, as does a configuration
+    that went up a little in every sample, though 97 % of the rows agree. Fewer samples tell nothing about a mean.
+    """
+    means = both.groupby(["model", "task", "sample"])[["value", "value_recorded"]].mean()
+    if len(means) < LEAST:
+        return
+    gap = paired_difference([means["value"]], [means["value_recorded"]])
+    if gap.low > 0 or gap.high < 0:
+        raise ValueError(f"recomputed values differ by {gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}] on average")
