@@ -22,7 +22,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab figures smoke test test-deep lint publish results results-clean verify minilm clean lock
+.PHONY: help setup lab figures smoke test test-deep lint publish results results-clean ledger verify minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -52,8 +52,12 @@ publish: $(INSTALLED)  ## run the default profile and store its outputs in noteb
 	@$(MAKE) --no-print-directory figures PROFILE=default
 	@$(RUN) publish
 
-results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without)
+results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without), then the ledger
 	$(PYTHON) -m kvlib.lab.results
+	$(PYTHON) -m kvlib.lab.ledger
+
+ledger: $(INSTALLED)  ## decide the claims of data/claims.yaml by the result tables; writes README's verdict table
+	$(PYTHON) -m kvlib.lab.ledger
 
 results-clean:  ## delete the result tables that any machine can make again
 	$(PYTHON) -m kvlib.lab.results --clean

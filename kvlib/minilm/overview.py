@@ -1,20 +1,24 @@
 """The models side by side (data/models/README.md) and the task catalogue (a section of data/README.md), from files."""
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kvlib.lab import tasks
 from kvlib.minilm import MODEL, PILOTS, SIBLING
 from kvlib.minilm.attention import KINDS, SINK, compare, sinks
-from kvlib.minilm.card import by_length, percent, table
+from kvlib.minilm.card import by_length, cell_size, percent, table
 from kvlib.minilm.evaluate import load_tokenizer
 from kvlib.paths import DATA, MODELS
 
 GUIDE = DATA / "README.md"
 BEGIN, END = "<!-- catalogue: written by `python -m kvlib.minilm overview` -->\n", "<!-- end of catalogue -->\n"
 EXAMPLE = 256  # tokens of the samples that examples are taken from
+DRAFTS = 100  # prompts whose answers are counted
 
 PAGE = """\
 # The embedded models
@@ -35,7 +39,9 @@ Share of right answers, full cache, greedy. "No" in the second column: never tra
 ## Attention sinks
 
 A head has a sink when more than {sink:.0%} of its attention goes to the same four positions of a window (held-out code,
-rows from 32 on). Below, layers and heads count from 0; "BOS" is the share of the first token.
+rows from 32 on). Below, layers and heads count from 0; "BOS" is the share of the first token. The last column says, for
+models of the same shape, how many of these heads are sinks in `minilm` too. `pilots/pilot16` starts from the weights of
+`minilm` and sees fewer tokens; the others start from other weights.
 
 {sinks}
 
@@ -80,10 +86,16 @@ def models_table(models: dict[str, Path]) -> str:
     return table(f"{header} | bits/character: code | prose", rows)
 
 
+def shape(folder: Path) -> tuple:
+    recipe = read(folder, "training")["recipe"]
+    return tuple(recipe[name] for name in ("layers", "width", "mlp", "heads", "kv_heads"))
+
+
 def families_table(models: dict[str, Path], length: int) -> str:
     scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in models.values()]
     names = [*tasks.FAMILIES, "long_generation"]
-    rows = [
+    rows = [("samples a cell", "", *(cell_size(read(folder, "evaluation")["retrieval"]) for folder in models.values()))]
+    rows += [
         (f"`{n}`", "yes" if tasks.CATALOGUE[n].trained else "no", *(percent(s[n][length]) for s in scores))
         for n in names
     ]
@@ -95,11 +107,19 @@ def page() -> str:
     reports = {name: pd.read_csv(folder / "attention.csv") for name, folder in models.items()}
     length = max(r["length"] for r in read(MODEL, "evaluation")["retrieval"])
     side = compare(reports)
-    columns = "model | heads with a sink | of all | layers | most attended token | largest share of BOS"
+    columns = (
+        "model | heads with a sink | of all | layers | most attended token | largest share of BOS | also in `minilm`"
+    )
+    shapes = {name: shape(folder) for name, folder in models.items()}
+    places = {name: set(zip(found.layer, found["head"])) for name, found in ((n, sinks(r)) for n, r in reports.items())}
     rows = [
-        (f"`{r.model}`", r.sink_heads, percent(r.sink_share), r.layers, f"`{r.sink_token}`", percent(r.largest_bos))
+        (
+            *(f"`{r.model}`", r.sink_heads, percent(r.sink_share), r.layers, f"`{r.sink_token}`"),
+            *(percent(r.largest_bos), len(places[r.model] & places[MODEL.name])),
+        )
         for r in side.itertuples()
     ]
+    rows = [row if shapes[name] == shapes[MODEL.name] else (*row[:-1], "") for name, row in zip(models, rows)]
     each = [
         f"- `{name}`: "
         + (
@@ -129,8 +149,23 @@ def example(task: str) -> str:
     return f"`{question}` → `{answer[0]}`" + (" …" if len(answer) > 1 else "")
 
 
+def commonest(task: str, length: int) -> str:
+    """Share of the questions about one prompt that the answer given most often there gets right: what knowing all
+    answers, and not which belongs to the question, is worth. Mean over `DRAFTS` prompts; empty if one question is all.
+    """
+    if tasks.find(task).group in tasks.REAL_CODE:
+        return ""
+    shares = []
+    for seed in range(DRAFTS):
+        questions = tasks.draft(task, length, tasks.Draw(random.Random(seed), "test")).questions
+        answers = Counter(answer for _, answer in questions)
+        shares.append(max(answers.values()) / len(questions) if len(questions) > 1 else float("nan"))
+    return "" if np.isnan(shares).all() else f"{np.nanmean(shares):.0%}"
+
+
 def catalogue() -> str:
-    """All families: group, what they ask, an example, whether trained, scores of both models at the greatest length."""
+    """All families: group, what they ask, an example, whether trained, and at the greatest length what guessing and
+    both models score."""
     scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in (MODEL, SIBLING)]
     length = max(scores[0]["needle"])
     rows = []
@@ -138,12 +173,12 @@ def catalogue() -> str:
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
         other = "see the card" if family.metric == "exact" else "judged by similarity"
         both = (percent(s[name][length]) if name in s else other for s in scores)
-        rows.append((family.group, f"`{name}`", what, example(name), "yes" if family.trained else "no", *both))
+        trained = "yes" if family.trained else "no"
+        rows.append((family.group, f"`{name}`", what, example(name), trained, commonest(name, length), *both))
     order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion"))}
     rows.sort(key=lambda row: order[row[0]])
-    header = (
-        f"group | family | what is asked | end of a prompt → answer | trained | `minilm` at {length} | `minilm-gqa`"
-    )
+    header = "group | family | what is asked | end of a prompt → answer | trained | commonest answer"
+    header += f" | `minilm` at {length} | `minilm-gqa`"
     return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows], text=5) + "\n"
 
 
