@@ -33,6 +33,7 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	PYTHONWARNINGS="ignore:IProgress not found" $(PYTHON) -m jupyter lab --notebook-dir=notebooks
 
 figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
+	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.ledger --check)
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched

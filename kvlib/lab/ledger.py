@@ -391,25 +391,24 @@ def build(claims: Path, results: Path, readme: Path) -> tuple[pd.DataFrame, dict
     return table, {results / "ledger.csv": to_csv(table), readme: text}
 
 
-def write(claims: Path = CLAIMS, results: Path = paths.RESULTS, readme: Path = README) -> pd.DataFrame:
-    """Write the ledger and the section of README, or neither.
+def write(
+    claims: Path = CLAIMS, results: Path = paths.RESULTS, readme: Path = README, *, dry: bool = False
+) -> tuple[pd.DataFrame, list[Path]]:
+    """Write the ledger and the section of README, or neither; with `dry` only see whether they are what they should be.
+
+    Returns:
+        the ledger, and the files that were (or would be) changed.
 
     Raises:
         ValueError: for a claim that is not well formed and for a README without its markers.
     """
     table, files = build(claims, results, readme)
-    for file, text in files.items():
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            part = file.with_name(file.name + ".part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, file)
-    return table
-
-
-def check(claims: Path = CLAIMS, results: Path = paths.RESULTS, readme: Path = README) -> bool:
-    """Are the ledger and README what claims and result tables say now? Raises as `write` does."""
-    files = build(claims, results, readme)[1]
-    return all(file.exists() and file.read_text(encoding="utf-8") == text for file, text in files.items())
+    stale = [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
+    for file in [] if dry else stale:
+        part = file.with_name(file.name + ".part")
+        part.write_text(files[file], encoding="utf-8")
+        os.replace(part, file)
+    return table, stale
 
 
 def main() -> None:
@@ -418,16 +417,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if something would change")
     options = parser.parse_args()
     try:
-        if options.check:
-            sys.exit(
-                None if check(CLAIMS, paths.RESULTS, README) else "the ledger is stale: python -m kvlib.lab.ledger"
-            )
-        table = write(CLAIMS, paths.RESULTS, README)
+        table, stale = write(CLAIMS, paths.RESULTS, README, dry=options.check)
     except ValueError as error:
         sys.exit(str(error))
-    for row in table.to_dict("records"):
-        print(f"{row['verdict']:<18} {row['id']}")
-    print(score(table))
+    for row in table.sort_values("verdict", key=lambda verdict: verdict.map(VERDICTS.index)).to_dict("records"):
+        print(f"{row['verdict']:<18} {row['claim']}")
+    print(f"{score(table)}; README.md has the numbers")
+    if options.check and stale:
+        sys.exit(f"{', '.join(file.name for file in stale)}: not what claims and tables say now: make ledger")
 
 
 if __name__ == "__main__":
