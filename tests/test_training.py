@@ -542,7 +542,8 @@ def test_teacher_forcing_judges_as_greedy_decoding_does(task):
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
     drawn = sample(task, 128, 1, tokenizer=tokenizer)
     inputs = tokenizer(drawn.prompt, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=PAD)
+    enough = len(tokenizer(drawn.answer).input_ids) + 8
+    out = model.generate(**inputs, max_new_tokens=enough, do_sample=False, pad_token_id=PAD)
     made = out[0, drawn.length :].tolist()
     answers = [drawn.answer]
     for size in range(1, len(made)):

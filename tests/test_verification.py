@@ -56,15 +56,21 @@ def test_every_sample_can_be_the_first():
 # Comparing
 
 
+SAME = 0.3
+
+
 def tables(values: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table whose values are all 0, and a recomputed one with `values`, (samples, configurations)."""
+    """A table whose values are all the same, and one whose recomputed ones differ by `values`, (samples, configurations).
+
+    Not 0 or 1, which stand for answers: a mean over configurations is neither.
+    """
     rows = [
         {**dict.fromkeys(MEASURED, 1), "model": "m", "task": "t", "length": 512, "protocol": "prompt", "sample": i}
-        | {"method": "random", "arguments": "{}", "budget": float(j), "value": float(value)}
+        | {"method": "random", "arguments": "{}", "budget": float(j), "value": SAME + value}
         for (i, j), value in np.ndenumerate(values)
     ]
     again = pd.DataFrame(rows)
-    return again.assign(value=0.0, torch="", device="", key=""), again
+    return again.assign(value=SAME, torch="", device="", key=""), again
 
 
 def compare(values: np.ndarray) -> float:
@@ -85,7 +91,7 @@ def test_one_or_two_samples_that_tipped_are_chance(samples):
     for first, second in itertools.product([0, 0.01, 1], [0, 0.01, 1, -1]):
         values = np.zeros((samples, 10))
         values[0], values[-1] = first, second
-        again = tables(values)[1].assign(value_recorded=0.0)
+        again = tables(values)[1].assign(value_recorded=SAME)
         verification.check_mean(again)
 
 
