@@ -60,7 +60,7 @@ SAME = 0.3
 
 
 def tables(values: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table whose values are all the same, and one whose recomputed ones differ by `values`, (samples, configurations).
+    """A table whose values are all the same, and one that differs from it by `values`, (samples, configurations).
 
     Not 0 or 1, which stand for answers: a mean over configurations is neither.
     """
