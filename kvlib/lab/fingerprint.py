@@ -43,13 +43,19 @@ def constant(value) -> str | None:
     return text
 
 
+@cache
+def tree(thing) -> object:
+    """The syntax tree of a function or class."""
+    return skeleton(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+
+
 def parts(thing, found: dict[str, object]) -> None:
     """Collect into `found`, by qualified name, the syntax tree of `thing` and of what it uses, and plain constants."""
     thing = inspect.unwrap(thing)
     name = f"{thing.__module__}.{thing.__qualname__}"
     if name in found or not thing.__module__.startswith("kvlib") or thing is Method:
         return
-    found[name] = skeleton(ast.parse(textwrap.dedent(inspect.getsource(thing))))
+    found[name] = tree(thing)
     for base in getattr(thing, "__bases__", ()):
         parts(base, found)
     for function in functions(thing):

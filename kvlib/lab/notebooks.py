@@ -204,7 +204,7 @@ def run(path: Path, profile: str) -> None:
         "PYTHONPATH": str(root),  # this checkout's kvlib, even if .venv was copied from another one
         "IPYTHONDIR": str(root / "build" / "ipython"),  # no personal start-up files
         "PYTHONWARNINGS": "ignore:IProgress not found",  # from tqdm, on the import of transformers in a notebook
-        "OMP_NUM_THREADS": "2" if profile == "smoke" else "1",  # sums, and so figures, depend on the number of threads
+        "OMP_NUM_THREADS": "1",  # sums, and so figures, depend on the number of threads; two would fight with tests
         "TQDM_DISABLE": "1",
     }
     environment.pop("MPLBACKEND", None)  # agg would remove every inline figure

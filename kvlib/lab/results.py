@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -74,14 +75,19 @@ def checkpoint(model: str) -> str:
     return hashlib.sha256("\n".join(sorted(deciding)).encode()).hexdigest()
 
 
+@cache
+def heldout() -> str:
+    """sha256 of the text that prompts are made of."""
+    return hashlib.sha256(HELDOUT.read_bytes()).hexdigest()
+
+
 def key(model: str, task: str, study: Study, configuration: Configuration) -> str:
     """What the rows of a cell follow from, sample numbers aside.
 
     Checkpoint, held-out text, parameters, and the code of evaluator, task and method.
     """
     code = fingerprint(evaluate.evaluate, tasks.sample, tasks.find(task).make, METHODS[configuration.method])
-    text = hashlib.sha256(HELDOUT.read_bytes()).hexdigest()
-    parts = [checkpoint(model), text, code, task, study.length, study.protocol, asdict(configuration)]
+    parts = [checkpoint(model), heldout(), code, task, study.length, study.protocol, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
