@@ -80,7 +80,8 @@ formats, but no name, no value and no filler text.
 {tokens:.0f} M tokens on {hardware}: {minutes} minutes ({gpu_minutes:.0f} GPU-minutes), {rate:.2f} M tokens/s in the
 median, torch {torch}, transformers {transformers}. Losses are in nats per token; `curve.csv` has more steps. The first
 two columns of losses are those of a single step and vary with the tasks that it happened to draw; the training loss
-has the weights above.
+has the weights above. The held-out loss is over windows of {length} tokens: as long as sequences of {short} tokens are
+learnt from, most of it comes from positions that the model has not seen yet.
 
 {curve}
 
@@ -282,6 +283,7 @@ def card(folder: Path) -> str:
         transformers=training["transformers"],
         curve=curve_table(curve),
         length=training["recipe"]["length"],
+        short=training["recipe"]["short"],
         heldout=heldout_table(evaluation["heldout"]),
         samples=cell_size(records),
         interval=100 * 1.96 * math.sqrt(0.25 / cell_size(records)),
