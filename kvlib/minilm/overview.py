@@ -86,15 +86,21 @@ def models_table(models: dict[str, Path]) -> str:
     return table(f"{header} | bits/character: code | prose", rows)
 
 
-def shape(folder: Path) -> tuple:
-    recipe = read(folder, "training")["recipe"]
-    return tuple(recipe[name] for name in ("layers", "width", "mlp", "heads", "kv_heads"))
+def shared_sinks(models: dict[str, Path], reports: dict[str, pd.DataFrame], name: str) -> int | str:
+    """How many heads are sinks both of a model and of `minilm`; nothing where heads are not comparable."""
+    shapes, places = [], []
+    for each in (name, MODEL.name):
+        recipe, found = read(models[each], "training")["recipe"], sinks(reports[each])
+        shapes.append([recipe[key] for key in ("layers", "width", "mlp", "heads", "kv_heads")])
+        places.append(set(zip(found["layer"], found["head"])))
+    return len(places[0] & places[1]) if shapes[0] == shapes[1] else ""
 
 
 def families_table(models: dict[str, Path], length: int) -> str:
-    scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in models.values()]
+    records = [read(folder, "evaluation")["retrieval"] for folder in models.values()]
+    scores = [by_length(each) for each in records]
     names = [*tasks.FAMILIES, "long_generation"]
-    rows = [("samples a cell", "", *(cell_size(read(folder, "evaluation")["retrieval"]) for folder in models.values()))]
+    rows = [("samples a cell", "", *map(cell_size, records))]
     rows += [
         (f"`{n}`", "yes" if tasks.CATALOGUE[n].trained else "no", *(percent(s[n][length]) for s in scores))
         for n in names
@@ -107,19 +113,14 @@ def page() -> str:
     reports = {name: pd.read_csv(folder / "attention.csv") for name, folder in models.items()}
     length = max(r["length"] for r in read(MODEL, "evaluation")["retrieval"])
     side = compare(reports)
-    columns = (
-        "model | heads with a sink | of all | layers | most attended token | largest share of BOS | also in `minilm`"
-    )
-    shapes = {name: shape(folder) for name, folder in models.items()}
-    places = {name: set(zip(found.layer, found["head"])) for name, found in ((n, sinks(r)) for n, r in reports.items())}
+    columns = "model | heads with a sink | of all | layers | most attended token | largest share of BOS"
     rows = [
         (
             *(f"`{r.model}`", r.sink_heads, percent(r.sink_share), r.layers, f"`{r.sink_token}`"),
-            *(percent(r.largest_bos), len(places[r.model] & places[MODEL.name])),
+            *(percent(r.largest_bos), shared_sinks(models, reports, r.model)),
         )
         for r in side.itertuples()
     ]
-    rows = [row if shapes[name] == shapes[MODEL.name] else (*row[:-1], "") for name, row in zip(models, rows)]
     each = [
         f"- `{name}`: "
         + (
@@ -134,7 +135,7 @@ def page() -> str:
         length=length,
         families=families_table(models, length),
         sink=SINK,
-        sinks=table(columns, rows),
+        sinks=table(f"{columns} | also in `{MODEL.name}`", rows),
         each="\n".join(each),
         kinds=table(" | ".join(["model", *KINDS]), kinds),
     )
