@@ -379,6 +379,30 @@ def test_other_files_around_the_identifier_are_shown():
     assert min(depths) < 0.1 and max(depths) > 0.4
 
 
+@pytest.mark.parametrize(("tokens", "seeds"), [(512, 60), (2048, 10)])
+@pytest.mark.parametrize("task", CODE)
+def test_without_its_source_nothing_tells_the_identifier(task, tokens, seeds):
+    """The same question about another context of the same length, in which nothing else changed."""
+    for seed in range(seeds):
+        drawn = sample(task, tokens, seed, tokenizer=tokenizer())
+        floor = sample(task, tokens, seed, tokenizer=tokenizer(), source=False)
+        assert (floor.question, floor.answer) == (drawn.question, drawn.answer)
+        check_sizes(floor, tokens)
+        typed = re.search(r"\w+$", drawn.question)[0]
+        word, context = typed + drawn.answer, floor.prompt[: -len(floor.question)]
+        assert word in drawn.prompt and word not in context
+        if task == "completion":  # of two files the second may start a line later
+            last = drawn.prompt[: -len(drawn.question)].rsplit(word, 1)[-1]
+            assert context.endswith(last[-200:])
+
+
+def test_what_stands_for_the_identifier_does_not_suggest_itself():
+    for place in tasks.code.places(True)[:300]:
+        changed = tasks.code.without(f"({place.word}_x)", place.word)
+        assert changed != f"({place.word}_x)" and changed.endswith("_x)") and place.word not in changed
+        assert changed[1:4].lower() != place.word[:3].lower()
+
+
 # Other people's tokenizers
 
 

@@ -19,6 +19,7 @@ from kvlib.minilm.tokenizer import SIZE
 
 MANIFEST = "manifest.csv.gz"
 STATISTICS = ("training.json", "curve.csv", "evaluation.json", "attention.csv")
+SWEPT = ("depth", "lines", "source")  # options of tasks, in records beside those of the families by length
 WEAK = 0.5  # share of right answers below which a task is listed among the limits
 CURVE_ROWS = 12
 KEYS = {
@@ -97,6 +98,10 @@ answer in tokens. {samples} samples a cell, so that 95% intervals are at most ±
 first mistake.
 
 {families}
+
+What the completions of real code score without the source, another identifier standing wherever the one asked for did:
+
+{floors}
 
 Needles by depth in the prompt (0 = first line), {needle_samples} samples a cell:
 
@@ -192,11 +197,11 @@ def percent(value: float) -> str:
     return f"{value:.1%}"
 
 
-def by_length(records: list[dict]) -> dict[str, dict[int, float]]:
-    """Family -> length -> score, without the sweeps over depth and distance."""
+def by_length(records: list[dict], option: str | None = None) -> dict[str, dict[int, float]]:
+    """Family -> length -> score, of the records with that option, by default of those without any."""
     scores = {}
     for record in records:
-        if not {"depth", "lines"} & set(record):
+        if (option in record) if option else not set(SWEPT) & set(record):
             scores.setdefault(record["task"], {})[record["length"]] = record["score"]
     return scores
 
@@ -216,6 +221,13 @@ def families_table(records: list[dict]) -> str:
     return table(" | ".join(["family", "group", "trained", *map(str, lengths)]), rows, text=3)
 
 
+def floors_table(records: list[dict]) -> str:
+    floors = by_length(records, "source")
+    lengths = sorted({length for row in floors.values() for length in row})
+    rows = [(f"`{task}`", *(percent(row[n]) for n in lengths)) for task, row in floors.items()]
+    return table(" | ".join(["family", *map(str, lengths)]), rows)
+
+
 def sweep_table(records: list[dict], option: str, name: str) -> str:
     """Scores by length (rows) and an option (columns)."""
     swept = [record for record in records if option in record]
@@ -228,7 +240,7 @@ def sweep_table(records: list[dict], option: str, name: str) -> str:
 
 def cell_size(records: list[dict], option: str | None = None) -> int:
     """Samples in a cell of the sweep over `option`, or of the families."""
-    return next(r["n"] for r in records if (option in r if option else not {"depth", "lines"} & set(r)))
+    return next(r["n"] for r in records if (option in r if option else not set(SWEPT) & set(r)))
 
 
 def attention_table(report: pd.DataFrame) -> str:
@@ -288,6 +300,7 @@ def card(folder: Path) -> str:
         samples=cell_size(records),
         interval=100 * 1.96 * math.sqrt(0.25 / cell_size(records)),
         families=families_table(records),
+        floors=floors_table(records),
         needle_samples=cell_size(records, "depth"),
         needles=sweep_table(records, "depth", "depth"),
         distance_samples=cell_size(records, "lines"),

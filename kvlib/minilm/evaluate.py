@@ -85,14 +85,17 @@ class Cell:
 
 
 def cells(lengths: tuple[int, ...]) -> list[Cell]:
-    """All families and the long answers by length; needles by length and depth; definitions by distance.
+    """All families and the long answers by length; needles by length and depth; definitions by distance; floors.
 
-    At lengths too short for them, completions of real code are left out.
+    The floor of the group "code" is what is completed without the source. At lengths too short for them, completions of
+    real code are left out.
     """
     families = [Cell(task, length) for task in (*FAMILIES, "long_generation") for length in lengths]
     needles = [Cell("needle", length, (("depth", depth),)) for length in lengths for depth in DEPTHS]
     distances = [Cell("distance", max(lengths), (("lines", lines),)) for lines in DISTANCES]
-    return [c for c in families + needles + distances if find(c.task).group != "code" or c.length >= SHORTEST_CODE]
+    floors = [Cell(c.task, c.length, (("source", False),)) for c in families if find(c.task).group == "code"]
+    every = families + needles + distances + floors
+    return [c for c in every if find(c.task).group != "code" or c.length >= SHORTEST_CODE]
 
 
 def draw(job: tuple[Cell, int]) -> Sample:

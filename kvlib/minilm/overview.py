@@ -150,6 +150,12 @@ def example(task: str) -> str:
     return f"`{question}` → `{answer[0]}`" + (" …" if len(answer) > 1 else "")
 
 
+def floor(task: str, length: int, records: list[dict]) -> str:
+    """What guessing scores: `commonest`, or for completions of real code what `minilm` knows without the source."""
+    measured = by_length(records, "source")
+    return percent(measured[task][length]) if task in measured else commonest(task, length)
+
+
 def commonest(task: str, length: int) -> str:
     """Share of the questions about one prompt that the answer given most often there gets right: what knowing all
     answers, and not which belongs to the question, is worth. Mean over `DRAFTS` prompts; empty if one question is all.
@@ -167,7 +173,8 @@ def commonest(task: str, length: int) -> str:
 def catalogue() -> str:
     """All families: group, what they ask, an example, whether trained, and at the greatest length what guessing and
     both models score."""
-    scores = [by_length(read(folder, "evaluation")["retrieval"]) for folder in (MODEL, SIBLING)]
+    records = [read(folder, "evaluation")["retrieval"] for folder in (MODEL, SIBLING)]
+    scores = [by_length(each) for each in records]
     length = max(scores[0]["needle"])
     rows = []
     for name, family in tasks.CATALOGUE.items():
@@ -175,10 +182,10 @@ def catalogue() -> str:
         other = "see the card" if family.metric == "exact" else "judged by similarity"
         both = (percent(s[name][length]) if name in s else other for s in scores)
         trained = "yes" if family.trained else "no"
-        rows.append((family.group, f"`{name}`", what, example(name), trained, commonest(name, length), *both))
+        rows.append((family.group, f"`{name}`", what, example(name), trained, floor(name, length, records[0]), *both))
     order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion"))}
     rows.sort(key=lambda row: order[row[0]])
-    header = "group | family | what is asked | end of a prompt → answer | trained | commonest answer"
+    header = "group | family | what is asked | end of a prompt → answer | trained | guessing"
     header += f" | `minilm` at {length} | `minilm-gqa`"
     return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows], text=5) + "\n"
 

@@ -1,7 +1,7 @@
 """Completion of identifiers in real, held-out source code: nothing is planted, and no model here was trained on it.
 
 The prompt stops inside an identifier that occurs in few files of the held-out packages. Training code may know it too,
-so the scores have a floor: what is right without the earlier use.
+so the scores have a floor: what is right with `source=False`, where another identifier stands wherever this one did.
 """
 
 import json
@@ -168,6 +168,19 @@ def two_files(source: int, start: int, file: int, text: str, room: int, seed: in
     return headers[0] + above + below + headers[1] + here
 
 
+def without(text: str, word: str) -> str:
+    """`text` with another rare identifier of the held-out code wherever `word` stands, inside longer ones too.
+
+    The other one begins differently, or what is typed of `word` would ask for it.
+    """
+    if word not in text:
+        return text
+    others = sorted({place.word for place in places(True)})
+    start = word[:TYPED].lower()
+    others = [other for other in others if not other.lower().startswith(start) and word not in other]
+    return text.replace(word, random.Random(word).choice(others))
+
+
 def check(split: str, tokens: int) -> None:
     if split != "test":
         raise ValueError(f"split={split!r}: real code is completed in tests only")
@@ -176,7 +189,9 @@ def check(split: str, tokens: int) -> None:
 
 
 @family(GROUP, trained=False)
-def completion(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+def completion(
+    seed: int, tokens: int, *, room: int, tokenizer, split: str, count, source: bool = True
+) -> tuple[str, str]:
     """An identifier that this file used before, but not in the last quarter of the prompt."""
     check(split, tokens)
     place, line, typed = choose(True, seed, tokens, tokenizer)
@@ -184,11 +199,14 @@ def completion(seed: int, tokens: int, *, room: int, tokenizer, split: str, coun
     others = "".join(row["text"] + "\n" for row in rows[place.file + 1 :] + rows[: place.file])
     text = others + rows[place.file]["text"][: place.at - len(line)]
     end, answer = line + place.word[:typed], place.word[typed:]
-    return tail(text, room - len(tokenizer(end).input_ids) - sum(count([answer])), count) + end, answer
+    text = tail(text, room - len(tokenizer(end).input_ids) - sum(count([answer])), count)
+    return (text if source else without(text, place.word)) + end, answer
 
 
 @family(GROUP, trained=False)
-def cross_file(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+def cross_file(
+    seed: int, tokens: int, *, room: int, tokenizer, split: str, count, source: bool = True
+) -> tuple[str, str]:
     """An identifier that only another file of the package has used so far."""
     check(split, tokens)
     place, line, typed = choose(False, seed, tokens, tokenizer)
@@ -197,4 +215,5 @@ def cross_file(seed: int, tokens: int, *, room: int, tokenizer, split: str, coun
     room -= sum(count([answer])) + len(tokenizer(end).input_ids)
     start = rows[place.source]["text"].rfind("\n", 0, place.seen) + 1
     text = rows[place.file]["text"][: place.at - len(line)]
-    return two_files(place.source, start, place.file, text, room, seed, count) + end, answer
+    text = two_files(place.source, start, place.file, text, room, seed, count)
+    return (text if source else without(text, place.word)) + end, answer
