@@ -26,7 +26,7 @@ class KVLayer(DynamicLayer):
         lengths: `(batch, kv_heads)` int64 on the CPU, tokens stored per segment.
         tokens: `(batch,)` int64 on the CPU, real tokens seen per row, evicted ones included.
         prompt_tokens: the same at the end of the latest prompt.
-        reads: bytes of K and V read in the last pass if a method reads less than what is stored, else None.
+        reads: `(batch,)` bytes of K and V read in the last pass if a method reads less than what is stored, else None.
         intact: nothing has been evicted since the latest tokens were added.
         seen: columns seen, padding included (what transformers calls the sequence length).
         queries: the last queries of an unfinished prompt `(batch, query_heads, <= window, head_dim)` with their

@@ -286,7 +286,7 @@ class Run:
     def read_bytes(self) -> int:
         """Bytes of K and V read in the last decode step: what is stored, unless the method reads sparsely."""
         return sum(
-            storage_bytes((layer.keys, layer.values)) if layer.reads is None else layer.reads
+            storage_bytes((layer.keys, layer.values)) if layer.reads is None else int(layer.reads.sum())
             for layer in self._filled().layers
         )
 

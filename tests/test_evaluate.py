@@ -1,5 +1,7 @@
 """The evaluator against plain greedy decoding."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import kvlib
 from kvlib import paths
 from kvlib.baselines import Full, SnapKV
-from kvlib.lab import evaluate, results, tasks
+from kvlib.lab import evaluate, prompts, results, tasks
 from kvlib.lab.evaluate import Configuration
 from kvlib.lab.metrics import code_similarity, is_decided
 from kvlib.lab.prompts import Prompts, compressed
@@ -125,7 +127,7 @@ def test_prefill_work_by_hand():
         layer = 4 * 4 * 4 + 3 * 4 * 6 + 2 * 4  # q, k, v, o; gate, up, down; two norms
         pairs = 5 * 6 // 2  # of 5 tokens
         weights = 3 * layer + 4
-        assert evaluate.prefill_flops(model, 5) == 2 * weights * 5 + 3 * 2 * pairs * (2 * 2 + 2 * 2) + 2 * 10 * 4
+        assert prompts.prefill_flops(model, 5) == 2 * weights * 5 + 3 * 2 * pairs * (2 * 2 + 2 * 2) + 2 * 10 * 4
 
 
 def test_a_clamp_counts_for_the_rows_that_it_concerns(model):
@@ -203,7 +205,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
     assert len({*lengths}) > 3, "rows that end together test nothing"
 
 
-@pytest.mark.parametrize("task", tasks.COMPLETIONS)
+@pytest.mark.parametrize("task", ["next_line", "cross_file_line"])
 @pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
 def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     model, tokenizer = small
@@ -219,6 +221,27 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
                 text = decoded(model, tokenizer, configuration.make(), drawn)
             assert row["value"] == code_similarity(text, drawn.answer)
     assert table["value"].nunique() > 1
+
+
+@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
+    model, tokenizer = small
+    configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
+    arguments = ("code_bits", 512, range(3))
+    table = evaluate.evaluate(model, tokenizer, configurations, *arguments, name="", protocol=protocol)
+    for _, row in table.iterrows():
+        drawn = tasks.sample("code_bits", 512, row["sample"], tokenizer=tokenizer)
+        begun = drawn.prompt if protocol == "prompt" else drawn.prompt[: -len(drawn.question)]
+        fed = tokenizer(drawn.prompt[len(begun) :] + drawn.answer, add_special_tokens=False).input_ids
+        answer = len(tokenizer(drawn.answer, add_special_tokens=False).input_ids)
+        assert answer >= 64 and drawn.answer.endswith("\n")
+        with kvlib.method(row["method"], budget=row["budget"])(model) as run, torch.no_grad():
+            logits, nats = model(**tokenizer(begun, return_tensors="pt")).logits[0, -1], []
+            for token in fed:
+                nats.append(-logits.log_softmax(-1)[token].item())
+                logits = model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1]
+        assert row["value"] == pytest.approx(sum(nats[-answer:]) / math.log(2) / len(drawn.answer), rel=1e-4)
+    assert table["value"].nunique() == 9
 
 
 def generated(model, tokenizer, method, drawn) -> str:
@@ -317,9 +340,11 @@ def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     class Sparse(Full):
         def attend(self, view):
             if view.step.decoding:
-                view.reads = 100 * view.step.index
+                view.reads = 100 * view.step.index * (1 + view.tokens)
             return super().attend(view)
 
     registered(Sparse)
     table = evaluate.evaluate(*small, [Configuration("Sparse", 1.0)], task, 512, range(3), name="", protocol=protocol)
-    assert set(table["read_bytes"]) == {2 * 100}  # of two layers
+    drawn = [tasks.sample(task, 512, number, tokenizer=small[1]) for number in range(3)]
+    begun = [s.length if protocol == "prompt" else s.length - len(small[1](s.question).input_ids) + 1 for s in drawn]
+    assert table["read_bytes"].tolist() == [2 * 100 * (2 + tokens) for tokens in begun]  # of two layers

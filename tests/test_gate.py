@@ -355,7 +355,7 @@ def test_a_method_that_reads_less_says_so():
     class Sparse(kvlib.Method):
         def attend(self, view):
             if view.step.decoding and view.layer_idx == 1:
-                view.reads = 100
+                view.reads = torch.tensor([100])
             return super().attend(view)
 
     model = tiny.model()

@@ -78,7 +78,8 @@ def by_hand(model, method, window) -> list[float]:
 
 def forked(model, method, snapshot, targets, stepwise: bool) -> torch.Tensor:
     with method(model) as run:
-        return losses(model, run.fork(snapshot), snapshot.logits, targets, stepwise)
+        cache = run.fork(snapshot)
+        return losses(lambda ids: model(ids, past_key_values=cache).logits, snapshot.logits, targets, stepwise)
 
 
 # Losses

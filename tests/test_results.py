@@ -138,8 +138,8 @@ def test_fingerprints_follow_what_is_called():
     assert {"kvlib.baselines.StreamingLLM", "kvlib.attention.rotate", "kvlib.registry.require"} <= set(found)
     found = {}
     fingerprint.parts(evaluate.evaluate, found)
-    called = ["evaluate.score", "evaluate.write", "evaluate.prefill_flops", "metrics.code_similarity"]
-    called += ["prompts.compressed", "prompts.one_by_one", "prompts.bytes_per_row"]
+    called = ["evaluate.score", "evaluate.write", "evaluate.bits", "metrics.code_similarity"]
+    called += ["prompts.compressed", "prompts.one_by_one", "prompts.prefill_flops", "prompts.read_per_row"]
     assert {f"kvlib.lab.{name}" for name in called} <= set(found)
     assert "kvlib.lab.tasks.sampling.judge" in found
 

@@ -2,7 +2,8 @@
 
 The prompt is prefilled and compressed; then the model's first choices at every token of the answer are compared with
 it. That is what greedy decoding would give, up to its first mistake, at a fixed cost per sample. Tasks that are judged
-by similarity are decoded instead, until their score is certain. Methods with a prefill of their own get one.
+by similarity are decoded instead, until their score is certain; of those in bits the answer's losses are added up.
+Methods with a prefill of their own get one.
 
 Protocols:
     prompt: the question is part of what is prefilled, so a method that looks at the end of the prompt sees it.
@@ -20,7 +21,7 @@ import torch
 import kvlib
 from kvlib.lab import tasks
 from kvlib.lab.metrics import code_similarity, is_decided
-from kvlib.lab.prompts import Prompts, compressed, device_name, one_by_one, window_of
+from kvlib.lab.prompts import Prompts, compressed, device_name, losses, one_by_one, read_per_row, window_of
 from kvlib.lab.tasks import Sample
 from kvlib.registry import whole
 
@@ -70,7 +71,7 @@ class Study:
 
 STUDIES = {
     "00_kv_cache": Study(
-        tasks=("needle", "dict_lookup", "function_lookup"),
+        tasks=(*tasks.FAMILIES, *tasks.COMPLETIONS),
         length=2048,
         configurations=(
             Configuration("full", 1.0),
@@ -78,10 +79,10 @@ STUDIES = {
             *(Configuration("streaming_llm", b, '{"renumber": false}') for b in BUDGETS),
             Configuration("streaming_llm", 0.2, '{"sinks": 0}'),
             Configuration("knorm", 0.5),
-            # an answer is five one-digit tokens, more than half of the default kernel of 7 reaches
+            # a number is five one-digit tokens, more than half of the default kernel of 7 reaches
             *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
         ),
-        models={"minilm": 100, "minilm-gqa": 50},
+        models={"minilm": 200, "minilm-gqa": 200},
     )
 }
 
@@ -108,7 +109,8 @@ def evaluate(
 
     Returns:
         columns model, method, budget, arguments, task, length, protocol, sample, value (1 = right; of long answers the
-        share of lines before the first mistake, of lines of code their similarity), stored_bytes (K and V after the
+        share of lines before the first mistake, of lines of code their similarity, of text bits per character),
+        stored_bytes (K and V after the
         prompt), read_bytes (K and V in the first decode step: what is stored, unless the method reads sparsely),
         full_bytes, prefill_flops (NaN for methods with a prefill of their own, whose work nothing tells), clamped,
         torch, device.
@@ -120,8 +122,7 @@ def evaluate(
     """
     check_window(window_of(model), length)
     samples, rows = list(samples), []
-    sparse = any(configuration.make().hooks("attend") for configuration in configurations)
-    size = 1 if protocol == "decoded" or sparse else block  # questions differ in length; reads are counted per pass
+    size = 1 if protocol == "decoded" else block  # questions differ in length
     for numbers in progress([samples[i : i + size] for i in range(0, len(samples), size)]):
         drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
         prompts, question = prepare(model, tokenizer, drawn, protocol)
@@ -161,9 +162,9 @@ def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample],
 
         def feed(ids: torch.Tensor) -> torch.Tensor:
             """Logits `(batch, tokens, vocabulary)` after a pass over the ids of tokens."""
-            logits = model(ids, past_key_values=read.run.cache).logits
+            logits = read.feed(ids)
             if method.hooks("attend") and not reads:
-                reads.append(read.run.read_bytes())  # of the one row
+                reads.extend(read_per_row(read.run.cache))
             return logits
 
         logits = read.logits
@@ -171,18 +172,21 @@ def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample],
             logits = feed(token[:, None])[:, -1]
         window = window_of(model)
         left = [math.inf if window is None else window - n - question.shape[1] for n in prompts.counts]
-        if tasks.find(drawn[0].task).metric == "similarity":
+        metric = tasks.find(drawn[0].task).metric
+        answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
+        # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
+        stepwise = one_by_one(method) or max(map(len, answers)) > min(left)
+        if metric == "similarity":
             written = write(feed, logits, tokenizer, end_tokens(model), [min(NEW_TOKENS, n + 1) for n in left])
             values = [code_similarity(text, s.answer) for text, s in zip(written, drawn)]
+        elif metric == "bits":
+            values = bits(feed, logits, answers, [len(s.answer) for s in drawn], stepwise)
         else:
-            answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
-            # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
-            stepwise = one_by_one(method) or max(map(len, answers)) > min(left)
             chosen = first_choices(feed, logits, answers, stepwise)
             values = [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, chosen)]
         if method.hooks("attend") and not reads:
             feed(logits.argmax(-1)[:, None])  # nothing was fed, because the first choice decided
-    dense = [math.nan if method.own_prefill else prefill_flops(model, n) for n in prompts.counts]
+    dense = [math.nan] * len(drawn) if method.own_prefill else prompts.flops
     return {
         "value": values,
         "stored_bytes": read.stored,
@@ -200,8 +204,7 @@ def first_choices(feed: Callable, logits: torch.Tensor, answers: list[list[int]]
         logits: `(batch, vocabulary)` before the answers.
         stepwise: feed a token a pass, until every row has made its first mistake, instead of all in one.
     """
-    longest = max(map(len, answers))
-    fed = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=logits.device)
+    fed, longest = filled(answers, logits.device), max(map(len, answers))
     chosen, alive = [logits.argmax(-1)[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
     for tokens in fed.split(1, dim=1) if stepwise else [fed]:
         if stepwise:
@@ -211,6 +214,21 @@ def first_choices(feed: Callable, logits: torch.Tensor, answers: list[list[int]]
         chosen.append(feed(tokens).argmax(-1))
     said = torch.cat(chosen, dim=1)
     return torch.nn.functional.pad(said, (0, longest + 1 - said.shape[1]), value=-1).tolist()
+
+
+def filled(answers: list[list[int]], device) -> torch.Tensor:
+    """Ids `(batch, tokens)`, shorter answers with 0 behind them."""
+    longest = max(map(len, answers))
+    return torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=device)
+
+
+def bits(
+    feed: Callable, logits: torch.Tensor, answers: list[list[int]], characters: list[int], stepwise: bool
+) -> list[float]:
+    """Bits per character of each answer; arguments as for `first_choices`."""
+    nats = losses(feed, logits, filled(answers, logits.device), stepwise).double().cpu()
+    sums = [row[: len(answer)].sum().item() for row, answer in zip(nats, answers)]
+    return [total / count / math.log(2) for total, count in zip(sums, characters)]
 
 
 def write(feed: Callable, logits: torch.Tensor, tokenizer, ends: set[int], most: list[int]) -> list[str]:
@@ -225,8 +243,9 @@ def write(feed: Callable, logits: torch.Tensor, tokenizer, ends: set[int], most:
     texts, writing = [""] * len(most), set(range(len(most)))
     while True:
         chosen = logits.argmax(-1)
+        said = chosen.tolist()
         for row in sorted(writing):
-            ids[row].append(int(chosen[row]))
+            ids[row].append(said[row])
             texts[row] = tokenizer.decode(ids[row], skip_special_tokens=True)
             if len(ids[row]) == most[row] or ids[row][-1] in ends or is_decided(texts[row]):
                 writing.remove(row)
@@ -239,14 +258,3 @@ def end_tokens(model) -> set[int]:
     """Ids at which `generate` would stop."""
     ends = model.generation_config.eos_token_id
     return set(ends if isinstance(ends, list) else [ends]) - {None}
-
-
-def prefill_flops(model, tokens: int) -> int:
-    """Multiplications and additions of a dense causal prefill: weights, q·k and a·v, and one row of logits."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    embedding = model.get_input_embeddings().weight.numel()
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    weights = sum(p.numel() for p in model.parameters()) - (1 if tied else 2) * embedding
-    pairs = config.num_hidden_layers * config.num_attention_heads * tokens * (tokens + 1) // 2
-    return 2 * weights * tokens + 4 * head_dim * pairs + 2 * embedding

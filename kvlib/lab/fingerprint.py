@@ -27,7 +27,8 @@ def functions(thing) -> list[FunctionType]:
     """A function itself, or the functions that a class defines."""
     if isinstance(thing, FunctionType):
         return [thing]
-    found = (getattr(value, "fget", None) or getattr(value, "__func__", value) for value in vars(thing).values())
+    around = ("fget", "func", "__func__")  # a property, a cached property, a class method
+    found = [next((getattr(v, name) for name in around if hasattr(v, name)), v) for v in vars(thing).values()]
     return [value for value in found if isinstance(value, FunctionType) and value.__module__ == thing.__module__]
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from kvlib.lab.evaluate import Configuration
-from kvlib.lab.prompts import Prompts, compressed, device_name, one_by_one, window_of
+from kvlib.lab.prompts import Prompts, compressed, device_name, losses, one_by_one, window_of
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)
@@ -142,9 +142,6 @@ def places(tokens: int, span: int, windows: int, stride: int | None) -> list[int
     return sorted({round(last * i / max(1, windows - 1)) for i in range(windows)})
 
 
-# Losses
-
-
 def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -> Iterator[dict]:
     """The rows of some windows, numbered from `first`, whose contexts are prefilled together."""
     ids = torch.tensor([window.context for window in cut], device=model.device)
@@ -153,7 +150,7 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
     for configuration in configurations:
         method = configuration.make()
         with compressed(prompts, method) as read:
-            total = losses(model, read.run.cache, read.logits, targets, one_by_one(method)).sum(1).tolist()
+            total = losses(read.feed, read.logits, targets, one_by_one(method)).sum(1).tolist()
         for row, window in enumerate(cut):
             yield {
                 **asdict(configuration),
@@ -165,25 +162,3 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
                 "full_bytes": read.full[row],
                 "clamped": read.clamped[row],
             }
-
-
-@torch.no_grad()
-def losses(model, cache, logits: torch.Tensor, targets: torch.Tensor, one_by_one: bool) -> torch.Tensor:
-    """Nats of each target `(batch, targets)`, in float32 or better, inside an open block.
-
-    Args:
-        cache: that of the context. logits: `(batch, vocabulary)` after it. targets: ids `(batch, targets)`.
-        one_by_one: feed a token a pass instead of all but the last, which needs not be fed, in one.
-    """
-    found = [nats(logits[:, None], targets[:, :1])]
-    size = 1 if one_by_one else max(1, targets.shape[1] - 1)
-    for begin in range(0, targets.shape[1] - 1, size):
-        chunk = targets[:, begin : begin + size + 1]  # what is fed, and one more that is predicted
-        found.append(nats(model(chunk[:, :-1], past_key_values=cache).logits, chunk[:, 1:]))
-    return torch.cat(found, dim=1)
-
-
-def nats(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood `(batch, tokens)` of ids `(batch, tokens)` under logits `(batch, tokens, vocabulary)`."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)

@@ -1,6 +1,6 @@
 """Prompts that many methods read at the cost of one prefill: what `evaluate` and `perplexity` share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,15 @@ class Prompts:
     ids: torch.Tensor
     mask: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Real tokens of each row."""
         return (torch.ones_like(self.ids) if self.mask is None else self.mask).sum(1).tolist()
+
+    @cached_property
+    def flops(self) -> list[int]:
+        """Multiplications and additions of a dense prefill of each row."""
+        return [prefill_flops(self.model, tokens) for tokens in self.counts]
 
     @cached_property
     def snapshot(self) -> Snapshot:
@@ -45,6 +50,10 @@ class Compressed:
     full: list[int]
     clamped: list[bool]
 
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, tokens, vocabulary)` of a pass over the next ids `(batch, tokens)`."""
+        return self.run.model(ids, past_key_values=self.run.cache).logits
+
 
 @contextmanager
 def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
@@ -57,20 +66,65 @@ def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
         else:
             logits = snapshot.logits
             run.fork(snapshot)
-        stored, full = bytes_per_row(run.cache, "lengths"), bytes_per_row(run.cache, "tokens")
+        stored, full = stored_per_row(run.cache), full_per_row(run.cache)
         if sum(stored) != run.stored_bytes():
             raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
         yield Compressed(run, logits, stored, full, run.clamped_rows.tolist())
 
 
-def bytes_per_row(cache, counts: str) -> list[int]:
-    """K and V bytes of each row: `counts` is "lengths" for what is stored, "tokens" for everything seen."""
-    total = 0
-    for layer in cache.layers:
-        per_token = sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values))
-        tokens = layer.lengths.sum(1) if counts == "lengths" else layer.tokens * layer.lengths.shape[1]
-        total = total + tokens * per_token
-    return total.tolist()
+def stored_per_row(cache) -> list[int]:
+    """Bytes of K and V of each row."""
+    return sum(layer.lengths.sum(1) * token_bytes(layer) for layer in cache.layers).tolist()
+
+
+def read_per_row(cache) -> list[int]:
+    """Bytes of K and V read in the last pass: what is stored, unless the method reads sparsely."""
+    stored = (layer.lengths.sum(1) * token_bytes(layer) for layer in cache.layers)
+    return sum(s if layer.reads is None else layer.reads for s, layer in zip(stored, cache.layers)).tolist()
+
+
+def full_per_row(cache) -> list[int]:
+    """Bytes of K and V of everything seen."""
+    return sum(layer.tokens * layer.lengths.shape[1] * token_bytes(layer) for layer in cache.layers).tolist()
+
+
+def token_bytes(layer) -> int:
+    """K and V of one token in one head."""
+    return sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values))
+
+
+def prefill_flops(model, tokens: int) -> int:
+    """Multiplications and additions of a dense causal prefill: weights, q·k and a·v, and one row of logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (1 if tied else 2) * embedding
+    pairs = config.num_hidden_layers * config.num_attention_heads * tokens * (tokens + 1) // 2
+    return 2 * weights * tokens + 4 * head_dim * pairs + 2 * embedding
+
+
+@torch.no_grad()
+def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, one_by_one: bool) -> torch.Tensor:
+    """Nats of each target `(batch, targets)`, in float32 or better, inside an open block.
+
+    Args:
+        feed: ids `(batch, tokens)` -> logits of a pass over them. logits: `(batch, vocabulary)` before the targets.
+        targets: ids `(batch, targets)`.
+        one_by_one: feed a token a pass instead of all but the last, which needs not be fed, in one.
+    """
+    found = [nats(logits[:, None], targets[:, :1])]
+    size = 1 if one_by_one else max(1, targets.shape[1] - 1)
+    for begin in range(0, targets.shape[1] - 1, size):
+        chunk = targets[:, begin : begin + size + 1]  # what is fed, and one more that is predicted
+        found.append(nats(feed(chunk[:, :-1]), chunk[:, 1:]))
+    return torch.cat(found, dim=1)
+
+
+def nats(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood `(batch, tokens)` of ids `(batch, tokens)` under logits `(batch, tokens, vocabulary)`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
 
 
 def one_by_one(method) -> bool:

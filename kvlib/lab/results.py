@@ -191,6 +191,8 @@ def work(name: str, study: Study, size: int, part: int, parts: int, parent: int 
     """Every `parts`-th block from `part` on: the share of one process, which stops when its parent is gone."""
     if parts > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(part % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
     folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
     table = current(read(paths.RESULTS / f"{name}.parquet"), wanted)
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY", help=f"default: all; known: {', '.join(STUDIES)}")
     parser.add_argument("--block", type=int, default=evaluate.BLOCK, help="prompts per prefill")
-    parser.add_argument("--processes", type=int, default=1, help="side by side, also on one GPU")
+    parser.add_argument("--processes", type=int, default=1, help="side by side, spread over the GPUs")
     parser.add_argument("--verify", type=float, metavar="FRACTION", help="recompute this share of the samples instead")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples to recompute")
     parser.add_argument("--clean", action="store_true", help="delete instead")

@@ -119,7 +119,9 @@ def answered(model, drawn: list[Sample], size: int) -> list[float]:
         ids = torch.full((len(rows), max(map(len, rows))), PAD)
         for i, row in enumerate(rows):  # padding on the right is never seen by a causal model's earlier positions
             ids[i, : len(row)] = torch.tensor(row)
-        best = model(input_ids=ids.to(model.device), use_cache=False).logits.argmax(-1).cpu()
+        ids = ids.to(model.device)
+        # Without a mask grouped queries in float32 would go to CUDA's unfused attention, at gigabytes a layer.
+        best = model(input_ids=ids, attention_mask=ids != PAD, use_cache=False).logits.argmax(-1).cpu()
         for row, prompt, answer in zip(best.tolist(), prompts, answers):
             shares.append(judge(answer, row[len(prompt) - 1 : len(prompt) + len(answer)], tokenizer))
     return shares

@@ -19,6 +19,7 @@ GUIDE = DATA / "README.md"
 BEGIN, END = "<!-- catalogue: written by `python -m kvlib.minilm overview` -->\n", "<!-- end of catalogue -->\n"
 EXAMPLE = 256  # tokens of the samples that examples are taken from
 DRAFTS = 100  # prompts whose answers are counted
+OTHER = {"exact": "see the card", "similarity": "judged by similarity", "bits": "bits per character"}
 
 PAGE = """\
 # The embedded models
@@ -179,7 +180,7 @@ def catalogue() -> str:
     rows = []
     for name, family in tasks.CATALOGUE.items():
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
-        other = "see the card" if family.metric == "exact" else "judged by similarity"
+        other = OTHER[family.metric]
         both = (percent(s[name][length]) if name in s else other for s in scores)
         trained = "yes" if family.trained else "no"
         rows.append((family.group, f"`{name}`", what, example(name), trained, floor(name, length, records[0]), *both))

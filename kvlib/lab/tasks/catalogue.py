@@ -1,8 +1,9 @@
 """What every task is made of: facts stated in a prompt, and questions about them."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from kvlib import nearest
 
 GROUPS = (  # of LongBench, with as many families in each as it has tasks
     "single-document QA",
@@ -52,7 +53,8 @@ class Family:
 
     group: one of `GROUPS`, or "probe" or "completion" for what is measured beside the sixteen families.
     trained: whether the embedded models were trained on it.
-    metric: "exact", the answer or not, or "similarity" of the line that is generated and the answer.
+    metric: "exact", the answer or not; "similarity" of the line that is generated and the answer; "bits" per character
+        that the answer costs the model, where less is better.
     """
 
     name: str
@@ -78,7 +80,5 @@ def family(group: str, trained: bool, metric: str = "exact") -> Callable:
 def find(task: str) -> Family:
     """The family of that name. Raises ValueError with the nearest name."""
     if task not in CATALOGUE:
-        near = difflib.get_close_matches(task, CATALOGUE, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CATALOGUE)}"
-        raise ValueError(f"unknown task {task!r}; {hint}")
+        raise nearest.unknown("task", task, CATALOGUE)
     return CATALOGUE[task]

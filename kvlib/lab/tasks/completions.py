@@ -1,4 +1,4 @@
-"""Completion of whole lines of held-out code, in the way of LongBench's LCC and RepoBench-P.
+"""Completion of whole lines of held-out code, in the way of LongBench's LCC and RepoBench-P, and what lines cost.
 
 They stand beside the sixteen families, whose group "code" completes identifiers. A prompt ends with a newline; the
 answer is the line behind it, with its indentation and without its newline. Tokenizers whose tokens may span a newline
@@ -14,6 +14,7 @@ from kvlib.lab.tasks.code import check, heldout_files, tail, two_files
 from kvlib.lab.tasks.lines import Line, code_lines, cross_file_lines, line_starts, next_lines
 
 GROUP = "completion"
+FORETOLD = 64  # tokens, at least
 
 
 @family(GROUP, trained=False, metric="similarity")
@@ -32,6 +33,16 @@ def cross_file_line(seed: int, tokens: int, *, room: int, tokenizer, split: str,
     text, answer = cut(line)
     room -= others(answer, tokenizer, count)
     return two_files(line.source, line.defined, line.file, text, room, seed, count), answer
+
+
+@family(GROUP, trained=False, metric="bits")
+def code_bits(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+    """The next lines of a file, 64 tokens or a line more, in bits per character that the model needs for them."""
+    check(split, tokens)
+    line = choose(continued(tokens, tokenizer), seed)
+    text, _ = cut(line)
+    answer = heldout_files()[line.file]["text"][line.at : end(line, tokenizer)]
+    return tail(text, room - others(answer, tokenizer, count), count), answer
 
 
 def others(answer: str, tokenizer, count) -> int:
@@ -57,9 +68,30 @@ def fitting(tokens: int, tokenizer) -> list[Line]:
     return [line for line in next_lines() if before(line, tokenizer) >= tokens + tokens // 8]
 
 
+@lru_cache(maxsize=8)
+def continued(tokens: int, tokenizer) -> list[Line]:
+    """The lines of `fitting` behind which the file goes on for `FORETOLD` tokens."""
+    return [
+        line
+        for line in fitting(tokens, tokenizer)
+        if tokens_before(line.file, tokenizer)[-1] - before(line, tokenizer) >= FORETOLD
+    ]
+
+
 def before(line: Line, tokenizer) -> int:
     """Tokens of the file before a line."""
-    return tokens_before(line.file, tokenizer)[bisect.bisect_left(line_starts(line.file), line.at)]
+    return tokens_before(line.file, tokenizer)[number(line)]
+
+
+def number(line: Line) -> int:
+    """Of a line in its file, from 0."""
+    return bisect.bisect_left(line_starts(line.file), line.at)
+
+
+def end(line: Line, tokenizer) -> int:
+    """Offset where the line ends with which `FORETOLD` tokens have been written from `line` on."""
+    wanted = before(line, tokenizer) + FORETOLD
+    return line_starts(line.file)[bisect.bisect_left(tokens_before(line.file, tokenizer), wanted)]
 
 
 @lru_cache(maxsize=400)
