@@ -1,5 +1,6 @@
 """Result tables: rows are made once, survive a killed run, and are made again when something behind them changes."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -167,12 +168,16 @@ def test_processes_side_by_side_give_the_same_table(folder):
     whole = table_bytes(folder)
     shutil.rmtree(results.BUILD)
     (folder / "results" / "study.parquet").unlink()
-    results.work("study", STUDY, 2, 1, 2)
-    results.work("study", STUDY, 2, 0, 2)
+    taken = multiprocessing.Value("i", 1)
+    results.work("study", STUDY, 2, 1, 2, taken)  # all but the first block
+    assert taken.value > 1 + len(results.blocks(STUDY, 2)) // 2
+    with pytest.raises(ValueError, match="rows; shards of another block size"):
+        results.merge("study", STUDY, 2)
+    results.work("study", STUDY, 2, 0, 2, multiprocessing.Value("i", 0))
     results.merge("study", STUDY, 2)
     assert table_bytes(folder) == whole
     with pytest.raises(RuntimeError, match="the process that owns the table is gone"):
-        results.work("study", STUDY, 2, 0, 2, parent=-1)
+        results.work("study", STUDY, 2, 0, 2, multiprocessing.Value("i", 0), parent=-1)
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed):

@@ -1,4 +1,4 @@
-"""What the lessons compute beside the library: attention maps, damage done by evictions, summaries of result tables.
+"""What the lessons compute beside the library: attention maps, damage done by evictions, what methods keep.
 
 Everything that looks at attention starts from a `kvlib.snapshot` of one prompt and works in float64.
 """
@@ -10,7 +10,7 @@ import torch
 
 import kvlib
 from kvlib import attention, paths
-from kvlib.lab import statistics, tasks
+from kvlib.lab import tasks
 
 
 def heldout_code(file: str) -> str:
@@ -155,87 +155,3 @@ def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) ->
                     made.append(model(made[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
             rows[number][name] = tokenizer.decode(torch.cat(made))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample")
-
-
-# Result tables
-
-
-def named(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a column `configuration`: the method, and its arguments where they are not the defaults."""
-    words = {}
-    for arguments in table["arguments"].unique():
-        pairs = ", ".join(f"{name}={value}" for name, value in json.loads(arguments).items())
-        words[arguments] = f" ({pairs})" if pairs else ""
-    return table.assign(configuration=table["method"] + table["arguments"].map(words))
-
-
-def accuracy(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per task, configuration and budget: share of bytes stored, accuracy with its 95 % interval, samples."""
-    rows = []
-    for (task, configuration, budget), cell in named(table).groupby(["task", "configuration", "budget"], sort=False):
-        mean = statistics.mean([cell["value"]])
-        stored = cell["stored_bytes"].sum() / cell["full_bytes"].sum()
-        rows.append((task, configuration, budget, stored, mean.value, mean.low, mean.high, len(cell)))
-    columns = ["task", "configuration", "budget", "stored", "accuracy", "low", "high", "samples"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def percentages(summary: pd.DataFrame) -> pd.DataFrame:
-    """What `accuracy` returns as a table to read: a row per configuration, a column per task and budget, in percent."""
-    texts = summary.assign(
-        text=(100 * summary["accuracy"]).map("{:.1f}".format), kept=summary["budget"].map("{:.0%}".format)
-    )
-    wide = texts.pivot(index="configuration", columns=["task", "kept"], values="text")
-    columns = sorted(wide.columns, key=lambda c: (list(summary["task"].unique()).index(c[0]), float(c[1].rstrip("%"))))
-    return wide.loc[summary["configuration"].unique(), columns].fillna("")
-
-
-def values(table: pd.DataFrame, task: str, configuration: str, budget: float) -> pd.Series:
-    """Per-sample values of one cell of a result table, by sample.
-
-    Raises:
-        ValueError: for a cell that the table does not have.
-    """
-    cell = table[(table["task"] == task) & (table["budget"] == budget)]
-    cell = named(cell)[lambda rows: rows["configuration"] == configuration]
-    if cell.empty:
-        known = ", ".join(named(table)["configuration"].unique())
-        raise ValueError(f"no rows for {task}, {configuration} at {budget}; configurations: {known}")
-    return cell.set_index("sample")["value"].sort_index()
-
-
-def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
-    """Paired differences in percentage points with 95 % intervals, as text: a row per comparison, a column per task.
-
-    Args:
-        comparisons: `((configuration, budget), (configuration, budget))`, the first minus the second.
-    """
-    rows = {}
-    for first, second in comparisons:
-        name = " − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))
-        rows[name], disagree = {}, 0
-        for task in table["task"].unique():
-            both = values(table, task, *first), values(table, task, *second)
-            found = statistics.paired_difference(*([side] for side in both))
-            mean, low, high = (100 * x for x in (found.value, found.low, found.high))
-            rows[name][task] = f"{mean:+z.1f} [{low:z.1f}, {high:z.1f}]"
-            disagree += int((both[0] != both[1]).sum())
-        rows[name]["samples that differ"] = disagree
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def finding(table: pd.DataFrame) -> str:
-    """The sentence that README opens with, from the rows of minilm."""
-    table = table[table["model"] == "minilm"]
-    wide, narrow = (
-        pd.concat([values(table, task, name, 0.05) for task in table["task"].unique()])
-        for name in ("snapkv (kernel=15)", "snapkv")
-    )
-    length = table["length"].iloc[0]
-    return (
-        f"On the model trained here, SnapKV answers {100 * wide.mean():.0f} % of {len(wide)} look-ups from 5 % of the "
-        f"cache's bytes ({int(0.05 * length)} of {length} tokens in every head) when it pools attention over 15 "
-        "neighbouring tokens, but "
-        f"{100 * narrow.mean():.0f} % when it pools over its usual 7, because the last digit of the answer then lies "
-        "outside the pool."
-    )

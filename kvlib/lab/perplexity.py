@@ -1,5 +1,7 @@
 """Perplexity of a text under a cache method: loss of the tokens that follow a compressed context.
 
+    KVLIB_DATA=FOLDER python -m kvlib.lab.perplexity    wikitext-2 and a book, with the shipped models
+
 The text is tokenised once and cut into windows. Of each window the first `context` tokens are prefilled, in one pass
 that all configurations share, and compressed; the `targets` tokens behind them are then fed with the method active, and
 their losses are added up. Losses of the context are not counted: there nothing has been evicted yet.
@@ -16,12 +18,22 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
+import kvlib
+from kvlib import paths
+from kvlib.lab import benchmarks
 from kvlib.lab.evaluate import Configuration
 from kvlib.lab.prompts import Prompts, compressed, device_name, losses, one_by_one, window_of
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)
+TEXTS = ("wikitext-2", "moby-dick")
+COMPARED = (
+    *FULL,
+    *(Configuration(m, b) for b in (0.05, 0.2) for m in ("random", "streaming_llm", "h2o", "snapkv", "knorm")),
+    *(Configuration("streaming_llm", b, '{"sinks": 0}') for b in (0.05, 0.2)),
+)
 
 
 @dataclass(frozen=True)
@@ -162,3 +174,18 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
                 "full_bytes": read.full[row],
                 "clamped": read.clamped[row],
             }
+
+
+def main() -> None:
+    """Write data/results/00_kv_cache_texts.parquet: `COMPARED` on 16 windows of each text, for both shipped models."""
+    tables = []
+    for name, text in tqdm([(name, text) for name in ("minilm", "minilm-gqa") for text in TEXTS], disable=None):
+        model, tokenizer = kvlib.load(name)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        whole = benchmarks.load(text)[0]["text"]
+        tables.append(perplexity(model, tokenizer, whole, COMPARED, name=name, text_name=text, batch=8))
+    pd.concat(tables).to_parquet(paths.RESULTS / "00_kv_cache_texts.parquet", compression="zstd", index=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,7 @@ from kvlib import paths
 from kvlib.lab import evaluate, tasks, verification
 from kvlib.lab.evaluate import CELL, STUDIES, Configuration, Study
 from kvlib.lab.fingerprint import fingerprint
+from kvlib.lab.summaries import summarise
 from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.registry import METHODS
 
@@ -187,19 +188,36 @@ class Loader:
         return self.pair
 
 
-def work(name: str, study: Study, size: int, part: int, parts: int, parent: int | None = None) -> None:
-    """Every `parts`-th block from `part` on: the share of one process, which stops when its parent is gone."""
+def turns(todo: list[Block], counter) -> Iterator[tuple[int, Block]]:
+    """Blocks with their numbers, as long as there are any that no other process with the same counter has taken."""
+    while True:
+        with counter.get_lock():
+            number, counter.value = counter.value, counter.value + 1
+        if number >= len(todo):
+            return
+        yield number, todo[number]
+
+
+def cost(block: Block) -> bool:
+    """Sorts blocks by how long they take: decoded or scored token by token, then those that one pass may answer."""
+    return tasks.find(block.task).metric == "exact"
+
+
+def work(name: str, study: Study, size: int, part: int, parts: int, counter, parent: int | None = None) -> None:
+    """Make blocks in turn with the other processes, the longest first; stops when the parent is gone."""
     if parts > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
     if torch.cuda.is_available():
         torch.cuda.set_device(part % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
     folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
-    table = current(read(paths.RESULTS / f"{name}.parquet"), wanted)
-    for block in tqdm(blocks(study, size)[part::parts], desc=name, disable=part > 0 or None):
-        if parent not in (None, os.getppid()):
-            raise RuntimeError("the process that owns the table is gone")
-        made += make_block(block, study, folder, table, wanted, load)
+    table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=cost)
+    with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
+        for number, block in turns(todo, counter):
+            if parent not in (None, os.getppid()):
+                raise RuntimeError("the process that owns the table is gone")
+            made += make_block(block, study, folder, table, wanted, load)
+            bar.update(number + 1 - bar.n)
     seconds = time.monotonic() - started
     print(
         f"{name}, process {part + 1} of {parts}: {made} rows in {seconds:.0f} s, {made / seconds:.1f} rows/s",
@@ -218,11 +236,12 @@ def make(name: str, study: Study, size: int = evaluate.BLOCK, processes: int = 1
         window = json.loads((paths.MODELS / model / "config.json").read_text())["max_position_embeddings"]
         evaluate.check_window(window, study.length)
     with owner(name):
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("i", 0)
         if processes == 1:
-            work(name, study, size, 0, 1)
+            work(name, study, size, 0, 1, counter)
         else:
-            context = multiprocessing.get_context("spawn")
-            arguments = [(name, study, size, part, processes, os.getpid()) for part in range(processes)]
+            arguments = [(name, study, size, part, processes, counter, os.getpid()) for part in range(processes)]
             running = [context.Process(target=work, args=each) for each in arguments]
             for process in running:
                 process.start()
@@ -234,7 +253,7 @@ def make(name: str, study: Study, size: int = evaluate.BLOCK, processes: int = 1
 
 
 def merge(name: str, study: Study, size: int) -> pd.DataFrame:
-    """Put the table together from its shards and its older self."""
+    """Put the table together from its shards and its older self, and write it and its summary."""
     wanted = keys(study)
     files = [*(BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
     rows = together(*(current(read(file), wanted) for file in files))
@@ -242,6 +261,8 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     if len(rows) != (count := samples_of(study) * len(study.configurations)):
         raise ValueError(f"{name}: {len(rows)} of {count} rows; shards of another block size?")
     write(rows, paths.RESULTS / f"{name}.parquet")
+    summary = summarise(rows).round(5).to_csv(index=False, lineterminator="\n")
+    (paths.RESULTS / f"{name}.csv").write_text(summary, encoding="utf-8")
     return rows
 
 
@@ -264,7 +285,8 @@ def clean(names: list[str]) -> None:
     """Delete tables and shards of studies. Other tables in data/results, which only a GPU can make, stay."""
     for name in names:
         with owner(name):
-            for path in [paths.RESULTS / f"{name}.parquet", *(BUILD / name).glob("*.parquet")]:
+            tables = [paths.RESULTS / f"{name}.{kind}" for kind in ("parquet", "csv")]
+            for path in [*tables, *(BUILD / name).glob("*.parquet")]:
                 path.unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ tokens     tokenise and compress the corpus   191 s, 47 MiB (188 MB unpacked), 1
 train      by --recipe                        one H200 and 14 processes: 12 minutes (base, gqa), 4 (pilots, two at once)
            on several GPUs: torchrun --nproc-per-node 4 -m kvlib.minilm train (two were slower than one)
 export     write the transformers folder      seconds
-evaluate   loss, tasks, attention             5 minutes on an H200 that two others share, hours on two CPU cores
+evaluate   loss, tasks, attention             5 (base) and 9 minutes (gqa) on a shared H200, hours on two CPU cores
 card       README.md and SHA256SUMS           a second
 keep       copy statistics of a pilot into data/models/pilots
 overview   compare the models; data/models/README.md and the catalogue in data/README.md

@@ -1,0 +1,113 @@
+"""Result tables in few numbers: means with their intervals, paired differences, and tables to read."""
+
+import json
+
+import pandas as pd
+
+from kvlib.lab import statistics
+from kvlib.lab.tasks import FAMILIES
+
+SUMMARY = ["model", "tasks", "configuration", "budget", "stored", "mean", "low", "high", "samples"]
+
+
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a column `configuration`: the method, and its arguments where they are not the defaults."""
+    words = {}
+    for arguments in table["arguments"].unique():
+        pairs = ", ".join(f"{name}={value}" for name, value in json.loads(arguments).items())
+        words[arguments] = f" ({pairs})" if pairs else ""
+    return table.assign(configuration=table["method"] + table["arguments"].map(words))
+
+
+def task_sets(table: pd.DataFrame) -> dict[str, list[str]]:
+    """What is worth a mean: the sixteen families together, if the table has them all, and every task alone."""
+    present = list(table["task"].unique())
+    together = {"families": list(FAMILIES)} if set(FAMILIES) <= set(present) else {}
+    return together | {task: [task] for task in present}
+
+
+def summarise(table: pd.DataFrame, sets: dict[str, list[str]] | None = None) -> pd.DataFrame:
+    """One row per model, set of tasks, configuration and budget, in the order of the table.
+
+    Args:
+        sets: name -> tasks; default: `task_sets`.
+
+    Returns:
+        columns `SUMMARY`: stored, the share of the full cache's bytes; mean, over tasks of means over samples, with
+        its 95 % interval, which is over samples within tasks (`kvlib.lab.statistics.mean`); samples, of all tasks.
+    """
+    rows = []
+    for (model, configuration, budget), cell in named(table).groupby(["model", "configuration", "budget"], sort=False):
+        values = {task: part["value"] for task, part in cell.groupby("task", sort=False)}
+        sizes = cell.groupby("task")[["stored_bytes", "full_bytes"]].sum()
+        for name, chosen in (sets or task_sets(table)).items():
+            found = statistics.mean([values[task] for task in chosen])
+            stored = sizes.loc[chosen, "stored_bytes"].sum() / sizes.loc[chosen, "full_bytes"].sum()
+            samples = sum(len(values[task]) for task in chosen)
+            rows.append((model, name, configuration, budget, stored, found.value, found.low, found.high, samples))
+    return pd.DataFrame(rows, columns=SUMMARY)
+
+
+def percentages(summary: pd.DataFrame) -> pd.DataFrame:
+    """The means of `summarise` as a table to read: a row per configuration, a column per model and budget."""
+    wide = summary.pivot(index="configuration", columns=["model", "budget"], values="mean")
+    models = list(summary["model"].unique())
+    columns = sorted(wide.columns, key=lambda column: (models.index(column[0]), column[1]))
+    wide = wide.loc[summary["configuration"].unique(), columns].rename(columns="{:.0%}".format, level="budget")
+    return wide.map(lambda mean: "" if pd.isna(mean) else f"{100 * mean:.1f}")
+
+
+def values(table: pd.DataFrame, task: str, configuration: str, budget: float) -> pd.Series:
+    """Per-sample values of one cell of a result table, by sample.
+
+    Raises:
+        ValueError: for a cell that the table does not have, and for a table of several models.
+    """
+    if table["model"].nunique() > 1:
+        raise ValueError(f"rows of {', '.join(table['model'].unique())}: choose one model")
+    cell = table[(table["task"] == task) & (table["budget"] == budget)]
+    cell = named(cell)[lambda rows: rows["configuration"] == configuration]
+    if cell.empty:
+        known = ", ".join(named(table)["configuration"].unique())
+        raise ValueError(f"no rows for {task}, {configuration} at {budget}; configurations: {known}")
+    return cell.set_index("sample")["value"].sort_index()
+
+
+def differences(
+    table: pd.DataFrame, comparisons, sets: dict[str, list[str]], scale: float = 100, digits: int = 1
+) -> pd.DataFrame:
+    """Paired differences with 95 % intervals, as text: a row per comparison, a column per set of tasks.
+
+    Args:
+        comparisons: `((configuration, budget), (configuration, budget))`, the first minus the second.
+        sets: name -> tasks, as for `summarise`.
+        scale: 100 for shares, so that points are percentage points. digits: behind the point.
+    """
+    rows = {}
+    for first, second in comparisons:
+        row = rows[" − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))] = {}
+        tasks = dict.fromkeys(task for chosen in sets.values() for task in chosen)
+        ones, others = ({task: values(table, task, *side) for task in tasks} for side in (first, second))
+        for name, chosen in sets.items():
+            found = statistics.paired_difference([ones[task] for task in chosen], [others[task] for task in chosen])
+            mean, low, high = (scale * x for x in (found.value, found.low, found.high))
+            row[name] = f"{mean:+z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
+        differing = sum(int((ones[task] != others[task]).sum()) for task in tasks)
+        row["samples that differ"] = f"{differing} of {sum(map(len, ones.values()))}"
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def finding(table: pd.DataFrame) -> str:
+    """The sentence that README opens with, from the rows of minilm."""
+    table = table[(table["model"] == "minilm") & table["task"].isin(FAMILIES) & table["budget"].isin([0.2, 1.0])]
+    means = summarise(table, {"families": list(FAMILIES)}).set_index("configuration")["mean"]
+    wide, narrow, h2o, recent, chance, full = (
+        f"{100 * means[name]:.0f} %"
+        for name in ("snapkv (kernel=15)", "snapkv", "h2o", "streaming_llm", "random", "full")
+    )
+    return (
+        "With a fifth of the cache's bytes the model trained here scores, over sixteen families of tasks, "
+        f"{wide} if SnapKV pools attention over 15 neighbouring tokens and {narrow} if it pools over its usual 7, "
+        f"because the end of an answer then often lies outside the pool. H2O scores {h2o}, StreamingLLM {recent}, "
+        f"random eviction {chance}, the full cache {full}."
+    )

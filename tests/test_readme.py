@@ -1,0 +1,35 @@
+"""README says what the tables say, its code runs, and its links lead somewhere."""
+
+import re
+
+import pandas as pd
+
+import kvlib
+from kvlib.lab import checks, summaries
+from kvlib.paths import RESULTS, ROOT
+
+
+def test_readme_opens_with_what_the_table_says():
+    readme = (ROOT / "README.md").read_text()
+    finding = summaries.finding(pd.read_parquet(RESULTS / "00_kv_cache.parquet"))
+    assert finding in " ".join(readme.split()), f"README should say: {finding}"
+
+
+def test_readme_code_runs(monkeypatch, capsys):
+    """The two blocks that need no download, one after the other, as written."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(kvlib.registry, "METHODS", dict(kvlib.METHODS))
+    monkeypatch.setattr(kvlib, "METHODS", kvlib.registry.METHODS)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    for block in blocks:
+        if "Qwen" not in block:
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["run"].stored_bytes() < 0.25 * names["run"].full_bytes()
+    checks.check_method("mine")
+
+
+def test_readme_shows_files_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / name).exists(), name
