@@ -48,7 +48,7 @@ def test_summaries_by_hand(table):
     assert (both["stored"], both["mean"], both["samples"]) == (0.2, 0.5, 20)
     assert (needle["mean"], needle["samples"]) == (0.8, 10)
     assert 0.4 < needle["low"] < 0.8 < needle["high"] <= 1
-    assert rows.loc["other", "mean"].eq(0).all()
+    assert summary.loc[summary["model"] == "other", "mean"].eq(0).all()
     wanted = statistics.mean([[1.0] * 8 + [0.0] * 2, [1.0] * 2 + [0.0] * 8])
     assert (both["low"], both["high"]) == (wanted.low, wanted.high)
 
