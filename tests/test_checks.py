@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import kvlib
-from kvlib.lab import analysis, checks
+from kvlib.lab import checks, summaries
 
 
 def longest_prompt(memory, weights, layers, kv_heads, head_dim, width, budget):
@@ -63,7 +63,7 @@ def table() -> pd.DataFrame:
     right |= {("random", 0.4): 20, ("random", 0.8): 197, ("knorm", 0.4): 100, ("knorm", 0.8): 183}
     rows = [(*cell, sample, float(sample < count)) for cell, count in right.items() for sample in range(200)]
     table = pd.DataFrame(rows, columns=["method", "budget", "sample", "value"])
-    return analysis.named(table.assign(task="needle", arguments="{}"))
+    return summaries.named(table.assign(task="needle", arguments="{}"))
 
 
 def test_smallest_budget(table, capsys):

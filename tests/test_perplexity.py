@@ -13,7 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import kvlib
+from kvlib import paths
 from kvlib.baselines import Full, SnapKV
+from kvlib.lab import benchmarks
+from kvlib.lab import perplexity as module
 from kvlib.lab.evaluate import Configuration
 from kvlib.lab.perplexity import cut_windows, first_tokens, losses, perplexity, places, summary
 from kvlib.lab.prompts import one_by_one
@@ -334,3 +337,26 @@ def test_slow_tokenizers(tokenizer):
 
     with pytest.raises(ValueError, match="Slow does not say which characters a token is"):
         cut_windows(Slow(), TEXT, **SIZES)
+
+
+def test_both_models_on_all_texts_end_in_one_table(tokenizer, tmp_path, monkeypatch):
+    small = tiny.build("llama-gqa", vocab_size=4096, max_position_embeddings=2048)
+    monkeypatch.setattr(kvlib, "load", lambda name: (small, tokenizer))
+    monkeypatch.setattr(benchmarks, "load", lambda name: [{"text": f"# {name}\n" + 30 * TEXT}])
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "COMPARED", (Configuration("full", 1.0), Configuration("snapkv", 0.2)))
+    module.main()
+    table = pd.read_parquet(tmp_path / "00_kv_cache_texts.parquet")
+    assert len(table) == 2 * len(module.TEXTS) * 2 * 16 and set(table["text"]) == set(module.TEXTS)
+    assert set(table["model"]) == {"minilm", "minilm-gqa"} and table["nats"].gt(0).all()
+
+
+def test_the_committed_table_has_every_cell():
+    table = pd.read_parquet(paths.RESULTS / "00_kv_cache_texts.parquet")
+    cells = summary(table).set_index(["model", "text", "method", "budget", "arguments"])
+    assert len(cells) == 2 * len(module.TEXTS) * len(module.COMPARED) and cells["windows"].eq(16).all()
+    for (model, text), rows in cells.groupby(level=["model", "text"]):
+        full = rows.loc[(model, text, "full", 1.0, "{}"), "bits_per_character"]
+        assert rows["bits_per_character"].gt(0.98 * full).all()
+    kept = table["stored_bytes"] / table["full_bytes"]
+    assert (kept <= table["budget"]).all() and (kept > 0.9 * table["budget"]).all()

@@ -149,3 +149,11 @@ def test_rows_of_other_cells_are_none(column):
     table[column] = table[column].where(table.index != 1, {"length": 9, "budget": 9.0, "sample": 9}.get(column, "x"))
     with pytest.raises(ValueError, match="the table lacks 1 of 6 recomputed rows"):
         verification.compare(table, again)
+
+
+def test_rounding_is_no_difference_and_does_not_add_up():
+    """What another machine's sums move by, in every row and in one direction; twenty times that is a difference."""
+    rounded = np.full((12, 4), SAME * 2e-5)
+    assert verification.compare(*tables(rounded)) == 1
+    with pytest.raises(ValueError, match="only 0.0% of 48 recomputed rows agree"):
+        verification.compare(*tables(20 * rounded))

@@ -198,8 +198,8 @@ def turns(todo: list[Block], counter) -> Iterator[tuple[int, Block]]:
         yield number, todo[number]
 
 
-def cost(block: Block) -> bool:
-    """Sorts blocks by how long they take: decoded or scored token by token, then those that one pass may answer."""
+def one_pass(block: Block) -> bool:
+    """Whether one pass can answer a block for most methods; the others take longest and come first."""
     return tasks.find(block.task).metric == "exact"
 
 
@@ -211,7 +211,7 @@ def work(name: str, study: Study, size: int, part: int, parts: int, counter, par
         torch.cuda.set_device(part % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
     folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
-    table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=cost)
+    table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=one_pass)
     with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
         for number, block in turns(todo, counter):
             if parent not in (None, os.getppid()):
@@ -261,8 +261,9 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     if len(rows) != (count := samples_of(study) * len(study.configurations)):
         raise ValueError(f"{name}: {len(rows)} of {count} rows; shards of another block size?")
     write(rows, paths.RESULTS / f"{name}.parquet")
-    summary = summarise(rows).round(5).to_csv(index=False, lineterminator="\n")
-    (paths.RESULTS / f"{name}.csv").write_text(summary, encoding="utf-8")
+    part = BUILD / f"{name}.csv.part"
+    summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")
+    part.replace(paths.RESULTS / f"{name}.csv")
     return rows
 
 
@@ -282,7 +283,7 @@ def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
 
 
 def clean(names: list[str]) -> None:
-    """Delete tables and shards of studies. Other tables in data/results, which only a GPU can make, stay."""
+    """Delete tables and shards of studies. Other tables in data/results, which need other data or machines, stay."""
     for name in names:
         with owner(name):
             tables = [paths.RESULTS / f"{name}.{kind}" for kind in ("parquet", "csv")]

@@ -108,6 +108,6 @@ def finding(table: pd.DataFrame) -> str:
     return (
         "With a fifth of the cache's bytes the model trained here scores, over sixteen families of tasks, "
         f"{wide} if SnapKV pools attention over 15 neighbouring tokens and {narrow} if it pools over its usual 7, "
-        f"because the end of an answer then often lies outside the pool. H2O scores {h2o}, StreamingLLM {recent}, "
+        f"on look-ups because the last digit then lies outside the pool. H2O scores {h2o}, StreamingLLM {recent}, "
         f"random eviction {chance}, the full cache {full}."
     )
