@@ -56,8 +56,7 @@ class View:
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens seen so far, and at the end of the latest prompt.
         state: name -> rectangle `(batch, kv_heads, slots, ...)`. Whatever a method puts here stays with its tokens:
             it is evicted with them and starts at 0 for new ones.
-        reads: `(batch,)` on the CPU, bytes of K and V that `attend` read, to be set by methods that do not read all of
-            them.
+        reads: `(batch,)` on the CPU, bytes of K and V that `attend` read; set by methods that read less than is stored.
         layer_idx, groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 

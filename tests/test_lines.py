@@ -241,3 +241,14 @@ def test_tokenizers_that_merge_lines():
             drawn = sample(task, 1024, seed, tokenizer=foreign)
             left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
             assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
+
+
+def test_as_many_lines_as_hold_64_tokens_are_foretold():
+    def count(text: str) -> int:
+        return len(tokenizer()(text, add_special_tokens=False).input_ids)
+
+    for seed in range(60):
+        drawn = sample("code_bits", 2048, seed, tokenizer=tokenizer())
+        *but_last, last = drawn.answer.splitlines(keepends=True)
+        assert drawn.answer.endswith("\n") and last
+        assert count("".join(but_last)) < 64 <= count(drawn.answer)

@@ -341,14 +341,28 @@ def test_slow_tokenizers(tokenizer):
 
 def test_both_models_on_all_texts_end_in_one_table(tokenizer, tmp_path, monkeypatch):
     small = tiny.build("llama-gqa", vocab_size=4096, max_position_embeddings=2048)
-    monkeypatch.setattr(kvlib, "load", lambda name: (small, tokenizer))
-    monkeypatch.setattr(benchmarks, "load", lambda name: [{"text": f"# {name}\n" + 30 * TEXT}])
+    other = tiny.build("llama-mha", vocab_size=4096, max_position_embeddings=2048)
+    monkeypatch.setattr(kvlib, "load", lambda name: ({"minilm": small, "minilm-gqa": other}[name], tokenizer))
+    texts = {"wikitext-2": 30 * TEXT, "moby-dick": 30 * TEXT[::-1]}
+    monkeypatch.setattr(benchmarks, "load", lambda name: [{"text": texts[name]}])
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "COMPARED", (Configuration("full", 1.0), Configuration("snapkv", 0.2)))
-    module.main()
+    module.main([])
     table = pd.read_parquet(tmp_path / "00_kv_cache_texts.parquet")
     assert len(table) == 2 * len(module.TEXTS) * 2 * 16 and set(table["text"]) == set(module.TEXTS)
-    assert set(table["model"]) == {"minilm", "minilm-gqa"} and table["nats"].gt(0).all()
+    for (name, text), rows in table.groupby(["model", "text"]):
+        model = {"minilm": small, "minilm-gqa": other}[name]
+        alone = perplexity(model, tokenizer, texts[text], name=name, text_name=text, windows=16)
+        full = rows[rows["method"] == "full"]
+        assert full["nats"].tolist() == pytest.approx(alone["nats"].tolist(), rel=1e-4)
+    assert table["nats"].nunique() > 100
+
+
+def test_help_computes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(kvlib, "load", None)
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert "00_kv_cache_texts.parquet" in capsys.readouterr().out
 
 
 def test_the_committed_table_has_every_cell():

@@ -19,6 +19,7 @@ import kvlib
 from kvlib import paths
 from kvlib.lab import evaluate, fingerprint, results
 from kvlib.lab.evaluate import Configuration, Study
+from kvlib.lab.summaries import summarise
 from kvlib.minilm import checksums
 
 TOKENIZER = paths.MODELS / "minilm"
@@ -178,6 +179,34 @@ def test_processes_side_by_side_give_the_same_table(folder):
     assert table_bytes(folder) == whole
     with pytest.raises(RuntimeError, match="the process that owns the table is gone"):
         results.work("study", STUDY, 2, 0, 2, multiprocessing.Value("i", 0), parent=-1)
+
+
+def test_processes_share_the_blocks():
+    todo, counter = results.blocks(STUDY, 2), multiprocessing.Value("i", 0)
+    one, other, taken = results.turns(todo, counter), results.turns(todo, counter), []
+    for mine in (one, other, other, one):
+        taken.append(next(mine))
+    taken += [*one, *other]
+    assert sorted(number for number, _ in taken) == list(range(len(todo)))
+    assert all(todo[number] is block for number, block in taken)
+
+
+def test_the_longest_blocks_come_first(folder, monkeypatch):
+    order = []
+    monkeypatch.setattr(results, "make_block", lambda block, *rest: order.append(block.task) or 0)
+    study = replace(STUDY, tasks=("needle", "next_line", "label", "code_bits"))
+    results.work("study", study, 2, 0, 1, multiprocessing.Value("i", 0))
+    slow = len(order) // 2
+    assert set(order[:slow]) == {"next_line", "code_bits"} and set(order[slow:]) == {"needle", "label"}
+
+
+def test_means_are_written_and_deleted_with_the_table(folder, monkeypatch):
+    monkeypatch.setitem(results.STUDIES, "study", STUDY)
+    table = results.make("study", STUDY)
+    file = folder / "results" / "study.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(file), summarise(table).round(5))
+    results.clean(["study"])
+    assert not file.exists() and not file.with_suffix(".parquet").exists()
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed):

@@ -59,13 +59,13 @@ def test_every_sample_can_be_the_first():
 SAME = 0.3
 
 
-def tables(values: np.ndarray) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(values: np.ndarray, task: str = "needle") -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table whose values are all the same, and one that differs from it by `values`, (samples, configurations).
 
     Not 0 or 1, which stand for answers: a mean over configurations is neither.
     """
     rows = [
-        {**dict.fromkeys(MEASURED, 1), "model": "m", "task": "t", "length": 512, "protocol": "prompt", "sample": i}
+        {**dict.fromkeys(MEASURED, 1), "model": "m", "task": task, "length": 512, "protocol": "prompt", "sample": i}
         | {"method": "random", "arguments": "{}", "budget": float(j), "value": SAME + value}
         for (i, j), value in np.ndenumerate(values)
     ]
@@ -151,9 +151,15 @@ def test_rows_of_other_cells_are_none(column):
         verification.compare(table, again)
 
 
-def test_rounding_is_no_difference_and_does_not_add_up():
+def test_rounding_of_bits_is_no_difference_and_does_not_add_up():
     """What another machine's sums move by, in every row and in one direction; twenty times that is a difference."""
     rounded = np.full((12, 4), SAME * 2e-5)
-    assert verification.compare(*tables(rounded)) == 1
+    assert verification.compare(*tables(rounded, "code_bits")) == 1
     with pytest.raises(ValueError, match="only 0.0% of 48 recomputed rows agree"):
-        verification.compare(*tables(20 * rounded))
+        verification.compare(*tables(20 * rounded, "code_bits"))
+
+
+@pytest.mark.parametrize("task", ["needle", "long_generation", "next_line"])
+def test_other_values_are_the_same_or_not(task):
+    with pytest.raises(ValueError, match="only 0.0% of 48 recomputed rows agree"):
+        verification.compare(*tables(np.full((12, 4), SAME * 2e-5), task))

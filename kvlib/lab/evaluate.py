@@ -110,10 +110,9 @@ def evaluate(
     Returns:
         columns model, method, budget, arguments, task, length, protocol, sample, value (1 = right; of long answers the
         share of lines before the first mistake, of lines of code their similarity, of text bits per character),
-        stored_bytes (K and V after the
-        prompt), read_bytes (K and V in the first decode step: what is stored, unless the method reads sparsely),
-        full_bytes, prefill_flops (NaN for methods with a prefill of their own, whose work nothing tells), clamped,
-        torch, device.
+        stored_bytes (K and V after the prompt), read_bytes (K and V in the first decode step: what is stored, unless
+        the method reads sparsely), full_bytes, prefill_flops (NaN for methods with a prefill of their own, whose work
+        nothing tells), clamped, torch, device.
 
         Exact match is value == 1 for lines of code too: below 100 characters nothing else rounds to 1.
 

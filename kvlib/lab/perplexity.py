@@ -12,6 +12,7 @@ For all others the targets go through the model in a single pass, which gives th
 prefill, every token decoded (2410.05076); `losses` gives the values behind a running perplexity.
 """
 
+import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -176,8 +177,9 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
             }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write data/results/00_kv_cache_texts.parquet: `COMPARED` on 16 windows of each text, for both shipped models."""
+    argparse.ArgumentParser("python -m kvlib.lab.perplexity", description=main.__doc__).parse_args(argv)
     tables = []
     for name, text in tqdm([(name, text) for name in ("minilm", "minilm-gqa") for text in TEXTS], disable=None):
         model, tokenizer = kvlib.load(name)

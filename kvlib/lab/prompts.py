@@ -111,7 +111,7 @@ def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, one_by_o
     Args:
         feed: ids `(batch, tokens)` -> logits of a pass over them. logits: `(batch, vocabulary)` before the targets.
         targets: ids `(batch, targets)`.
-        one_by_one: feed a token a pass instead of all but the last, which needs not be fed, in one.
+        one_by_one: feed a token a pass instead of all but the last, which need not be fed, in one.
     """
     found = [nats(logits[:, None], targets[:, :1])]
     size = 1 if one_by_one else max(1, targets.shape[1] - 1)

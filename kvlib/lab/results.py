@@ -212,11 +212,13 @@ def work(name: str, study: Study, size: int, part: int, parts: int, counter, par
     torch.set_float32_matmul_precision("highest")
     folder, wanted, load, made, started = BUILD / name, keys(study), Loader(), 0, time.monotonic()
     table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=one_pass)
+    cells = dict(list(table.groupby(["model", "task"])))  # filtering the whole table takes longer than few rows
     with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
         for number, block in turns(todo, counter):
             if parent not in (None, os.getppid()):
                 raise RuntimeError("the process that owns the table is gone")
-            made += make_block(block, study, folder, table, wanted, load)
+            known = cells.get((block.model, block.task), table[:0])
+            made += make_block(block, study, folder, known, wanted, load)
             bar.update(number + 1 - bar.n)
     seconds = time.monotonic() - started
     print(

@@ -36,11 +36,11 @@ def summarise(table: pd.DataFrame, sets: dict[str, list[str]] | None = None) -> 
         columns `SUMMARY`: stored, the share of the full cache's bytes; mean, over tasks of means over samples, with
         its 95 % interval, which is over samples within tasks (`kvlib.lab.statistics.mean`); samples, of all tasks.
     """
-    rows = []
+    rows, sets = [], sets or task_sets(table)
     for (model, configuration, budget), cell in named(table).groupby(["model", "configuration", "budget"], sort=False):
         values = {task: part["value"] for task, part in cell.groupby("task", sort=False)}
         sizes = cell.groupby("task")[["stored_bytes", "full_bytes"]].sum()
-        for name, chosen in (sets or task_sets(table)).items():
+        for name, chosen in sets.items():
             found = statistics.mean([values[task] for task in chosen])
             stored = sizes.loc[chosen, "stored_bytes"].sum() / sizes.loc[chosen, "full_bytes"].sum()
             samples = sum(len(values[task]) for task in chosen)
@@ -73,25 +73,21 @@ def values(table: pd.DataFrame, task: str, configuration: str, budget: float) ->
     return cell.set_index("sample")["value"].sort_index()
 
 
-def differences(
-    table: pd.DataFrame, comparisons, sets: dict[str, list[str]], scale: float = 100, digits: int = 1
-) -> pd.DataFrame:
-    """Paired differences with 95 % intervals, as text: a row per comparison, a column per set of tasks.
+def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) -> pd.DataFrame:
+    """Paired differences in percentage points with 95 % intervals, as text: a row per comparison, a column per set.
 
     Args:
         comparisons: `((configuration, budget), (configuration, budget))`, the first minus the second.
         sets: name -> tasks, as for `summarise`.
-        scale: 100 for shares, so that points are percentage points. digits: behind the point.
     """
-    rows = {}
+    rows, tasks = {}, dict.fromkeys(task for chosen in sets.values() for task in chosen)
     for first, second in comparisons:
         row = rows[" − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))] = {}
-        tasks = dict.fromkeys(task for chosen in sets.values() for task in chosen)
         ones, others = ({task: values(table, task, *side) for task in tasks} for side in (first, second))
         for name, chosen in sets.items():
             found = statistics.paired_difference([ones[task] for task in chosen], [others[task] for task in chosen])
-            mean, low, high = (scale * x for x in (found.value, found.low, found.high))
-            row[name] = f"{mean:+z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
+            mean, low, high = (100 * x for x in (found.value, found.low, found.high))
+            row[name] = f"{mean:+z.1f} [{low:z.1f}, {high:z.1f}]"
         differing = sum(int((ones[task] != others[task]).sum()) for task in tasks)
         row["samples that differ"] = f"{differing} of {sum(map(len, ones.values()))}"
     return pd.DataFrame.from_dict(rows, orient="index")
