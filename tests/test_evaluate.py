@@ -173,6 +173,7 @@ class Letters:
         kvlib.method("snapkv", budget=0.4, window=4, kernel=3),
         kvlib.method("h2o", budget=0.4),
         kvlib.method("streaming_llm", budget=8),
+        kvlib.method("streaming_llm", budget=3),  # clamps in decode steps too
         Ragged(0.5),
         Shorten(0.5),
         Reader(0.5),
@@ -187,11 +188,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
     most = [evaluate.NEW_TOKENS] * 6 + [2]
     prompts = Prompts(model, *tiny.pad(rows, extra=2))
     with compressed(prompts, method) as read, torch.no_grad():
-
-        def feed(ids):
-            return model(ids, past_key_values=read.run.cache).logits
-
-        texts = evaluate.write(feed, read.logits, letters, evaluate.end_tokens(model), most)
+        texts = evaluate.write(read.feed, read.keep, read.logits, letters, evaluate.end_tokens(model), most)
     lengths = []
     for row, text, limit in zip(rows, texts, most):
         with method(model):

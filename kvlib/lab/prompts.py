@@ -54,6 +54,11 @@ class Compressed:
         """Logits `(batch, tokens, vocabulary)` of a pass over the next ids `(batch, tokens)`."""
         return self.run.model(ids, past_key_values=self.run.cache).logits
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, the cache's others are dropped."""
+        self.run.cache.batch_select_indices(rows)
+        self.run.clamped_rows = self.run.clamped_rows[rows.cpu()]
+
 
 @contextmanager
 def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
