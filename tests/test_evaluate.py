@@ -14,9 +14,9 @@ import kvlib
 from kvlib import paths
 from kvlib.baselines import Full, SnapKV
 from kvlib.lab import evaluate, prompts, results, tasks
-from kvlib.lab.evaluate import Configuration
 from kvlib.lab.metrics import code_similarity, is_decided
 from kvlib.lab.prompts import Prompts, compressed
+from kvlib.lab.studies import PROTOCOLS, STUDIES, Configuration
 from kvlib.registry import METHODS
 
 CONFIGURATIONS = (
@@ -139,9 +139,9 @@ def test_a_clamp_counts_for_the_rows_that_it_concerns(model):
     assert columns["clamped"] == [True, False]
 
 
-@pytest.mark.parametrize("name", evaluate.STUDIES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
-    study = evaluate.STUDIES[name]
+    study = STUDIES[name]
     table, wanted = results.read(paths.RESULTS / f"{name}.parquet"), results.keys(study)
     rows = results.samples_of(study) * len(study.configurations)
     assert len(results.current(table, wanted)) == len(table) == rows, "make results"
@@ -203,7 +203,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
 
 
 @pytest.mark.parametrize("task", ["next_line", "cross_file_line"])
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     model, tokenizer = small
     configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3)]
@@ -220,7 +220,7 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     assert table["value"].nunique() > 1
 
 
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
     model, tokenizer = small
     configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
@@ -330,7 +330,7 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
 
 
 @pytest.mark.parametrize("task", ["needle", "next_line"])
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     """Also of a model whose first choice is wrong already."""
 

@@ -110,16 +110,16 @@ def prefill_flops(model, tokens: int) -> int:
 
 
 @torch.no_grad()
-def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, one_by_one: bool) -> torch.Tensor:
+def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, stepwise: bool) -> torch.Tensor:
     """Nats of each target `(batch, targets)`, in float32 or better, inside an open block.
 
     Args:
         feed: ids `(batch, tokens)` -> logits of a pass over them. logits: `(batch, vocabulary)` before the targets.
         targets: ids `(batch, targets)`.
-        one_by_one: feed a token a pass instead of all but the last, which need not be fed, in one.
+        stepwise: feed a token a pass instead of all but the last, which need not be fed, in one.
     """
     found = [nats(logits[:, None], targets[:, :1])]
-    size = 1 if one_by_one else max(1, targets.shape[1] - 1)
+    size = 1 if stepwise else max(1, targets.shape[1] - 1)
     for begin in range(0, targets.shape[1] - 1, size):
         chunk = targets[:, begin : begin + size + 1]  # what is fed, and one more that is predicted
         found.append(nats(feed(chunk[:, :-1]), chunk[:, 1:]))
