@@ -85,7 +85,8 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
         query_positions: `(batch, new)`, -1 for padding (counted nowhere); None: no padding.
         key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None with `query_positions=None`: plain causal.
         scaling: factor on the logits, default `head_dim ** -0.5`.
-        block: query rows at a time; default: as many as 16 MiB of float32 logits hold. Given: always the blocked pass.
+        block: query rows at a time; default: as many as 16 MiB of float32 logits hold (256 MiB on a GPU). Given: always
+            the blocked pass.
 
     Returns:
         `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
@@ -148,8 +149,10 @@ def eviction_errors(
         first = seen[:, :, None].expand(-1, -1, rest.shape[2], -1, -1)
         first = first.gather(3, top.expand(*top.shape[:-1], seen.shape[-1]))
         output = (others + first) / (mass + 1)
-        # differences, not products: |o|² + |v|² - 2 o.v would lose half of the digits
-        distance = torch.cdist(output.flatten(2, 3), seen, compute_mode="donot_use_mm_for_euclid_dist")
+        # |o|² + |v|² - 2 o.v is far faster than differences, but loses half of the digits: it takes twice as many
+        exact = dtype == torch.float64
+        mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
+        distance = torch.cdist(output.flatten(2, 3).double(), seen.double(), compute_mode=mode).to(dtype)
         total[..., :limit] += distance.view_as(rest).mul_(rest).div_(mass + 1 - rest).sum(-2)
         moved = torch.linalg.vector_norm(others - mass * first, dim=-1, keepdim=True) / (mass + 1)
         moved *= mass.reciprocal().clamp(max=(1 - 1e-6) / 1e-6)
@@ -167,7 +170,7 @@ def blocks(query, key, query_positions, key_positions, scaling, block):
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.view(batch, kv_heads, -1, new, dim)
     key = key.to(dtype)
-    block = block or max(1, 2**22 // max(1, batch * query_heads * slots))
+    block = block or max(1, 2 ** (26 if query.is_cuda else 22) // max(1, batch * query_heads * slots))
     for start in range(0, new, block):
         end = min(start + block, new)
         limit = max(0, slots - new + end)

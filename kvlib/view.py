@@ -23,7 +23,7 @@ class Step:
             (while a prompt is read: so far).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
         shared: free space for what a method carries from layer to layer.
-        sums: sums over all queries that were already computed, by (function, layer of the queries, layer of the keys).
+        sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
         view: the latest layer's view.
     """
 
@@ -101,27 +101,27 @@ class View:
         if not self.intact:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
 
-        def compute(query, positions, uniform):
-            where = (None, None) if uniform else (positions, self.positions)
-            return getattr(attention, name)(query, *stored, *where, self.scaling)
-
-        if last is None:
-            # kept: they cost as much as the attention itself, and a snapshot serves many methods
-            if any(x is not y for x, y in zip((self.query, self.key, self.value), self._original)):
-                return compute(self.query, self.query_positions, self.uniform)  # a method changed its copy
-            place = (name, self.module.layer_idx, self.layer_idx)
-            if place not in self.step.sums:
-                self.step.sums[place] = compute(self.query, self.query_positions, self.uniform)
-            return self.step.sums[place].clone()
-        last = torch.as_tensor(last).expand(len(self.tokens))
-        longest = int(last.max())
+        last = None if last is None else torch.as_tensor(last).expand(len(self.tokens))
+        longest = 0 if last is None else int(last.max())
         if longest > self.run.method.window:
             raise ValueError(f"last={longest}: the method declares window={self.run.method.window} queries")
-        query, positions = self.recent_queries(longest)
-        start = (self.tokens - last).to(positions.device)[:, None]
-        # what earlier chunks have left may be padding
-        uniform = self.uniform and bool((last == longest).all()) and query.shape[2] <= self.query.shape[2]
-        return compute(query, positions.where(positions >= start, -1), uniform)
+        # kept: sums over all queries cost as much as the attention itself, and a snapshot serves many methods
+        changed = any(x is not y for x, y in zip((self.query, self.key, self.value), self._original))
+        place = (name, self.module.layer_idx, self.layer_idx, None if last is None else tuple(last.tolist()))
+        if not changed and place in self.step.sums:
+            return self.step.sums[place].clone()
+        query, positions, uniform = self.query, self.query_positions, self.uniform
+        if last is not None:
+            query, positions = self.recent_queries(longest)
+            start = (self.tokens - last).to(positions.device)[:, None]
+            positions = positions.where(positions >= start, -1)
+            # what earlier chunks have left may be padding
+            uniform = uniform and bool((last == longest).all()) and query.shape[2] <= self.query.shape[2]
+        where = (None, None) if uniform else (positions, self.positions)
+        sums = getattr(attention, name)(query, *stored, *where, self.scaling)
+        if not changed:
+            self.step.sums[place] = sums.clone()
+        return sums
 
     def recent_queries(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's last queries `(batch, query_heads, <= last, head_dim)` and their positions, across chunks."""

@@ -217,8 +217,8 @@ def test_eviction_errors_of_half_precision_are_taken_in_float32(dtype):
 
 def test_eviction_errors_need_blocks_and_not_the_matrix():
     query, key, value = torch.randn(3, 1, 8, 4096, 8)
-    # A block of 16 MiB exists as logits, weights and distances, and for a moment as what these are divided by.
-    assert 48 * 2**20 < peak_memory(attention.eviction_errors, query, key, value) < 72 * 2**20
+    # A block of 16 MiB exists as logits and weights, and as distances in float64 and in float32.
+    assert 64 * 2**20 < peak_memory(attention.eviction_errors, query, key, value) < 104 * 2**20
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.float16, 1e-2)])

@@ -36,6 +36,17 @@ def test_column_sums_with_padding_and_holes():
     torch.testing.assert_close(got[1].sum(-1), torch.full((2, 2), 30.0, device="cuda"))
 
 
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (8, 2, 64)])
+@pytest.mark.parametrize("new, slots", [(1, 200), (257, 257), (130, 500)])
+def test_eviction_errors_equal_those_in_float64(new, slots, heads, kv_heads, dim):
+    torch.manual_seed(new + slots)
+    query = 2 * torch.randn(2, heads, new, dim, device="cuda")
+    key, value = torch.randn(2, 2, kv_heads, slots, dim, device="cuda")
+    value[:, :, 1:4] = value[:, :, :1]  # where one of them takes all attention, o - v is small
+    exact = attention.eviction_errors(query.double(), key.double(), value.double())
+    torch.testing.assert_close(attention.eviction_errors(query, key, value).double(), exact, rtol=1e-4, atol=1e-5)
+
+
 def outcome(model, method, device):
     """Tokens and keep-sets of a left-padded batch."""
     # no token twice: in the first layer its keys would have the same norm up to rounding, and knorm would toss a coin
