@@ -112,7 +112,7 @@ class KVLayer(DynamicLayer):
         slots = torch.arange(int(self.lengths.max()), device=lengths.device)
         index = starts(lengths)[..., None] + slots
         index = index.where(slots < lengths[..., None], 0)
-        return [flat[index] for flat in flats]
+        return [take(flat, index.flatten()).view(*index.shape, *flat.shape[1:]) for flat in flats]
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions `(batch, kv_heads, slots)`, ascending, then -1 in empty slots."""
@@ -128,7 +128,7 @@ class KVLayer(DynamicLayer):
         if self.uniform:
             return flat
         segment, place = self.segments(self.lengths)
-        return flat[segment * rectangle.shape[2] + place]
+        return take(flat, segment * rectangle.shape[2] + place)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """Add the real tokens of a chunk at the end of every segment.
@@ -164,7 +164,7 @@ class KVLayer(DynamicLayer):
         first_new = first_new - counts.repeat_interleave(heads).to(segment.device)  # behind the chunk's padding
         place_in_new = place - old[segment]
         source = torch.where(place_in_new < 0, starts(old)[segment] + place, first_new[segment] + place_in_new)
-        return lambda flat, chunk: torch.cat([flat, chunk.flatten(0, 2)])[source]
+        return lambda flat, chunk: take(torch.cat([flat, chunk.flatten(0, 2)]), source)
 
     def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
         """Evict all but `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
@@ -183,14 +183,23 @@ class KVLayer(DynamicLayer):
             self.queries = tuple(x[rows.to(x.device)] for x in self.queries)
 
     def _take(self, index: torch.Tensor, lengths: torch.Tensor) -> None:
-        self.keys, self.values, self.positions = self.keys[index], self.values[index], self.positions[index]
-        self.state = {name: flat[index] for name, flat in self.state.items()}
+        self.keys, self.values, self.positions = (take(x, index) for x in (self.keys, self.values, self.positions))
+        self.state = {name: take(flat, index) for name, flat in self.state.items()}
         self.lengths = lengths
 
 
 def starts(lengths: torch.Tensor) -> torch.Tensor:
     """Where each segment begins in a flat tensor, in the shape of `lengths`."""
     return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+
+
+def take(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries `index` of a flat tensor."""
+    if flat.is_cuda and flat.ndim == 2 and not flat.requires_grad:
+        from kvlib.kernels import rows  # Triton is there with CUDA builds of torch only
+
+        return rows.take(flat, index)
+    return flat[index]
 
 
 class KVCache(Cache):

@@ -82,7 +82,7 @@ STUDIES = {
         models={"minilm": 200, "minilm-gqa": 200},
     ),
     "01_vatp": Study(
-        tasks=(*tasks.FAMILIES, "next_line", "code_bits"),
+        tasks=tuple(tasks.FAMILIES),
         length=2048,
         configurations=(
             Configuration("full", 1.0),
