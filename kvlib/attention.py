@@ -85,7 +85,8 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
         query_positions: `(batch, new)`, -1 for padding (counted nowhere); None: no padding.
         key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None with `query_positions=None`: plain causal.
         scaling: factor on the logits, default `head_dim ** -0.5`.
-        block: query rows at a time; default: as many as 16 MiB of float32 logits hold. Given: always the blocked pass.
+        block: query rows at a time; default: as many as 16 MiB of float32 logits hold (256 MiB on a GPU). Given: always
+            the blocked pass.
 
     Returns:
         `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
@@ -102,13 +103,77 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
             query_positions = torch.arange(slots - new, slots, device=query.device).expand(batch, new)
             key_positions = torch.arange(slots, device=query.device).expand(batch, kv_heads, slots)
         return kernel.column_sums(query, key, query_positions, key_positions, scaling)
+    total = torch.zeros(batch, kv_heads, query_heads // kv_heads, slots, dtype=dtype, device=query.device)
+    for logits in blocks(query, key, query_positions, key_positions, scaling, block):
+        weights = logits.softmax(-1)
+        if query_positions is not None:
+            weights = weights.nan_to_num_(0.0)  # rows of padding see nothing
+        total[..., : logits.shape[-1]] += weights.sum(-2)
+    return total
+
+
+def eviction_errors(
+    query, key, value, query_positions=None, key_positions=None, scaling=None, block=None
+) -> torch.Tensor:
+    """Sum over queries of how far the attention output moves if one key is evicted, without the N x N matrix.
+
+    Evicting key k and letting softmax renormalise moves a query's output o by exactly a / (1 - a) x (o - v_k), a its
+    weight. A query's term is the 2-norm of that, with a clipped at 1 - 1e-6; a query that sees one key only has none.
+
+    Args:
+        value: `(batch, kv_heads, slots, value_dim)`; everything else as in `column_sums`.
+
+    Returns:
+        `(batch, kv_heads, group, slots)`, per query head, in float32 (float64 for float64 inputs).
+    """
+    batch, query_heads, _, dim = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = dim**-0.5 if scaling is None else scaling
+    value = value.to(dtype)
+    total = torch.zeros(batch, kv_heads, query_heads // kv_heads, slots, dtype=dtype, device=query.device)
+    for logits in blocks(query, key, query_positions, key_positions, scaling, block):
+        limit = logits.shape[-1]
+        if not limit:
+            continue
+        seen = value[:, :, :limit]
+        # Weights in units of each row's largest, which is set apart: where a is near 1, 1 - a and o - v are differences
+        # of nearly equal numbers, but sums over the other keys are not.
+        highest, top = logits.max(-1, keepdim=True)
+        rest = (logits - highest).exp_()
+        if query_positions is not None:
+            rest = rest.nan_to_num_(0.0)  # rows of padding see nothing
+        rest = rest.scatter_(-1, top, 0.0)
+        mass = rest.sum(-1, keepdim=True)
+        others = torch.einsum("bhgqk,bhkd->bhgqd", rest, seen)
+        first = seen[:, :, None].expand(-1, -1, rest.shape[2], -1, -1)
+        first = first.gather(3, top.expand(*top.shape[:-1], seen.shape[-1]))
+        output = (others + first) / (mass + 1)
+        # |o|² + |v|² - 2 o.v is far faster than differences, but loses half of the digits: it takes twice as many
+        exact = dtype == torch.float64
+        mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
+        distance = torch.cdist(output.flatten(2, 3).double(), seen.double(), compute_mode=mode).to(dtype)
+        total[..., :limit] += distance.view_as(rest).mul_(rest).div_(mass + 1 - rest).sum(-2)
+        moved = torch.linalg.vector_norm(others - mass * first, dim=-1, keepdim=True) / (mass + 1)
+        moved *= mass.reciprocal().clamp(max=(1 - 1e-6) / 1e-6)
+        total.scatter_add_(-1, top.squeeze(-1), moved.squeeze(-1))
+    return total
+
+
+def blocks(query, key, query_positions, key_positions, scaling, block):
+    """Masked logits of successive query rows, `(batch, kv_heads, group, rows, keys)`; arguments of `column_sums`.
+
+    Keys end with the block's last query: slots are in text order, so that later ones are in its future.
+    """
+    batch, query_heads, new, dim = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.view(batch, kv_heads, -1, new, dim)
     key = key.to(dtype)
-    block = block or max(1, 2**22 // max(1, batch * query_heads * slots))
-    total = torch.zeros(batch, kv_heads, query.shape[2], slots, dtype=dtype, device=query.device)
+    block = block or max(1, 2 ** (26 if query.is_cuda else 22) // max(1, batch * query_heads * slots))
     for start in range(0, new, block):
         end = min(start + block, new)
-        limit = slots - new + end  # slots are in text order, so later ones are in this block's future
+        limit = max(0, slots - new + end)
         rows = query[..., start:end, :].to(dtype) * scaling
         logits = torch.einsum("bhgqd,bhkd->bhgqk", rows, key[:, :, :limit])
         if query_positions is None:  # all of a block's future lies in its own last columns
@@ -118,11 +183,7 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
             at = key_positions[:, :, None, None, :limit]
             hidden = (at < 0) | (at > query_positions[:, None, None, start:end, None])
             logits.masked_fill_(hidden, -torch.inf)
-        weights = logits.softmax(-1)
-        if query_positions is not None:
-            weights = weights.nan_to_num_(0.0)  # rows of padding see nothing
-        total[..., :limit] += weights.sum(-2)
-    return total
+        yield logits
 
 
 def rotate(x: torch.Tensor, offset: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:

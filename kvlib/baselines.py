@@ -1,6 +1,8 @@
-"""The baselines: full cache, random eviction, StreamingLLM, H2O, SnapKV and key norms.
+"""The baselines: full cache, random eviction, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA and key norms.
 
-All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt.
+All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt. Those that can host a
+factor on attention (see `kvlib.vatp`) answer `recent(view)`: how many of the newest tokens of each row they protect,
+`(batch,)` on the CPU.
 """
 
 import copy
@@ -108,17 +110,42 @@ class H2O(Method):
     def observe(self, view):
         view.state["attention"] = view.state.get("attention", 0) + view.column_sums().sum(2)
 
-    def split(self, view):
-        """Heavy and recent tokens, `(batch,)` each."""
-        if isinstance(self.budget, float):
-            return (self.tokens(view, self.budget / 2),) * 2
-        return self.tokens(view, self.budget - self.budget // 2), self.tokens(view, self.budget // 2)
-
     def budgets(self, view):
-        return sum(self.split(view))[:, None].expand_as(view.lengths)
+        if isinstance(self.budget, int):
+            return super().budgets(view)
+        return 2 * self.tokens(view, self.budget / 2)[:, None].expand_as(view.lengths)
+
+    def recent(self, view):
+        return self.budgets(view)[:, 0] // 2
 
     def score(self, view):
-        return view.protect(view.state["attention"], last=self.split(view)[1])
+        return view.protect(view.state["attention"], last=self.recent(view))
+
+
+@register("scissorhands")
+class Scissorhands(H2O):
+    """Persistence of importance (Liu et al., 2305.17118), in the simplified form of the VATP authors (2406.12335).
+
+    Score: attention from the prompt's last 400 queries, divided by 400 however few they are, plus, with weight 1, that
+    from every query decoded since; summed over the query heads of a group. The last 10 tokens stay, the other
+    2 x int(budget / 2 x prompt) - 10 (of a whole number b: b - 10) are the highest scores outside them. As in H2O the
+    next query sees all of these and itself, and eviction goes on at every decode step.
+
+    This is their code and not the paper, which counts how often a token falls below average attention. Departures from
+    the code: sums per row of the batch, in float32; of budgets of less than 11 tokens one is heavy (theirs fails below
+    10, and at 10 keeps the recent ones only); a second turn, which it has not, is judged by its own last 400 queries.
+    """
+
+    window = 400
+
+    def observe(self, view):
+        if view.step.ends_prompt:
+            view.state["attention"] = view.column_sums(last=self.window).sum(2) / self.window
+        elif view.step.decoding:
+            super().observe(view)
+
+    def recent(self, view):
+        return view.clamp("recent", 10, 1, self.budgets(view)[:, 0] - 1)
 
 
 @register("snapkv")
@@ -146,13 +173,61 @@ class SnapKV(Method):
         require("kernel", self.kernel, whole(self.kernel, 1) and self.kernel % 2 == 1, "an odd number of tokens")
         require("pooling", self.pooling, self.pooling in ("max", "avg"), "'max' or 'avg'")
 
+    def recent(self, view):
+        return view.clamp("window", self.window, 1, self.tokens(view, self.budget) // 2)
+
     def score(self, view):
-        window = view.clamp("window", self.window, 1, self.budgets(view)[:, 0] // 2)
+        window = self.recent(view)
         attention = view.column_sums(last=window).mean(2)
         outside = ~view.protect(torch.zeros_like(attention), last=window).isinf()
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(attention * outside, self.kernel, stride=1, padding=self.kernel // 2)
         return view.protect(pooled, last=window)
+
+
+@register("pyramidkv")
+class PyramidKV(SnapKV):
+    """SnapKV with more tokens in early layers than in late ones (Cai et al., 2406.02069).
+
+    Beside its window w, layer l of L keeps most - l x ((most - least) // (L - 1)) tokens, where least =
+    (budget - w) // beta and most = 2 (budget - w) - least; if the prompt has no `most` tokens before its window, it
+    keeps them all in layer 0, and least gives way. Prompts shorter than 2 (budget - w) get the budget in every layer.
+    Rounding down the step between layers lets the mean exceed the budget by up to (L - 1) / 2 tokens.
+
+    Defaults are SnapKV's, beta is that of the code. Departures: as in SnapKV, and `budget` is the mean over layers, a
+    share of the prompt or a number (theirs is a number).
+
+    Raises:
+        ValueError: for a beta < 1, and what SnapKV refuses.
+    """
+
+    beta: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("beta", self.beta, whole(self.beta, 1), "a whole number >= 1")
+
+    def budgets(self, view):
+        window, last = self.recent(view), max(1, len(view.run.modules) - 1)
+        mean, before = self.tokens(view, self.budget) - window, view.prompt_tokens - window
+        most = torch.minimum(2 * mean - mean // self.beta, before)
+        count = most - view.layer_idx * ((2 * most - 2 * mean) // last)  # most - least, of which the mean is given
+        return (window + count.where(view.prompt_tokens >= 2 * mean, mean))[:, None].expand_as(view.lengths)
+
+
+@register("tova")
+class TOVA(Method):
+    """What the last query looks at (Oren et al., 2401.06104), evicting at every decode step.
+
+    Score: softmax attention of the last query, averaged over all heads of the layer, so that all heads keep the same
+    tokens. Neither sinks nor recent tokens are protected: even the newest may go.
+    """
+
+    window = 1
+    evicts_in_decode = True
+
+    def score(self, view):
+        return view.column_sums(last=1).mean((1, 2))[:, None].expand_as(view.positions)
 
 
 @register("knorm")

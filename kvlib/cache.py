@@ -9,8 +9,11 @@ Two shapes occur throughout:
 - *rectangle* `(batch, kv_heads, slots, ...)`: a temporary view for computing, `slots` = the longest segment, shorter
   ones filled with arbitrary entries whose position is -1. With equal segments it is a view of the flat tensor.
 
-Lengths live on the CPU. They follow from budgets and masks, never from scores, so no step waits for a device.
+Lengths live on the CPU. They follow from budgets and masks, never from scores, so no step waits for a device. Where
+things are follows from lengths alone, and is worked out once for all layers of a pass that have the same.
 """
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -31,6 +34,7 @@ class KVLayer(DynamicLayer):
         seen: columns seen, padding included (what transformers calls the sequence length).
         queries: the last queries of an unfinished prompt `(batch, query_heads, <= window, head_dim)` with their
             positions `(batch, <= window)`, or None.
+        places: what `once` has worked out in this pass, one dict for all layers; None between passes.
     """
 
     is_croppable = False
@@ -45,7 +49,7 @@ class KVLayer(DynamicLayer):
         self.lengths = self.tokens = self.prompt_tokens = None
         self.state: dict[str, torch.Tensor] = {}
         self.seen = 0
-        self.reads = None
+        self.reads = self.places = None
         self.intact = True
         self.accepting = False
         self.is_initialized = False
@@ -97,38 +101,37 @@ class KVLayer(DynamicLayer):
         """Do all segments have the same length?"""
         return bool((self.lengths == self.lengths[0, 0]).all())
 
-    def segments(self, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a flat tensor with these `lengths`: each entry's segment, and its place within it, both `(stored,)`."""
-        total, counts = int(lengths.sum()), lengths.flatten().to(self.keys.device)
-        numbers = torch.arange(len(counts), device=counts.device)
-        segment = torch.repeat_interleave(numbers, counts, output_size=total)
-        return segment, torch.arange(total, device=counts.device) - starts(counts)[segment]
+    def once(self, function: Callable, *arguments: torch.Tensor | int):
+        """`function(*arguments, device)` for CPU tensors and numbers, computed when first asked for in a pass."""
+        device = self.keys.device  # of a large model's layers each may have another
+        if self.places is None:
+            return function(*arguments, device)
+        key = (function, device, *((x.shape, x.numpy().tobytes()) if torch.is_tensor(x) else x for x in arguments))
+        if key not in self.places:
+            self.places[key] = function(*arguments, device)
+        return self.places[key]
 
     def rectangles(self, *flats: torch.Tensor) -> list[torch.Tensor]:
         """Flat tensors `(stored, ...)` as rectangles `(batch, kv_heads, slots, ...)`; no copy if segments are equal."""
         if self.uniform:
             return [flat.view(*self.lengths.shape, -1, *flat.shape[1:]) for flat in flats]
-        lengths = self.lengths.to(self.keys.device)
-        slots = torch.arange(int(self.lengths.max()), device=lengths.device)
-        index = starts(lengths)[..., None] + slots
-        index = index.where(slots < lengths[..., None], 0)
-        return [flat[index] for flat in flats]
+        index, _ = self.once(slots, self.lengths)
+        return [take(flat, index.flatten()).view(*index.shape, *flat.shape[1:]) for flat in flats]
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions `(batch, kv_heads, slots)`, ascending, then -1 in empty slots."""
         (positions,) = self.rectangles(self.positions)
         if self.uniform:
             return positions
-        slots = torch.arange(positions.shape[-1], device=positions.device)
-        return positions.where(slots < self.lengths[..., None].to(positions.device), -1)
+        return positions.where(self.once(slots, self.lengths)[1], -1)
 
     def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
         """The inverse of `rectangles`."""
         flat = rectangle.flatten(0, 2)
         if self.uniform:
             return flat
-        segment, place = self.segments(self.lengths)
-        return flat[segment * rectangle.shape[2] + place]
+        segment, place = self.once(segments, self.lengths)
+        return take(flat, segment * rectangle.shape[2] + place)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> None:
         """Add the real tokens of a chunk at the end of every segment.
@@ -158,13 +161,8 @@ class KVLayer(DynamicLayer):
         if self.uniform and bool((counts == new).all()):
             shape = (batch, heads, int(self.lengths[0, 0]))
             return lambda flat, chunk: torch.cat([flat.view(*shape, *flat.shape[1:]), chunk], dim=2).flatten(0, 2)
-        segment, place = self.segments(self.lengths + counts[:, None])
-        old = self.lengths.flatten().to(segment.device)
-        first_new = int(self.lengths.sum()) + new * torch.arange(1, len(old) + 1, device=segment.device)
-        first_new = first_new - counts.repeat_interleave(heads).to(segment.device)  # behind the chunk's padding
-        place_in_new = place - old[segment]
-        source = torch.where(place_in_new < 0, starts(old)[segment] + place, first_new[segment] + place_in_new)
-        return lambda flat, chunk: torch.cat([flat, chunk.flatten(0, 2)])[source]
+        source = self.once(sources, self.lengths, counts, new)
+        return lambda flat, chunk: take(torch.cat([flat, chunk.flatten(0, 2)]), source)
 
     def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
         """Evict all but `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` tokens."""
@@ -176,21 +174,59 @@ class KVLayer(DynamicLayer):
         if self.lengths is None:
             return
         rows = rows.cpu()
-        segment, place = self.segments(self.lengths[rows])
+        segment, place = self.once(segments, self.lengths[rows])
         self._take(starts(self.lengths)[rows].flatten().to(place.device)[segment] + place, self.lengths[rows])
         self.tokens, self.prompt_tokens = self.tokens[rows], self.prompt_tokens[rows]
         if self.queries is not None:
             self.queries = tuple(x[rows.to(x.device)] for x in self.queries)
 
     def _take(self, index: torch.Tensor, lengths: torch.Tensor) -> None:
-        self.keys, self.values, self.positions = self.keys[index], self.values[index], self.positions[index]
-        self.state = {name: flat[index] for name, flat in self.state.items()}
+        self.keys, self.values, self.positions = (take(x, index) for x in (self.keys, self.values, self.positions))
+        self.state = {name: take(flat, index) for name, flat in self.state.items()}
         self.lengths = lengths
 
 
 def starts(lengths: torch.Tensor) -> torch.Tensor:
     """Where each segment begins in a flat tensor, in the shape of `lengths`."""
     return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+
+
+def segments(lengths: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a flat tensor with these `lengths`: each entry's segment, and its place within it, both `(stored,)`."""
+    total, counts = int(lengths.sum()), lengths.flatten().to(device)
+    numbers = torch.arange(len(counts), device=device)
+    segment = torch.repeat_interleave(numbers, counts, output_size=total)
+    return segment, torch.arange(total, device=device) - starts(counts)[segment]
+
+
+def slots(lengths: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a rectangle: each slot's entry in the flat tensor, and whether it holds one, `(batch, kv_heads, slots)`."""
+    place, lengths = torch.arange(int(lengths.max()), device=device), lengths.to(device)
+    filled = place < lengths[..., None]
+    return (starts(lengths)[..., None] + place).where(filled, 0), filled
+
+
+def sources(lengths: torch.Tensor, counts: torch.Tensor, new: int, device) -> torch.Tensor:
+    """For longer segments: where their entries are in the flat tensor with a chunk of `new` columns behind it.
+
+    Args:
+        lengths: of the segments so far. counts: `(batch,)` real tokens of the chunk, which stand behind its padding.
+    """
+    segment, place = segments(lengths + counts[:, None], device)
+    old = lengths.flatten().to(device)
+    first_new = int(lengths.sum()) + new * torch.arange(1, len(old) + 1, device=device)
+    first_new = first_new - counts.repeat_interleave(lengths.shape[1]).to(device)
+    place_in_new = place - old[segment]
+    return torch.where(place_in_new < 0, starts(old)[segment] + place, first_new[segment] + place_in_new)
+
+
+def take(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries `index` of a flat tensor."""
+    if flat.is_cuda and flat.ndim == 2 and not flat.requires_grad:
+        from kvlib.kernels import rows  # Triton is there with CUDA builds of torch only
+
+        return rows.take(flat, index)
+    return flat[index]
 
 
 class KVCache(Cache):
@@ -207,6 +243,11 @@ class KVCache(Cache):
         self.method = method
         self.steps = 0
         self.interrupted = False
+
+    def share_places(self, places: dict | None) -> None:
+        """Where things are goes into `places`, for all layers of a pass; None when it has ended."""
+        for layer in self.layers:
+            layer.places = places
 
     @classmethod
     def adopt(cls, cache: Cache | None, layers: int, method) -> "KVCache":

@@ -134,6 +134,7 @@ class Run:
                 "position_ids must count the real tokens of each row: 0, 1, 2, ... after its padding "
                 "(generate derives them from attention_mask)"
             )
+        cache.share_places({})
         for layer in cache.layers:
             layer.accepting = True
         self.method.on_token_ids(self, ids)
@@ -181,6 +182,7 @@ class Run:
         if self._active and self.step is not None:
             self.step = None  # views hold the keys that were just evicted
             self.cache.interrupted = output is None  # which is what a hook gets after an exception
+            self.cache.share_places(None)
             for layer in self.cache.layers:
                 layer.accepting = False
 
@@ -249,9 +251,11 @@ class Run:
         self.cache = KVCache(len(self.modules), self.method)
         self._unclamp(len(snapshot.counts))
         self.step = snapshot.step()
+        self.cache.share_places({})
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
             self.settle(self.store(module, query, key, value, scaling, 0.0))
         self.step = None
+        self.cache.share_places(None)
         return self.cache
 
     def _unclamp(self, batch: int) -> None:

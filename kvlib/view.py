@@ -23,7 +23,7 @@ class Step:
             (while a prompt is read: so far).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
         shared: free space for what a method carries from layer to layer.
-        sums: the column sums over all queries that were already computed, by (layer of the queries, layer of the keys).
+        sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
         view: the latest layer's view.
     """
 
@@ -76,7 +76,7 @@ class View:
         self.intact = layer.intact  # False in `other` once that layer has evicted: the new tokens may be gone
         self.uniform = self.intact and layer.uniform and bool((self.step.counts == self.query.shape[2]).all())
         self.key, self.value = layer.rectangles(layer.keys, layer.values)
-        self._original = self.query, self.key
+        self._original = self.query, self.key, self.value
         self.positions = layer.position_rectangle()
         self.state = dict(zip(layer.state, layer.rectangles(*layer.state.values()), strict=True))
 
@@ -90,30 +90,38 @@ class View:
         Raises:
             ValueError: if `last` exceeds the `window` that the method declares; if the layer has already evicted.
         """
+        return self._over_queries("column_sums", (self.key,), last)
+
+    def eviction_errors(self, last=None) -> torch.Tensor:
+        """How far a query's output moves if one stored token alone is evicted, summed as `column_sums` sums."""
+        return self._over_queries("eviction_errors", (self.key, self.value), last)
+
+    def _over_queries(self, name: str, stored: tuple, last) -> torch.Tensor:
+        """The function `name` of `kvlib.attention` over the queries that `last` means, with what is stored."""
         if not self.intact:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
-        if last is None:
-            # kept: they cost as much as the attention itself, and a snapshot serves many methods
-            if not (self.query is self._original[0] and self.key is self._original[1]):
-                return self._sums(self.query, self.query_positions, self.uniform)  # a method changed its copy
-            pair = (self.module.layer_idx, self.layer_idx)
-            if pair not in self.step.sums:
-                self.step.sums[pair] = self._sums(self.query, self.query_positions, self.uniform)
-            return self.step.sums[pair].clone()
-        last = torch.as_tensor(last).expand(len(self.tokens))
-        longest = int(last.max())
+
+        last = None if last is None else torch.as_tensor(last).expand(len(self.tokens))
+        longest = 0 if last is None else int(last.max())
         if longest > self.run.method.window:
             raise ValueError(f"last={longest}: the method declares window={self.run.method.window} queries")
-        query, positions = self.recent_queries(longest)
-        start = (self.tokens - last).to(positions.device)[:, None]
-        return self._sums(
-            query, positions.where(positions >= start, -1), self.uniform and bool((last == longest).all())
-        )
-
-    def _sums(self, query: torch.Tensor, positions: torch.Tensor, uniform: bool) -> torch.Tensor:
-        if uniform:
-            return attention.column_sums(query, self.key, scaling=self.scaling)
-        return attention.column_sums(query, self.key, positions, self.positions, self.scaling)
+        # kept: sums over all queries cost as much as the attention itself, and a snapshot serves many methods
+        changed = any(x is not y for x, y in zip((self.query, self.key, self.value), self._original))
+        place = (name, self.module.layer_idx, self.layer_idx, None if last is None else tuple(last.tolist()))
+        if not changed and place in self.step.sums:
+            return self.step.sums[place].clone()
+        query, positions, uniform = self.query, self.query_positions, self.uniform
+        if last is not None:
+            query, positions = self.recent_queries(longest)
+            start = (self.tokens - last).to(positions.device)[:, None]
+            positions = positions.where(positions >= start, -1)
+            # what earlier chunks have left may be padding
+            uniform = uniform and bool((last == longest).all()) and query.shape[2] <= self.query.shape[2]
+        where = (None, None) if uniform else (positions, self.positions)
+        sums = getattr(attention, name)(query, *stored, *where, self.scaling)
+        if not changed:
+            self.step.sums[place] = sums.clone()
+        return sums
 
     def recent_queries(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's last queries `(batch, query_heads, <= last, head_dim)` and their positions, across chunks."""

@@ -76,8 +76,12 @@ class Head:
         stored: positions that are in the cache, ascending.
         keys, values: position -> vector, keys before rotation.
         attention: (query head, position of the query) -> {position of the key: weight}, for everything that was read.
+        outputs: (query head, position of the query) -> what attention gave it.
+        projections: query head -> its columns of the output projection.
+        norms: whatever has been computed of a value already.
         tokens, prompt: tokens read so far, and how many of them are the prompt.
         rotated: position -> rotated key as attention has last used it.
+        neighbours: all heads of the layer, this one included. layers: how many layers there are.
     """
 
     layer: int
@@ -87,9 +91,14 @@ class Head:
     keys: dict = field(default_factory=dict)
     values: dict = field(default_factory=dict)
     attention: dict = field(default_factory=dict)
+    outputs: dict = field(default_factory=dict)
+    projections: dict = field(default_factory=dict)
+    norms: dict = field(default_factory=dict)
     rotated: dict = field(default_factory=dict)
     tokens: int = 0
     prompt: int = 0
+    neighbours: list = field(default_factory=list)
+    layers: int = 0
 
 
 class Decoder:
@@ -107,6 +116,9 @@ class Decoder:
             [Head(layer, h, list(range(h * group, h * group + group))) for h in range(self.config.num_key_value_heads)]
             for layer in range(self.config.num_hidden_layers)
         ]
+        for layer in self.heads:
+            for head in layer:
+                head.neighbours, head.layers = layer, len(self.heads)
 
     def read(self, token, position):
         """Logits after one more token."""
@@ -144,6 +156,7 @@ class Decoder:
                 weights = {at: weights[at] / total for at in head.stored}
                 head.attention[h, position] = weights
                 outputs[h] = sum(weights[at] * head.values[at] for at in head.stored)
+                head.outputs[h, position], head.projections[h] = outputs[h], o[:, h * dim : h * dim + dim]
         return o @ np.concatenate([outputs[h] for h in sorted(outputs)])
 
     def rotate(self, x, position):
@@ -239,48 +252,138 @@ class StreamingLLM(Policy):
         return head.stored[:sinks] + head.stored[len(head.stored) - (budget - sinks) :]
 
 
+# What a key is worth to one query of one query head: attention, or something in its place
+
+
+def attention(head, h, query, key):
+    return head.attention.get((h, query), {}).get(key, 0.0)
+
+
+def attention_by_norm(order):
+    def worth(head, h, query, key):
+        if key not in head.norms:
+            head.norms[key] = np.linalg.norm(head.values[key], order)
+        return attention(head, h, query, key) * head.norms[key]
+
+    return worth
+
+
+def eviction_error(head, h, query, key):
+    """How far the query's output would move without the key."""
+    weights = head.attention.get((h, query), {})
+    if key not in weights or len(weights) < 2:
+        return 0.0
+    weight = min(weights[key], 1 - 1e-6)
+    return weight / (1 - weight) * np.linalg.norm(head.outputs[h, query] - head.values[key])
+
+
+def attention_by_output_norm(head, h, query, key):
+    if (h, key) not in head.norms:
+        head.norms[h, key] = sum(abs(head.projections[h] @ head.values[key]))
+    return (attention(head, h, query, key) + 1e-4) * head.norms[h, key]
+
+
 @dataclass
-class H2O(Policy):
+class Host(Policy):
+    """Policies that weigh keys by what they are worth. The first `sinks` tokens come first, but for one place."""
+
+    worth = staticmethod(attention)
+    sinks = 0
+
+    def received(self, head, queries, keys):
+        """What each key is worth to all `queries`, in all query heads."""
+        return {at: sum(self.worth(head, h, i, at) for h in head.query_heads for i in queries) for at in keys}
+
+    def heaviest(self, scores, number):
+        forced = [at for at in scores if at < min(self.sinks, number - 1)]
+        return forced + best({at: scores[at] for at in scores if at not in forced}, number - len(forced))
+
+
+@dataclass
+class H2O(Host):
     evicts_in_decode = True
 
-    def __call__(self, head):
+    def split(self, head):
+        """Heavy and recent tokens."""
         if isinstance(self.budget, int):
-            recent = self.budget // 2
-            heavy = self.budget - recent
-        else:
-            recent = heavy = count(self.budget / 2, head.prompt)
+            return self.budget - self.budget // 2, self.budget // 2
+        return (count(self.budget / 2, head.prompt),) * 2
+
+    def scores(self, head, keys):
+        return self.received(head, range(head.tokens), keys)
+
+    def __call__(self, head):
+        heavy, recent = self.split(head)
         if len(head.stored) <= heavy + recent:
             return head.stored
         window = [at for at in head.stored if at >= head.tokens - recent]
-        received = {at: 0.0 for at in head.stored if at not in window}
-        for weights in head.attention.values():
-            for at, weight in weights.items():
-                if at in received:
-                    received[at] += weight
-        return best(received, heavy) + window
+        older = [at for at in head.stored if at not in window]
+        return self.heaviest(self.scores(head, older), heavy) + window
 
 
 @dataclass
-class SnapKV(Policy):
+class Scissorhands(H2O):
+    def split(self, head):
+        total = self.budget if isinstance(self.budget, int) else 2 * count(self.budget / 2, head.prompt)
+        recent = min(10, total - 1)
+        return total - recent, recent
+
+    def scores(self, head, keys):
+        """Queries before the first one, if the prompt has less than 400, look at nothing."""
+        mean = self.received(head, range(head.prompt - 400, head.prompt), keys)
+        later = self.received(head, range(head.prompt, head.tokens), keys)
+        return {at: mean[at] / 400 + later[at] for at in keys}
+
+
+@dataclass
+class SnapKV(Host):
     window: int = 32
     kernel: int = 7
     pooling: str = "max"
 
-    def __call__(self, head):
-        budget, n = count(self.budget, head.prompt), head.prompt
-        if n <= budget:
-            return head.stored
+    def split(self, head):
+        """Tokens of the prompt before the window, and the window."""
+        budget = count(self.budget, head.prompt)
         window = max(1, min(self.window, budget // 2))
-        scores = []  # of the tokens before the window
-        for at in range(n - window):
-            weights = [head.attention[h, i][at] for h in head.query_heads for i in range(n - window, n)]
-            scores.append(sum(weights) / len(weights))
+        return budget - window, window
+
+    def __call__(self, head):
+        (before, window), n = self.split(head), head.prompt
+        if n <= before + window:
+            return head.stored
+        scores = self.received(head, range(n - window, n), range(n - window))
         pooled = {}
         for at in range(n - window):
             first, last = at - self.kernel // 2, at + self.kernel // 2
             around = [scores[j] for j in range(first, last + 1) if 0 <= j < n - window]
             pooled[at] = max(around) if self.pooling == "max" else sum(around) / self.kernel
-        return best(pooled, budget - window) + list(range(n - window, n))
+        return self.heaviest(pooled, before) + list(range(n - window, n))
+
+
+@dataclass
+class PyramidKV(SnapKV):
+    beta: int = 20
+
+    def split(self, head):
+        mean, window = super().split(head)
+        least = math.floor(mean / self.beta)
+        most = 2 * mean - least
+        if most >= head.prompt - window:
+            most = head.prompt - window
+            least = 2 * mean - most
+        if head.prompt < 2 * mean:
+            return mean, window
+        return most - head.layer * math.floor((most - least) / max(1, head.layers - 1)), window
+
+
+@dataclass
+class TOVA(Policy):
+    evicts_in_decode = True
+
+    def __call__(self, head):
+        looks = [each.attention[h, head.tokens - 1] for each in head.neighbours for h in each.query_heads]
+        scores = {at: sum(weights[at] for weights in looks) / len(looks) for at in head.stored}
+        return best(scores, count(self.budget, head.prompt))
 
 
 @dataclass
@@ -290,4 +393,21 @@ class KNorm(Policy):
         return best(scores, count(self.budget, head.prompt))
 
 
-POLICIES = {"random": Random, "streaming_llm": StreamingLLM, "h2o": H2O, "snapkv": SnapKV, "knorm": KNorm}
+POLICIES = {
+    "random": Random,
+    "streaming_llm": StreamingLLM,
+    "h2o": H2O,
+    "scissorhands": Scissorhands,
+    "snapkv": SnapKV,
+    "pyramidkv": PyramidKV,
+    "tova": TOVA,
+    "knorm": KNorm,
+}
+HOSTS = {name: policy for name, policy in POLICIES.items() if issubclass(policy, Host)}
+
+
+def hosted(host, budget, worth, sinks):
+    """A host that weighs by `worth`, its first `sinks` tokens forced."""
+    policy = HOSTS[host](budget)
+    policy.worth, policy.sinks = worth, sinks
+    return policy

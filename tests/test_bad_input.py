@@ -64,6 +64,30 @@ def test_the_full_cache_has_one_budget(budget):
         ("snapkv", {"kernel": -1}, r"kernel=-1: an odd number of tokens"),
         ("snapkv", {"kernel": "7"}, r"kernel='7': an odd number of tokens"),
         ("snapkv", {"pooling": "mean"}, r"pooling='mean': 'max' or 'avg'"),
+        ("scissorhands", {"budget": 1}, r"budget=1: room for a heavy and a recent token, >= 2"),
+        ("pyramidkv", {"beta": 0}, r"beta=0: a whole number >= 1"),
+        ("pyramidkv", {"beta": 2.5}, r"beta=2\.5: a whole number >= 1"),
+        ("pyramidkv", {"window": 0}, r"window=0: a number of queries >= 1"),
+        ("vatp", {"norm": "l3"}, r"norm='l3': 'l1', 'l2' or 'linf'"),
+        ("vatp", {"norm": 1}, r"norm=1: 'l1', 'l2' or 'linf'"),
+        ("vatp", {"norm": ["l1"]}, r"norm=\['l1'\]: 'l1', 'l2' or 'linf'"),
+        *(
+            (name, arguments, message)
+            for name in ("forced_sinks", "vatp", "exact_error", "output_norm")
+            for arguments, message in [
+                ({"host": "h20"}, r"unknown host 'h20'; did you mean 'h2o'\?"),
+                ({"host": "SnapKV"}, r"unknown host 'SnapKV'; did you mean 'snapkv'\?"),
+                ({"host": "knorm"}, r"unknown host 'knorm'; known: h2o, scissorhands, snapkv, pyramidkv"),
+                ({"host": None}, r"unknown host None; known: "),
+                ({"host": ["h2o"]}, r"unknown host \['h2o'\]; "),
+                ({"sinks": -1}, r"sinks=-1: a number of tokens >= 0"),
+                ({"sinks": 4.0}, r"sinks=4\.0: a number of tokens >= 0"),
+                ({"sinks": True}, r"sinks=True: a number of tokens >= 0"),
+                ({"sinks": None}, r"sinks=None: a number of tokens >= 0"),
+                ({"budget": 1}, r"budget=1: room for a heavy and a recent token, >= 2"),
+                ({"budget": 1, "host": "scissorhands"}, r"budget=1: room for a heavy and a recent token, >= 2"),
+            ]
+        ),
     ],
 )
 def test_arguments_that_can_never_work(name, arguments, message):
@@ -78,7 +102,12 @@ def test_unknown_arguments(name):
 
 
 @pytest.mark.parametrize(
-    "name, near", [("snapkw", "did you mean 'snapkv'"), ("H2O", "did you mean 'h2o'"), ("zzzzzz", "known: full, ")]
+    "name, near",
+    [
+        ("snapkw", "did you mean 'snapkv'"),
+        ("H2O", "did you mean 'h2o'"),
+        ("zzzzzz", "known: exact_error, forced_sinks, full, "),
+    ],
 )
 def test_unknown_methods(name, near):
     with pytest.raises(ValueError, match=f"unknown method '{name}'; .*{near}"):
@@ -481,6 +510,15 @@ def test_new_ids_without_a_mask_over_the_past():
         (kvlib.method("snapkv", budget=0.5, window=2), 8, {}),
         (kvlib.method("snapkv", budget=0.5, window=2), 7, {"window": 1}),
         (kvlib.method("snapkv", budget=0.5), 4, {"window": 1}),
+        (kvlib.method("scissorhands", budget=0.5), 24, {}),
+        (kvlib.method("scissorhands", budget=0.5), 23, {"recent": 9}),
+        (kvlib.method("pyramidkv", budget=0.5, window=2), 8, {}),
+        (kvlib.method("pyramidkv", budget=0.5, window=2), 7, {"window": 1}),
+        (kvlib.method("tova", budget=0.1), 9, {"budget": 1}),
+        (kvlib.method("vatp", budget=0.5), 84, {}),
+        (kvlib.method("vatp", budget=0.5), 83, {"sinks": 19}),
+        (kvlib.method("vatp", budget=0.5, host="scissorhands"), 23, {"recent": 9, "sinks": 0}),
+        (kvlib.method("output_norm", budget=0.5), 4, {}),
     ],
     ids=lambda x: f"{x.name}-{x.budget}" if isinstance(x, kvlib.Method) else None,
 )

@@ -1,6 +1,7 @@
 """The baselines against their executable specification (`reference.py`), and the laws that each of them obeys."""
 
 import ast
+import copy
 import inspect
 import io
 import tokenize
@@ -8,10 +9,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from reference import POLICIES, VOCABULARY, simulate, tiny_llama
+from reference import HOSTS, POLICIES, VOCABULARY, simulate, tiny_llama
 
 import kvlib
 from kvlib import baselines
@@ -19,6 +21,7 @@ from kvlib import baselines
 # Examples are small as they are: shrinking one would run the slow reference for minutes.
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 llama = cache(tiny_llama)
+HALVES = ("h2o", "scissorhands")  # the budget is twice a whole number of tokens
 NAMES = [name for name, method in kvlib.METHODS.items() if method.__module__ == "kvlib.baselines"]
 
 
@@ -56,17 +59,19 @@ def prompt(length, seed=0):
 
 # The specification
 
+SNAPKV = {
+    "window": st.integers(1, 12),
+    "kernel": st.sampled_from([1, 3, 5, 7]),
+    "pooling": st.sampled_from(["max", "avg"]),
+}
 ARGUMENTS = {
     "random": st.fixed_dictionaries({"seed": st.integers(0, 2**19 - 1)}),
     "streaming_llm": st.fixed_dictionaries({"sinks": st.integers(0, 6), "renumber": st.booleans()}),
     "h2o": st.just({}),
-    "snapkv": st.fixed_dictionaries(
-        {
-            "window": st.integers(1, 12),
-            "kernel": st.sampled_from([1, 3, 5, 7]),
-            "pooling": st.sampled_from(["max", "avg"]),
-        }
-    ),
+    "scissorhands": st.just({}),
+    "snapkv": st.fixed_dictionaries(SNAPKV),
+    "pyramidkv": st.fixed_dictionaries({**SNAPKV, "beta": st.integers(1, 25)}),
+    "tova": st.just({}),
     "knorm": st.just({}),
 }
 BUDGETS = st.floats(0.01, 0.99) | st.integers(2, 60)
@@ -174,9 +179,9 @@ def test_a_second_prompt_finds_no_trace_of_the_first(name):
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 def test_the_shortest_prompts_work(name, length):
-    """T11: whatever the fraction, at least one token stays (for H2O one heavy and one recent), and it is flagged."""
+    """T11: whatever the fraction, at least one token stays (of two halves one each), and it is flagged."""
     logits, kept, run = decode(kvlib.method(name, budget=0.01), llama(2), [prompt(length)], 3)
-    least = 2 if name == "h2o" else 1
+    least = 2 if name in HALVES else 1
     grows = 0 if POLICIES[name].evicts_in_decode else 1
     for step in range(4):
         stored = min(least, length) + grows * step if grows else min(least, length + step)
@@ -187,11 +192,11 @@ def test_the_shortest_prompts_work(name, length):
 
 @pytest.mark.parametrize(("share", "length", "tokens"), [(0.3, 30, 9), (0.5, 31, 15), (0.99, 30, 29), (0.29, 50, 14)])
 def test_fractions_round_down(share, length, tokens):
-    for name in sorted(POLICIES.keys() - {"h2o"}):  # H2O rounds each half
+    for name in POLICIES:
+        expected = 2 * int(share / 2 * length) if name in HALVES else tokens
         _, kept, _ = decode(kvlib.method(name, budget=share), llama(2), [prompt(length)], 0)
-        assert kept[0][0].shape == (1, 2, tokens), name
-    _, kept, _ = decode(kvlib.method("h2o", budget=share), llama(2), [prompt(length)], 0)
-    assert kept[0][0].shape[2] == 2 * int(share / 2 * length)
+        assert [layer.shape[:2] for layer in kept[0]] == [(1, 2)] * 2, name
+        assert sum(layer.shape[2] for layer in kept[0]) == 2 * expected, name  # PyramidKV has that on average
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -325,6 +330,86 @@ def test_h2o_needs_room_for_two():
         kvlib.method("h2o", budget=1)
 
 
+# Scissorhands
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_scissorhands_divides_by_400_and_then_adds_whole_queries(kv_heads):
+    """However short the prompt: a decoded query weighs as much as 400 of the prompt's."""
+    lengths = [23, 11]
+    with torch.no_grad(), kvlib.method("scissorhands", budget=100)(llama(kv_heads)) as run:
+        ids, mask = batch([prompt(length) for length in lengths])
+        for step in range(4):
+            run.model(ids, attention_mask=mask, past_key_values=run.cache)
+            ids, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+            for layer in run.cache.layers:
+                segments = layer.state["attention"].split(layer.lengths.flatten().tolist())
+                expected = [(length / 400 + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
+                np.testing.assert_allclose([part.sum() for part in segments], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("budget", "heavy", "recent"), [(0.8, 14, 10), (20, 10, 10), (12, 2, 10), (11, 1, 10), (10, 1, 9), (2, 1, 1)]
+)
+def test_scissorhands_sees_heavy_recent_and_itself(budget, heavy, recent):
+    seen = []
+
+    class Watched(baselines.Scissorhands):
+        def attend(self, view):
+            seen.append(view.lengths.unique().tolist())
+            return super().attend(view)
+
+    _, kept, run = decode(Watched(budget), llama(2), [prompt(30)], 6)
+    assert seen == [[30]] * 2 + [[heavy + recent + 1]] * 12
+    assert run.clamped == ({"recent": recent} if recent < 10 else {})
+    for step, layers in enumerate(lists(kept, 0)):
+        for head in [head for layer in layers for head in layer]:
+            assert len(head) == heavy + recent
+            assert head[-recent:] == list(range(30 + step - recent, 30 + step))
+
+
+def test_scissorhands_looks_at_the_last_400_queries():
+    """And at no others: with these alone, the scores after a longer prompt are the same."""
+    taken = []
+
+    class Watched(baselines.Scissorhands):
+        def score(self, view):
+            taken.append((view.state["attention"], view.column_sums(last=400).sum(2), view.column_sums().sum(2)))
+            return super().score(view)
+
+    model = tiny.model("llama-gqa", max_position_embeddings=512)
+    with torch.no_grad(), Watched(0.5)(model):
+        model(tiny.tokens(1, 450))
+    for scores, last, everything in taken:
+        torch.testing.assert_close(scores * 400, last)
+        assert last.sum().item() == pytest.approx(400 * 4) and everything.sum().item() == pytest.approx(450 * 4)
+
+
+# What a host protects
+
+
+@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("budget", [0.5, 12, 3])
+def test_hosts_protect_the_recent_tokens_that_they_name(name, budget):
+    """Even if all attention goes to the first tokens."""
+    named = []
+
+    class Blind(kvlib.METHODS[name]):
+        def score(self, view):
+            named.append(self.recent(view).tolist())
+            blind = copy.copy(view)
+            blind.column_sums = lambda last=None: (1.0 + view.positions.clamp(min=0))[:, :, None].reciprocal()
+            blind.state = {"attention": blind.column_sums()[:, :, 0]}
+            return super().score(blind)
+
+    _, kept, _ = decode(Blind(budget), llama(2), [prompt(40), prompt(26)], 0)
+    for row, length in enumerate((40, 26)):
+        for layer in range(2):
+            recent = named[layer][row]
+            for head in lists(kept, row)[0][layer]:
+                assert head == [*range(len(head) - recent), *range(length - recent, length)]
+
+
 # SnapKV
 
 
@@ -336,6 +421,49 @@ def test_snapkv_window_takes_at_most_half_of_the_budget():
         assert head[6:] == list(range(34, 40))
     for head in kept[0][1][1].tolist():
         assert head[3:6] == list(range(17, 20))
+
+
+# PyramidKV
+
+
+@pytest.mark.parametrize(
+    ("budget", "length", "beta", "counts"),
+    [
+        # The window is 10, what is left of the budget comes on top of it.
+        (20, 60, 20, [30, 24, 18, 12]),  # 10 on average, from 20 to 0 in steps of 20 // 3
+        (20, 60, 2, [25, 22, 19, 16]),  # from 15 to 5
+        (0.5, 60, 20, [49, 37, 25, 13]),  # from 39 to 1
+        (20, 29, 20, [29, 23, 17, 11]),  # there are 19 tokens before the window: from 19 to 1
+        (0.7, 60, 20, [42] * 4),  # twice 32 is more than the prompt
+    ],
+)
+def test_pyramidkv_has_layers_of_different_size(budget, length, beta, counts):
+    method = kvlib.method("pyramidkv", budget=budget, window=10, beta=beta)
+    _, kept, _ = decode(method, llama(2, layers=4), [prompt(length)], 2)
+    for step in range(3):
+        assert [layer.shape[2] for layer in kept[step]] == [count + step for count in counts]
+
+
+def test_pyramidkv_of_one_layer_is_flat():
+    _, kept, _ = decode(kvlib.method("pyramidkv", budget=10, beta=1), llama(2, layers=1), [prompt(40)], 0)
+    assert kept[0][0].shape[2] == 10
+
+
+# TOVA
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_tova_keeps_the_same_tokens_in_all_heads_and_protects_none(kv_heads):
+    newest, first = [], []
+    for seed in range(4):
+        _, kept, _ = decode(kvlib.method("tova", budget=12), llama(kv_heads), [prompt(40, seed), prompt(17, seed)], 6)
+        for step in range(7):
+            for row, length in enumerate((40, 17)):
+                for heads in lists(kept, row)[step]:
+                    assert len(heads[0]) == 12 and heads == [heads[0]] * kv_heads
+                    newest.append(length - 1 + step in heads[0])
+                    first.append(0 in heads[0])
+    assert {*newest} == {*first} == {True, False}
 
 
 # Key norms
@@ -365,6 +493,8 @@ def test_knorm_keeps_the_lowest_norms_of_every_layer():
         ("snapkv", {"kernel": 4}),
         ("snapkv", {"kernel": -1}),
         ("snapkv", {"pooling": "sum"}),
+        ("pyramidkv", {"beta": 0}),
+        ("pyramidkv", {"window": 0}),
     ],
 )
 def test_impossible_arguments_are_named(name, arguments):

@@ -71,10 +71,11 @@ def check(layer: KVLayer, lists: Lists) -> None:
 
 
 @settings(max_examples=60)
-@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.booleans())
-def test_any_history_leaves_what_lists_would_hold(data, batch, heads, even):
+@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
+def test_any_history_leaves_what_lists_would_hold(data, batch, heads, even, remembering):
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31 - 1)))
     layer, lists = KVLayer(), Lists(batch, heads)
+    layer.places = {} if remembering else None  # a pass that never ends
     layer.tokens = layer.prompt_tokens = torch.zeros(batch, dtype=torch.int64)
     for action in [
         "append",
@@ -111,6 +112,25 @@ def test_any_history_leaves_what_lists_would_hold(data, batch, heads, even):
             layer.batch_select_indices(chosen)
             lists.select(chosen.nonzero().squeeze(1).tolist())
         check(layer, lists)
+
+
+def test_layers_of_a_pass_share_what_follows_from_lengths():
+    model, seen = tiny.model("llama-gqa"), []
+
+    class Watching(kvlib.Method):
+        def score(self, view):
+            seen.append((view.layer.places, len(view.layer.places)))
+            return view.positions.float()
+
+    ids = tiny.tokens(2, 17)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0  # segments of different lengths
+    with Watching(budget=0.5)(model) as run:
+        model(ids, attention_mask=mask)
+        assert all(layer.places is None for layer in run.cache.layers)
+    places, counts = seen[0][0], [count for _, count in seen]
+    assert all(shared is places for shared, _ in seen)
+    assert 0 < counts[0] < counts[1] == len(places)  # the first layer works everything out, others nothing
 
 
 def test_waiting_queries_follow_their_rows():

@@ -14,9 +14,9 @@ import kvlib
 from kvlib import paths
 from kvlib.baselines import Full, SnapKV
 from kvlib.lab import evaluate, prompts, results, tasks
-from kvlib.lab.evaluate import Configuration
 from kvlib.lab.metrics import code_similarity, is_decided
 from kvlib.lab.prompts import Prompts, compressed
+from kvlib.lab.studies import PROTOCOLS, STUDIES, Configuration
 from kvlib.registry import METHODS
 
 CONFIGURATIONS = (
@@ -139,9 +139,9 @@ def test_a_clamp_counts_for_the_rows_that_it_concerns(model):
     assert columns["clamped"] == [True, False]
 
 
-@pytest.mark.parametrize("name", evaluate.STUDIES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
-    study = evaluate.STUDIES[name]
+    study = STUDIES[name]
     table, wanted = results.read(paths.RESULTS / f"{name}.parquet"), results.keys(study)
     rows = results.samples_of(study) * len(study.configurations)
     assert len(results.current(table, wanted)) == len(table) == rows, "make results"
@@ -173,6 +173,7 @@ class Letters:
         kvlib.method("snapkv", budget=0.4, window=4, kernel=3),
         kvlib.method("h2o", budget=0.4),
         kvlib.method("streaming_llm", budget=8),
+        kvlib.method("streaming_llm", budget=3),  # clamps in decode steps too
         Ragged(0.5),
         Shorten(0.5),
         Reader(0.5),
@@ -187,11 +188,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
     most = [evaluate.NEW_TOKENS] * 6 + [2]
     prompts = Prompts(model, *tiny.pad(rows, extra=2))
     with compressed(prompts, method) as read, torch.no_grad():
-
-        def feed(ids):
-            return model(ids, past_key_values=read.run.cache).logits
-
-        texts = evaluate.write(feed, read.logits, letters, evaluate.end_tokens(model), most)
+        texts = evaluate.write(read.feed, read.keep, read.logits, letters, evaluate.end_tokens(model), most)
     lengths = []
     for row, text, limit in zip(rows, texts, most):
         with method(model):
@@ -206,7 +203,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
 
 
 @pytest.mark.parametrize("task", ["next_line", "cross_file_line"])
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     model, tokenizer = small
     configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3)]
@@ -223,7 +220,7 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     assert table["value"].nunique() > 1
 
 
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
     model, tokenizer = small
     configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
@@ -333,7 +330,7 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
 
 
 @pytest.mark.parametrize("task", ["needle", "next_line"])
-@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     """Also of a model whose first choice is wrong already."""
 

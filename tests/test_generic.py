@@ -18,9 +18,16 @@ METHODS = [
         for budget in BUDGETS.get(name, [0.3, 0.6, 12])
     ),
     kvlib.method("streaming_llm", budget=0.3, sinks=2, renumber=False),
-    kvlib.method(
-        "snapkv", budget=0.3, window=4, kernel=3, pooling="avg"
-    ),  # the default window is longer than these prompts
+    # The defaults of windows and sinks are longer than these prompts.
+    kvlib.method("snapkv", budget=0.3, window=4, kernel=3, pooling="avg"),
+    kvlib.method("pyramidkv", budget=0.3, window=2, kernel=3, beta=3),
+    kvlib.method("forced_sinks", budget=0.6, host="snapkv", sinks=2),
+    kvlib.method("vatp", budget=0.6, host="scissorhands", sinks=2),
+    kvlib.method("vatp", budget=12, host="snapkv", sinks=2, norm="l2"),
+    kvlib.method("exact_error", budget=0.6, host="scissorhands", sinks=1),
+    kvlib.method("exact_error", budget=0.6, host="pyramidkv"),
+    kvlib.method("output_norm", budget=12, host="scissorhands"),
+    kvlib.method("output_norm", budget=0.6, host="snapkv", sinks=2),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not), so that evicting a token is hiding it.
@@ -42,8 +49,12 @@ TALKS = dict(
 )
 
 
+def host(method):
+    return [method.host] if hasattr(method, "host") else []
+
+
 def on(methods):
-    return pytest.mark.parametrize("method", methods, ids=lambda m: f"{m.name}-{m.budget}")
+    return pytest.mark.parametrize("method", methods, ids=lambda m: "-".join([m.name, *host(m), str(m.budget)]))
 
 
 everywhere = pytest.mark.parametrize("architecture", ARCHITECTURES)

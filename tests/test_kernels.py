@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import kvlib
-from kvlib import attention
+from kvlib import attention, cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -34,6 +34,33 @@ def test_column_sums_with_padding_and_holes():
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
     assert (got[1, :, :, -20:] == 0).all()
     torch.testing.assert_close(got[1].sum(-1), torch.full((2, 2), 30.0, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("rows, count, dim", [(1, 1, 1), (300, 1000, 24), (5000, 4097, 32), (70, 33, 128), (9, 0, 64)])
+def test_taking_rows_is_indexing(rows, count, dim, dtype):
+    torch.manual_seed(rows + dim)
+    flat = (100 * torch.randn(rows, 2 * dim, device="cuda")).to(dtype)
+    index = torch.randint(rows, (2 * count,), device="cuda")[::2]
+    for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
+        assert torch.equal(cache.take(source, index), source[index])
+
+
+def test_taking_rows_keeps_gradients():
+    flat = torch.randn(5, 4, device="cuda", requires_grad=True)
+    cache.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
+    assert flat.grad.sum(1).tolist() == [4, 0, 0, 8, 0]
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (8, 2, 64)])
+@pytest.mark.parametrize("new, slots", [(1, 200), (257, 257), (130, 500)])
+def test_eviction_errors_equal_those_in_float64(new, slots, heads, kv_heads, dim):
+    torch.manual_seed(new + slots)
+    query = 2 * torch.randn(2, heads, new, dim, device="cuda")
+    key, value = torch.randn(2, 2, kv_heads, slots, dim, device="cuda")
+    value[:, :, 1:4] = value[:, :, :1]  # where one of them takes all attention, o - v is small
+    exact = attention.eviction_errors(query.double(), key.double(), value.double())
+    torch.testing.assert_close(attention.eviction_errors(query, key, value).double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def outcome(model, method, device):

@@ -1,4 +1,4 @@
-"""SnapKV, StreamingLLM and key norms keep what kvpress keeps (`parity/kvpress/README.md`), and where they do not."""
+"""Our baselines keep what kvpress keeps (`parity/kvpress/README.md`), and where they do not."""
 
 import json
 from functools import cache
@@ -15,6 +15,7 @@ DATA = Path(__file__).parent / "parity" / "kvpress"
 CASES = json.loads((DATA / "cases.json").read_text())
 RATIOS = CASES["compression_ratios"]
 SNAPKV = [(64, 5), (32, 7), (8, 5)]
+PYRAMIDKV = [(64, 5, 20), (8, 5, 20), (8, 5, 4), (4, 7, 10)]
 
 inputs = pytest.mark.parametrize(("kind", "prompt"), [(kind, p) for kind in ("mha", "gqa") for p in range(3)])
 
@@ -41,10 +42,10 @@ def keep(method, kind, prompt):
     ids = torch.from_numpy(recorded(f"{kind}_p{prompt}_ids").astype(np.int64))[None]
     with method(load(kind)) as run:
         logits = run.model(ids).logits[0, -1]
-    kept = torch.stack([run.kept(layer)[0] for layer in range(4)])
-    assert (kept.diff(dim=-1) > 0).all()  # in text order, where kvpress stores the highest score first
-    mask = torch.zeros(*kept.shape[:2], ids.shape[1], dtype=torch.bool).scatter_(-1, kept, True)
-    return mask.numpy(), run, logits
+    kept = [run.kept(layer)[0] for layer in range(4)]
+    assert all((layer.diff(dim=-1) > 0).all() for layer in kept)  # in text order, kvpress stores high scores first
+    mask = [torch.zeros(len(layer), ids.shape[1], dtype=torch.bool).scatter_(-1, layer, True) for layer in kept]
+    return torch.stack(mask).numpy(), run, logits
 
 
 def assert_equal_sets(ours, press, ratio, kind, prompt):
@@ -89,6 +90,45 @@ def test_streaming_llm(kind, prompt, renumber):
             assert (keep(method, kind, prompt)[0] == theirs).all()
 
 
+@inputs
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_pyramidkv_with_the_counts_of_kvpress(kind, prompt, ratio):
+    """Which tokens stay once each layer's count is given; counts are compared below."""
+    compared = 0
+    for window, kernel, beta in PYRAMIDKV:
+        press = f"pyramidkv_w{window}_k{kernel}_b{beta}"
+        counts = masks("keep", press, ratio, kind, prompt)[:, 0].sum(-1).tolist()
+        if min(counts) < window or round(CASES["n_tokens"][prompt] * (1 - ratio)) < 2 * window:
+            continue  # there the windows differ
+
+        class Counted(kvlib.METHODS["pyramidkv"]):
+            def budgets(self, view, counts=counts):
+                return torch.full_like(view.lengths, counts[view.layer_idx])
+
+        method = Counted(1 - ratio, window=window, kernel=kernel, pooling="avg", beta=beta)
+        assert_equal_sets(keep(method, kind, prompt)[0], press, ratio, kind, prompt)
+        compared += 1
+    assert compared >= 2
+
+
+@inputs
+def test_tova_but_for_the_last_token(kind, prompt):
+    """kvpress pins the last token, ours goes by its attention: at most this one token is exchanged for another."""
+    exchanged = 0
+    for ratio in RATIOS:
+        theirs = masks("keep", "tova", ratio, kind, prompt)
+        ours = keep(kvlib.method("tova", budget=theirs[0, 0].sum().item()), kind, prompt)[0]
+        assert (ours == ours[:, :1]).all() and theirs[..., -1].all()
+        for layer in range(4):
+            differ = (ours[layer] != theirs[layer])[0].nonzero()[0].tolist()
+            if ours[layer, 0, -1]:
+                assert differ == []
+            else:
+                assert len(differ) == 2 and differ[1] == theirs.shape[-1] - 1
+                exchanged += 1
+    assert exchanged < 16
+
+
 # Where we depart on purpose
 
 
@@ -129,3 +169,34 @@ def test_departure_snapkv_defaults_are_those_of_the_papers_runs():
     ours = keep(kvlib.method("snapkv", budget=theirs[0, 0].sum().item()), "mha", 2)[0]
     assert (ours.sum(-1) == theirs.sum(-1)).all()
     assert (ours != theirs).any(-1).all()
+
+
+@inputs
+def test_departure_pyramidkv_counts_are_those_of_its_authors(kind, prompt):
+    """The window on top of every layer's count and no pyramid for short prompts; there it is part of the count."""
+    n, different = CASES["n_tokens"][prompt], 0
+    for window, kernel, beta in PYRAMIDKV:
+        for ratio in RATIOS:
+            theirs = masks("keep", f"pyramidkv_w{window}_k{kernel}_b{beta}", ratio, kind, prompt)[:, 0].sum(-1)
+            total = n * (1 - ratio)
+            least, most = total / beta, 2 * total - total / beta
+            if most >= n - window:
+                least, most = 2 * total - (n - window), n - window
+            if n >= most >= least >= window:
+                assert theirs.tolist() == [round(most - layer * (most - least) / 3) for layer in range(4)]
+            else:
+                assert theirs.tolist() == [max(1, round(total))] * 4
+
+            budget = round(total)
+            mean = budget - min(window, budget // 2)
+            least, most = mean // beta, 2 * mean - mean // beta
+            if most >= n - budget + mean:
+                least, most = 2 * mean - (n - budget + mean), n - budget + mean
+            counts = [budget - mean + most - layer * ((most - least) // 3) for layer in range(4)]
+            method = kvlib.method("pyramidkv", budget=budget, window=window, kernel=kernel, beta=beta)
+            ours = keep(method, kind, prompt)[0].sum(-1)
+            assert (ours == ours[:, :1]).all()
+            assert ours[:, 0].tolist() == (counts if n >= 2 * mean else [budget] * 4)
+            assert budget <= ours[:, 0].mean() <= budget + 1.5  # (layers - 1) / 2
+            different += ours[:, 0].tolist() != theirs.tolist()
+    assert different

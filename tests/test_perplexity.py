@@ -17,9 +17,9 @@ from kvlib import paths
 from kvlib.baselines import Full, SnapKV
 from kvlib.lab import benchmarks
 from kvlib.lab import perplexity as module
-from kvlib.lab.evaluate import Configuration
 from kvlib.lab.perplexity import cut_windows, first_tokens, losses, perplexity, places, summary
 from kvlib.lab.prompts import one_by_one
+from kvlib.lab.studies import Configuration
 from kvlib.paths import MODELS
 from kvlib.registry import METHODS, Method
 

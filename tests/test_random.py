@@ -16,13 +16,20 @@ from properties import Conversation
 import kvlib
 
 DEEP = int(os.environ.get("KVLIB_DEEP_CASES", "1000"))
+SNAPKV = {
+    "window": st.integers(1, 9),
+    "kernel": st.sampled_from([1, 3, 7]),
+    "pooling": st.sampled_from(["max", "avg"]),
+}
+HOSTED = {"host": st.sampled_from(["h2o", "scissorhands", "snapkv", "pyramidkv"]), "sinks": st.integers(0, 9)}
 ARGUMENTS = {  # what is drawn besides the budget
     "random": {"seed": st.integers(0, 9)},
-    "snapkv": {
-        "window": st.integers(1, 9),
-        "kernel": st.sampled_from([1, 3, 7]),
-        "pooling": st.sampled_from(["max", "avg"]),
-    },
+    "snapkv": SNAPKV,
+    "pyramidkv": {**SNAPKV, "beta": st.integers(1, 25)},
+    "forced_sinks": HOSTED,
+    "vatp": {**HOSTED, "norm": st.sampled_from(["l1", "l2", "linf"])},
+    "exact_error": HOSTED,
+    "output_norm": HOSTED,
     "streaming_llm": {"sinks": st.integers(0, 6), "renumber": st.booleans()},
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]

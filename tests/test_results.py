@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvlib
 from kvlib import paths
 from kvlib.lab import evaluate, fingerprint, results
-from kvlib.lab.evaluate import Configuration, Study
+from kvlib.lab.studies import Configuration, Study
 from kvlib.lab.summaries import summarise
 from kvlib.minilm import checksums
 

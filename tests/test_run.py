@@ -387,6 +387,33 @@ def test_column_sums_are_computed_once_and_each_method_gets_its_own(monkeypatch)
     assert kept[1] == kept[3] and len({str(each) for each in kept}) == 3 and len(calls) == 2 * layers
 
 
+def test_column_sums_of_a_window_are_computed_once_for_those_who_may_ask():
+    model = tiny.model("llama-gqa", torch.float32)
+    taken = kvlib.snapshot(model, tiny.tokens(2, 17))
+
+    class Three(kvlib.Method):
+        window, last = 5, 3
+
+        def score(self, view):
+            return view.column_sums(last=self.last).mul_(-2).sum(2)  # in place, in its own copy
+
+    class Five(Three):
+        last = 5
+
+    class Undeclared(Three):
+        window = 0
+
+    kept = []
+    for method in (Three(budget=0.5), Five(budget=0.5), Three(budget=0.5)):
+        with method(model) as run:
+            run.fork(taken)
+            kept.append((tiny.kept(run), len(taken.sums)))
+    layers = model.config.num_hidden_layers
+    assert kept[0][0] == kept[2][0] != kept[1][0] and [size for _, size in kept] == [layers, 2 * layers, 2 * layers]
+    with Undeclared(budget=0.5)(model) as run, pytest.raises(ValueError, match="last=3: the method declares window=0"):
+        run.fork(taken)
+
+
 def test_reading_and_storing_once_is_not_copying_twice():
     # Forked caches must not hold on to the snapshot's memory, nor live ones to the pass that filled them.
     model = tiny.model()

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from kvlib.lab import statistics, summaries
-from kvlib.lab.evaluate import STUDIES
+from kvlib.lab.studies import STUDIES
 from kvlib.lab.tasks import FAMILIES
 from kvlib.paths import RESULTS
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvlib.lab import tasks, verification
-from kvlib.lab.evaluate import CELL, MEASURED, Configuration, Study
+from kvlib.lab.evaluate import CELL, MEASURED
+from kvlib.lab.studies import Configuration, Study
 
 TASKS = list(tasks.CATALOGUE)
 CONFIGURATIONS = tuple(Configuration("random", round(0.01 * i, 2)) for i in range(1, 41))

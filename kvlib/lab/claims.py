@@ -14,7 +14,7 @@ import yaml
 
 from kvlib import paths
 from kvlib.lab import tasks
-from kvlib.lab.evaluate import STUDIES, Configuration
+from kvlib.lab.studies import STUDIES, Configuration
 from kvlib.nearest import unknown
 
 CLAIMS = paths.DATA / "claims.yaml"

@@ -10,81 +10,23 @@ Protocols:
     decoded: the context is prefilled and compressed; then the question is fed token by token.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import pandas as pd
 import torch
 
-import kvlib
 from kvlib.lab import tasks
 from kvlib.lab.metrics import code_similarity, is_decided
 from kvlib.lab.prompts import Prompts, compressed, device_name, losses, one_by_one, read_per_row, window_of
+from kvlib.lab.studies import Configuration
 from kvlib.lab.tasks import Sample
-from kvlib.registry import whole
 
-PROTOCOLS = ("prompt", "decoded")
-BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
 BLOCK = 4  # prompts per prefill
 NEW_TOKENS = 64  # as LongBench allows for its code tasks; the longest answer has 60 of minilm's
 CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
 MEASURED = ("value", "stored_bytes", "read_bytes", "full_bytes", "prefill_flops", "clamped")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A method, its budget and, as JSON, its other arguments: what identifies a cell of a table."""
-
-    method: str
-    budget: float
-    arguments: str = "{}"
-
-    def make(self):
-        return kvlib.method(self.method, budget=self.budget, **json.loads(self.arguments))
-
-
-@dataclass(frozen=True)
-class Study:
-    """What one result table holds: every configuration on the same samples of every task, for every model.
-
-    length: tokens of prompt and answer. models: name -> samples per task; sample n has the seed n, for every model.
-    """
-
-    tasks: tuple[str, ...]
-    length: int
-    configurations: tuple[Configuration, ...]
-    models: dict[str, int]
-    protocol: str = "prompt"
-
-    def __post_init__(self):
-        for task in self.tasks:
-            tasks.find(task)
-        for configuration in self.configurations:
-            configuration.make()
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol!r}: {' or '.join(PROTOCOLS)}")
-        if not (self.models and all(whole(samples, 1) for samples in self.models.values())):
-            raise ValueError(f"models={self.models!r}: a whole number of samples >= 1 for at least one model")
-
-
-STUDIES = {
-    "00_kv_cache": Study(
-        tasks=(*tasks.FAMILIES, *tasks.COMPLETIONS),
-        length=2048,
-        configurations=(
-            Configuration("full", 1.0),
-            *(Configuration(m, b) for m in ("random", "streaming_llm", "h2o", "snapkv", "knorm") for b in BUDGETS),
-            *(Configuration("streaming_llm", b, '{"renumber": false}') for b in BUDGETS),
-            Configuration("streaming_llm", 0.2, '{"sinks": 0}'),
-            Configuration("knorm", 0.5),
-            # a number is five one-digit tokens, more than half of the default kernel of 7 reaches
-            *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
-        ),
-        models={"minilm": 200, "minilm-gqa": 200},
-    )
-}
 
 
 def evaluate(
@@ -176,12 +118,14 @@ def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample],
         # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
         stepwise = one_by_one(method) or max(map(len, answers)) > min(left)
         if metric == "similarity":
-            written = write(feed, logits, tokenizer, end_tokens(model), [min(NEW_TOKENS, n + 1) for n in left])
+            written = write(
+                feed, read.keep, logits, tokenizer, end_tokens(model), [min(NEW_TOKENS, n + 1) for n in left]
+            )
             values = [code_similarity(text, s.answer) for text, s in zip(written, drawn)]
         elif metric == "bits":
             values = bits(feed, logits, answers, [len(s.answer) for s in drawn], stepwise)
         else:
-            chosen = first_choices(feed, logits, answers, stepwise)
+            chosen = first_choices(feed, read.keep, logits, answers, stepwise)
             values = [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, chosen)]
         if method.hooks("attend") and not reads:
             feed(logits.argmax(-1)[:, None])  # nothing was fed, because the first choice decided
@@ -196,23 +140,31 @@ def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample],
     }
 
 
-def first_choices(feed: Callable, logits: torch.Tensor, answers: list[list[int]], stepwise: bool) -> list[list[int]]:
+def first_choices(
+    feed: Callable, keep: Callable, logits: torch.Tensor, answers: list[list[int]], stepwise: bool
+) -> list[list[int]]:
     """The model's first choice at every token of each answer, after those before it, and behind it; -1 if not asked.
 
     Args:
-        logits: `(batch, vocabulary)` before the answers.
+        keep: drops all but these rows. logits: `(batch, vocabulary)` before the answers.
         stepwise: feed a token a pass, until every row has made its first mistake, instead of all in one.
     """
-    fed, longest = filled(answers, logits.device), max(map(len, answers))
-    chosen, alive = [logits.argmax(-1)[:, None]], torch.ones(len(fed), dtype=torch.bool, device=fed.device)
-    for tokens in fed.split(1, dim=1) if stepwise else [fed]:
-        if stepwise:
-            alive &= chosen[-1][:, 0] == tokens[:, 0]
-            if not alive.any():
-                break
-        chosen.append(feed(tokens).argmax(-1))
-    said = torch.cat(chosen, dim=1)
-    return torch.nn.functional.pad(said, (0, longest + 1 - said.shape[1]), value=-1).tolist()
+    fed = filled(answers, logits.device)
+    chosen = torch.full((len(fed), fed.shape[1] + 1), -1, device=fed.device)
+    chosen[:, 0] = logits.argmax(-1)
+    if not stepwise:
+        chosen[:, 1:] = feed(fed).argmax(-1)
+        return chosen.tolist()
+    rows = torch.arange(len(fed), device=fed.device)
+    for place, tokens in enumerate(fed.unbind(1)):
+        right = (chosen[rows, place] == tokens[rows]).nonzero().squeeze(1)
+        if not len(right):
+            break
+        chosen[rows, place + 1] = feed(tokens[rows, None])[:, -1].argmax(-1)
+        if len(right) < len(rows):
+            keep(right)
+            rows = rows[right]
+    return chosen.tolist()
 
 
 def filled(answers: list[list[int]], device) -> torch.Tensor:
@@ -230,27 +182,30 @@ def bits(
     return [total / count / math.log(2) for total, count in zip(sums, characters)]
 
 
-def write(feed: Callable, logits: torch.Tensor, tokenizer, ends: set[int], most: list[int]) -> list[str]:
+def write(
+    feed: Callable, keep: Callable, logits: torch.Tensor, tokenizer, ends: set[int], most: list[int]
+) -> list[str]:
     """What greedy decoding writes, until `code_similarity` is decided: a text for every row.
 
-    A row that is done goes on with the others, but nothing of that counts.
-
     Args:
-        logits: `(batch, vocabulary)` before the first token. ends: ids that end a text. most: tokens of each row.
+        keep: drops all but these rows. logits: `(batch, vocabulary)` before the first token.
+        ends: ids that end a text. most: tokens of each row.
     """
     ids: list[list[int]] = [[] for _ in most]
-    texts, writing = [""] * len(most), set(range(len(most)))
+    texts, rows = [""] * len(most), list(range(len(most)))
     while True:
-        chosen = logits.argmax(-1)
-        said = chosen.tolist()
-        for row in sorted(writing):
-            ids[row].append(said[row])
+        chosen, stay = logits.argmax(-1), []
+        for place, (row, token) in enumerate(zip(rows, chosen.tolist())):
+            ids[row].append(token)
             texts[row] = tokenizer.decode(ids[row], skip_special_tokens=True)
-            if len(ids[row]) == most[row] or ids[row][-1] in ends or is_decided(texts[row]):
-                writing.remove(row)
-        if not writing:
+            if not (len(ids[row]) == most[row] or token in ends or is_decided(texts[row])):
+                stay.append(place)
+        if not stay:
             return texts
-        logits = feed(chosen[:, None])[:, -1]
+        logits = feed(chosen[:, None])[:, -1]  # all, since what the first decode step reads is noted for every row
+        if len(stay) < len(rows):
+            keep(torch.tensor(stay))
+            logits, rows = logits[stay], [rows[place] for place in stay]
 
 
 def end_tokens(model) -> set[int]:

@@ -28,7 +28,7 @@ from scipy import stats
 from kvlib import paths
 from kvlib.lab import statistics
 from kvlib.lab.claims import CLAIMS, Cell, Claim, cells_of, named, read
-from kvlib.lab.evaluate import Configuration
+from kvlib.lab.studies import Configuration
 
 README = paths.ROOT / "README.md"
 MARKERS = ("<!-- verdicts -->", "<!-- end of verdicts -->")

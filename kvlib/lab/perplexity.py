@@ -24,8 +24,8 @@ from tqdm import tqdm
 import kvlib
 from kvlib import paths
 from kvlib.lab import benchmarks
-from kvlib.lab.evaluate import Configuration
 from kvlib.lab.prompts import Prompts, compressed, device_name, losses, one_by_one, window_of
+from kvlib.lab.studies import Configuration
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)

@@ -54,6 +54,11 @@ class Compressed:
         """Logits `(batch, tokens, vocabulary)` of a pass over the next ids `(batch, tokens)`."""
         return self.run.model(ids, past_key_values=self.run.cache).logits
 
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows, the cache's others are dropped."""
+        self.run.cache.batch_select_indices(rows)
+        self.run.clamped_rows = self.run.clamped_rows[rows.cpu()]
+
 
 @contextmanager
 def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
@@ -105,16 +110,16 @@ def prefill_flops(model, tokens: int) -> int:
 
 
 @torch.no_grad()
-def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, one_by_one: bool) -> torch.Tensor:
+def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, stepwise: bool) -> torch.Tensor:
     """Nats of each target `(batch, targets)`, in float32 or better, inside an open block.
 
     Args:
         feed: ids `(batch, tokens)` -> logits of a pass over them. logits: `(batch, vocabulary)` before the targets.
         targets: ids `(batch, targets)`.
-        one_by_one: feed a token a pass instead of all but the last, which need not be fed, in one.
+        stepwise: feed a token a pass instead of all but the last, which need not be fed, in one.
     """
     found = [nats(logits[:, None], targets[:, :1])]
-    size = 1 if one_by_one else max(1, targets.shape[1] - 1)
+    size = 1 if stepwise else max(1, targets.shape[1] - 1)
     for begin in range(0, targets.shape[1] - 1, size):
         chunk = targets[:, begin : begin + size + 1]  # what is fed, and one more that is predicted
         found.append(nats(feed(chunk[:, :-1]), chunk[:, 1:]))

@@ -1,4 +1,4 @@
-"""Making, resuming and verifying the result tables of `kvlib.lab.evaluate.STUDIES`.
+"""Making, resuming and verifying the result tables of `kvlib.lab.studies.STUDIES`.
 
     python -m kvlib.lab.results [STUDY ...]             make tables, or what is missing of them
     python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples, at least four, and compare
@@ -31,8 +31,9 @@ from tqdm import tqdm
 import kvlib
 from kvlib import paths
 from kvlib.lab import evaluate, tasks, verification
-from kvlib.lab.evaluate import CELL, STUDIES, Configuration, Study
+from kvlib.lab.evaluate import CELL
 from kvlib.lab.fingerprint import fingerprint
+from kvlib.lab.studies import STUDIES, Configuration, Study
 from kvlib.lab.summaries import summarise
 from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.registry import METHODS

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from kvlib.lab import evaluate, tasks
-from kvlib.lab.evaluate import CELL, MEASURED, Study
+from kvlib.lab.evaluate import CELL, MEASURED
 from kvlib.lab.statistics import paired_difference
+from kvlib.lab.studies import Study
 
 LEAST = 4  # samples
 ROUNDING = 2e-4  # of bits per character, which another CPU or a GPU adds up in another order: that moved them by 2e-5

@@ -41,7 +41,7 @@ def code_bits(seed: int, tokens: int, *, room: int, tokenizer, split: str, count
     check(split, tokens)
     line = choose(continued(tokens, tokenizer), seed)
     text, _ = cut(line)
-    answer = heldout_files()[line.file]["text"][line.at : end(line, tokenizer)]
+    answer = heldout_files()[line.file]["text"][line.at : end_of_answer(line, tokenizer)]
     return tail(text, room - others(answer, tokenizer, count), count), answer
 
 
@@ -80,15 +80,15 @@ def continued(tokens: int, tokenizer) -> list[Line]:
 
 def before(line: Line, tokenizer) -> int:
     """Tokens of the file before a line."""
-    return tokens_before(line.file, tokenizer)[number(line)]
+    return tokens_before(line.file, tokenizer)[line_number(line)]
 
 
-def number(line: Line) -> int:
-    """Of a line in its file, from 0."""
+def line_number(line: Line) -> int:
+    """Its place in its file, from 0."""
     return bisect.bisect_left(line_starts(line.file), line.at)
 
 
-def end(line: Line, tokenizer) -> int:
+def end_of_answer(line: Line, tokenizer) -> int:
     """Offset where the line ends with which `FORETOLD` tokens have been written from `line` on."""
     wanted = before(line, tokenizer) + FORETOLD
     return line_starts(line.file)[bisect.bisect_left(tokens_before(line.file, tokenizer), wanted)]
@@ -96,6 +96,7 @@ def end(line: Line, tokenizer) -> int:
 
 @lru_cache(maxsize=400)
 def tokens_before(file: int, tokenizer) -> list[int]:
-    """Tokens of the file before each of its lines."""
-    lines = [f"{line}\n" for line in heldout_files()[file]["text"].split("\n")]
+    """Tokens of the file before each of its lines, and of all of it."""
+    *lines, rest = heldout_files()[file]["text"].split("\n")
+    lines = [*(f"{line}\n" for line in lines), rest]
     return list(accumulate(map(len, tokenizer(lines, add_special_tokens=False).input_ids), initial=0))

@@ -1,0 +1,187 @@
+"""VATP: attention is not enough, the value it carries counts too (Guo et al., 2406.12335), and scores of its kind.
+
+All are one construction: a host (H2O, Scissorhands, SnapKV or PyramidKV) that everywhere reads another importance in
+place of attention, and the first tokens of the text protected. What the host does with attention - add up queries, sum
+or average the heads of a group, pool neighbours, set budgets, protect recent tokens - it does with that importance.
+"""
+
+import copy
+from functools import cached_property, partial
+
+import torch
+
+from kvlib.baselines import H2O, PyramidKV, Scissorhands, SnapKV
+from kvlib.nearest import unknown
+from kvlib.registry import Method, register, require, whole
+
+EPSILON = 1e-4  # of `OutputNorm`
+
+
+@register("forced_sinks")
+class ForcedSinks(Method):
+    """A host whose first tokens always stay: the control that VATP lacks, for it protects sinks only when it is on.
+
+    The sinks are the first real tokens of each row. They take places of the host's heavy tokens and leave at least one
+    of these to the score: `budget - recent - 1` is the most. (In the authors' code, where sinks outnumber heavy tokens,
+    an arbitrary choice of them survives.)
+
+    Args:
+        host: "h2o", "scissorhands", "snapkv" or "pyramidkv", with the same budget and otherwise its defaults.
+        sinks: how many tokens to protect.
+
+    Raises:
+        ValueError: for another host, for sinks < 0, and what the host refuses.
+    """
+
+    host: str = "h2o"
+    sinks: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
+        _ = self.hosted  # now, for it may refuse the budget
+
+    @cached_property
+    def hosted(self) -> Method:
+        """The host itself."""
+        hosts = {cls.name: cls for cls in (H2O, Scissorhands, SnapKV, PyramidKV)}
+        if self.host not in [*hosts]:
+            raise unknown("host", self.host, hosts)
+        return hosts[self.host](self.budget)
+
+    @property
+    def evicts_in_decode(self):
+        return self.hosted.evicts_in_decode
+
+    @property
+    def window(self):
+        return self.hosted.window
+
+    def importance(self, view, last=None) -> torch.Tensor:
+        """What the host reads in place of `view.column_sums(last)`, `(batch, kv_heads, group, slots)`."""
+        return view.column_sums(last)
+
+    def read_by_host(self, view):
+        """The same view, with the same state, in which importance has taken the place of attention."""
+        other = copy.copy(view)
+        other.column_sums = partial(self.importance, view)
+        return other
+
+    def observe(self, view):
+        self.hosted.observe(self.read_by_host(view))
+
+    def budgets(self, view):
+        return self.hosted.budgets(view)
+
+    def score(self, view):
+        score = self.hosted.score(self.read_by_host(view))
+        room = self.budgets(view)[:, 0] - self.hosted.recent(view) - 1
+        return view.protect(score, first=view.clamp("sinks", self.sinks, 0, room))
+
+
+@register("vatp")
+class VATP(ForcedSinks):
+    """Value-aware token pruning (Guo et al., 2406.12335): attention x norm of the value, with forced sinks.
+
+    The norm is that of the value before the output projection, one number per KV head and token, computed when the
+    token arrives. Sinks have to be forced because their values are next to 0, so that the product ranks them last;
+    without them all other weights would grow.
+
+    Hosts "h2o" and "scissorhands" are the authors'. Departures: those of the hosts and of `ForcedSinks`; grouped
+    queries, which their code does not have: each query head's attention is multiplied by the norm of its KV head's
+    value before the host reduces the group.
+
+    Args:
+        norm: "l1" (the paper's choice), "l2" or "linf".
+
+    Raises:
+        ValueError: for another norm, and what `ForcedSinks` refuses.
+    """
+
+    norm: str = "l1"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("norm", self.norm, self.norm in ("l1", "l2", "linf"), "'l1', 'l2' or 'linf'")
+
+    def observe(self, view):
+        order = {"l1": 1, "l2": 2, "linf": torch.inf}[self.norm]
+        value = view.new_value
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        remember(view, "norm", torch.linalg.vector_norm(value, order, dim=-1, dtype=dtype))
+        super().observe(view)
+
+    def importance(self, view, last=None):
+        return view.column_sums(last) * view.state["norm"][:, :, None]
+
+
+@register("exact_error")
+class EvictionError(ForcedSinks):
+    """What evicting one token does to the attention output, exactly: a / (1 - a) x ||o - v||_2 (CAOTE, 2504.14051).
+
+    Attention x norm of the value leaves out that the other weights grow to fill the gap. This score does not, and so
+    sees what a sink is good for: none are forced by default. Each query's error is added up as the host adds up
+    attention, per query head (a choice of ours); queries that see one key only have none.
+    """
+
+    sinks: int = 0
+
+    def importance(self, view, last=None):
+        return view.eviction_errors(last)
+
+
+@register("output_norm")
+class OutputNorm(ForcedSinks):
+    """(A + 1e-4) x ||W_O v||_1: what a token adds to the layer's output (the product of CriticalKV, 2502.03805).
+
+    W_O v is the value after the output projection, one norm per query head and token, computed when the token arrives.
+    A is the host's sum over the number of its queries. Only the order of scores counts, so that 1e-4 is multiplied by
+    that number instead; queries from before a token was there count for it too, with attention 0. A window of w
+    queries counts as w, and the mean with which Scissorhands begins as 1.
+
+    Departures: CriticalKV gives half of the budget to attention alone, and averages norms over a group.
+
+    Raises:
+        ValueError: on models whose attention has no `o_proj`; for what `ForcedSinks` refuses.
+    """
+
+    sinks: int = 0
+
+    def observe(self, view):
+        weight = getattr(getattr(view.module, "o_proj", None), "weight", None)
+        if weight is None:
+            raise ValueError(f"{type(view.module).__name__} has no o_proj, which output_norm needs")
+        value = view.new_value.to(torch.promote_types(view.new_value.dtype, torch.float32))
+        norms = [  # head by head, because each output is as wide as the model
+            torch.linalg.vector_norm(value[:, head // view.groups] @ part.to(value.dtype).T, 1, dim=-1)
+            for head, part in enumerate(weight.split(value.shape[-1], dim=1))
+        ]
+        remember(view, "norm", torch.stack(norms, dim=-1).unflatten(-1, (-1, view.groups)).transpose(1, 2))
+        super().observe(view)
+
+    def importance(self, view, last=None):
+        sums = view.column_sums(last)
+        queries = view.step.counts if last is None else torch.as_tensor(last)
+        queries = per_row(view, queries.expand(len(view.tokens)))
+        if last is None:  # for the tokens of this pass the earlier queries are still to be counted
+            so_far = view.tokens - view.prompt_tokens + 1 if self.window else view.tokens
+            queries = queries.where(~arrived(view), per_row(view, so_far))
+        return (sums + EPSILON * queries[:, :, None].to(sums.dtype)) * view.state["norm"].movedim(-1, 2)
+
+
+def per_row(view, x: torch.Tensor) -> torch.Tensor:
+    """`x` `(batch,)` against slots: `(batch, 1, 1)` where the view is."""
+    return x.to(view.positions.device)[:, None, None]
+
+
+def arrived(view) -> torch.Tensor:
+    """Which slots hold tokens of this pass, `(batch, kv_heads, slots)`."""
+    return view.positions >= per_row(view, view.tokens - view.step.counts)
+
+
+def remember(view, name: str, values: torch.Tensor) -> None:
+    """Add `values` of this pass's tokens, `(batch, kv_heads, new, ...)` padding included, to `view.state[name]`."""
+    new, more = values.shape[2], values.shape[3:]
+    column = (view.positions - per_row(view, view.tokens) + new).clamp(0, new - 1)  # padding comes first in a pass
+    fresh, column = (x.view(*x.shape, *[1] * len(more)).expand(*x.shape, *more) for x in (arrived(view), column))
+    view.state[name] = values.gather(2, column).where(fresh, view.state.get(name, 0.0))
