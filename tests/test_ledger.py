@@ -1,6 +1,7 @@
 """The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from kvlib import registry
 from kvlib.lab import ledger, tasks
 from kvlib.lab.claims import EVIDENCE, PRIMARY, cells_of, read
 from kvlib.lab.ledger import MODELS, VERDICTS, Result, conclude, deciding, write
+from kvlib.lab.studies import STUDIES
 
 CLAIM = {
     "id": "one",
@@ -610,3 +612,16 @@ def test_registered_claims(monkeypatch):
     assert all(claim.primary in PRIMARY and (claim.reason or cells_of(claim, ("needle",))) for claim in claims)
     table = ledger.ledger(claims)
     assert set(table["verdict"]) <= set(VERDICTS) and (table["reason"] != "").all()
+
+
+def test_studies_have_the_cells_of_registered_claims(monkeypatch):
+    """Or a claim waits for rows that nobody makes."""
+    monkeypatch.undo()
+    for claim in (claim for claim in read() if claim.table):
+        study = STUDIES[claim.table]
+        made = {(c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in study.configurations}
+        for cell in cells_of(claim, study.tasks):
+            wanted = {
+                (c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in cell.configurations
+            }
+            assert wanted <= made and set(cell.tasks) <= set(study.tasks) and claim.length == study.length, claim.id

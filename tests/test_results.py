@@ -229,6 +229,30 @@ def test_a_killed_run_goes_on_and_gives_the_same_table(folder, computed):
     assert len(computed) == 6 - done and table_bytes(folder) == whole
 
 
+def test_a_block_of_many_configurations_is_kept_in_portions(folder, computed, monkeypatch):
+    whole = results.make("study", STUDY)
+    shutil.rmtree(folder / "build" / "study")
+    (folder / "results" / "study.parquet").unlink()
+    monkeypatch.setattr(results, "PORTION", 2)
+    computed.clear()
+    counting = evaluate.evaluate
+
+    def failing(*arguments, **options):
+        if len(computed) == 1:
+            raise KeyboardInterrupt
+        return counting(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        results.make("study", STUDY)
+    monkeypatch.setattr(evaluate, "evaluate", counting)
+    results.make("study", STUDY)
+    (task, samples, first), (_, _, rest), *others = computed
+    assert (first, rest) == (2, 1) and computed[1][:2] == (task, samples)
+    assert sorted(count for *_, count in others) == [1] * (len(others) // 2) + [2] * (len(others) // 2)
+    pd.testing.assert_frame_equal(results.read(folder / "results" / "study.parquet"), whole)
+
+
 def test_one_owner_at_a_time(folder):
     with results.owner("study"):
         with pytest.raises(RuntimeError, match="another process is making the table study"):

@@ -4,10 +4,10 @@
     python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples, at least four, and compare
     python -m kvlib.lab.results --clean                 delete tables and shards, to make everything anew
 
-Work is cut into blocks of samples, in the same way whatever was done before. A finished block is a shard, written under
-another name and renamed, so that a run killed at any moment leaves whole shards only and the next run goes on after
-them. A row is reused, from a shard or from the table, when its key is that of today's checkpoint, parameters, and code
-of method and task.
+Work is cut into blocks of samples, in the same way whatever was done before. A block is a shard, which grows by fifty
+configurations at a time; it is written under another name and renamed, so that a run killed at any moment leaves
+nothing half-written and the next run goes on after it. A row is reused, from a shard or from the table, when its key is
+that of today's checkpoint, parameters, and code of method and task.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.registry import METHODS
 
 BUILD = paths.ROOT / "build" / "results"
+PORTION = 50  # configurations of a block between two writes
 COLUMNS = [*CELL, "sample", *evaluate.MEASURED, "torch", "device", "key"]
 SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
 
@@ -167,13 +168,15 @@ def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wa
     if not missing:
         return 0
     model, tokenizer = load(block.model)
-    size = len(block.samples)
-    new = evaluate.evaluate(
-        model, tokenizer, missing, block.task, study.length, block.samples,
-        name=block.model, protocol=study.protocol, block=size,
-    ).merge(cells, on=CELL)  # fmt: skip
-    write(together(new, known[known["key"].isin(done)]), path)
-    return len(new)
+    size, rows = len(block.samples), known[known["key"].isin(done)]
+    for start in range(0, len(missing), PORTION):
+        new = evaluate.evaluate(
+            model, tokenizer, missing[start : start + PORTION], block.task, study.length, block.samples,
+            name=block.model, protocol=study.protocol, block=size,
+        ).merge(cells, on=CELL)  # fmt: skip
+        rows = together(rows, new)
+        write(rows, path)
+    return len(missing) * size
 
 
 class Loader:
