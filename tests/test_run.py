@@ -400,16 +400,21 @@ def test_column_sums_of_a_window_are_computed_once_for_those_who_may_ask():
     class Five(Three):
         last = 5
 
+    class OfEachRow(Three):
+        last = (3, 5)
+
     class Undeclared(Three):
         window = 0
 
     kept = []
-    for method in (Three(budget=0.5), Five(budget=0.5), Three(budget=0.5)):
+    for method in (Three(budget=0.5), Five(budget=0.5), OfEachRow(budget=0.5), Three(budget=0.5)):
         with method(model) as run:
             run.fork(taken)
             kept.append((tiny.kept(run), len(taken.sums)))
     layers = model.config.num_hidden_layers
-    assert kept[0][0] == kept[2][0] != kept[1][0] and [size for _, size in kept] == [layers, 2 * layers, 2 * layers]
+    three, five, mixed, again = (sets for sets, _ in kept)
+    assert [size for _, size in kept] == [layers, 2 * layers, 3 * layers, 3 * layers]
+    assert three == again and mixed == [three[0], five[1]] and three[1] != five[1]
     with Undeclared(budget=0.5)(model) as run, pytest.raises(ValueError, match="last=3: the method declares window=0"):
         run.fork(taken)
 
