@@ -4,9 +4,10 @@ import math
 
 import pandas as pd
 import pytest
+import torch
 
 import kvlib
-from kvlib.lab import checks, summaries
+from kvlib.lab import checks, summaries, values
 
 
 def longest_prompt(memory, weights, layers, kv_heads, head_dim, width, budget):
@@ -53,6 +54,111 @@ def test_wrong_lengths(answer, message):
 def test_wrong_changes(answer, message):
     with pytest.raises(AssertionError) as error:
         checks.check_change_of_output(answer)
+    assert message in str(error.value)
+
+
+# 01_vatp
+
+
+def limits(weight, value_norm, output_norm):
+    return abs(1 - output_norm / value_norm) / (1 - weight), (1 + output_norm / value_norm) / (1 - weight)
+
+
+def grouped_score(attention, values, weight):
+    heads, group, _ = attention.shape
+    parts = weight.view(len(weight), heads, group, -1).permute(1, 2, 3, 0)  # (kv_heads, group, head_dim, hidden)
+    return (attention * (values[:, None] @ parts).abs().sum(-1)).mean(1)
+
+
+def test_right_answers_of_the_second_lesson_pass(capsys):
+    checks.check_limits(limits)
+    checks.check_grouped_score(grouped_score)
+    assert capsys.readouterr().out == "limits is right\ngrouped_score is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "limits returned None: is there a `return`?"),
+        (lambda a, v, o: (0, 1 + o / v), "the other weights grow by 1 / (1 - a)"),
+        (lambda a, v, o: ((1 - o / v) / (1 - a), limits(a, v, o)[1]), "a norm is not negative"),
+        (lambda a, v, o: (0, limits(a, v, o)[1]), "the lower limit 0 is right but not sharp"),
+        (lambda a, v, o: (limits(a, v, o)[0], 1e9), "the upper limit 1e+09 is right but not sharp"),
+        (lambda a, v, o: (limits(a, v, o)[0], 1 / (1 - a)), "against v: the change is"),
+    ],
+)
+def test_wrong_limits(answer, message):
+    with pytest.raises(AssertionError) as error:
+        checks.check_limits(answer)
+    assert message in str(error.value)
+
+
+def reduced_first(attention, values, weight):
+    return attention.sum(1) * grouped_score(torch.ones_like(attention), values, weight)
+
+
+def interleaved(attention, values, weight):
+    heads, group, _ = attention.shape
+    other = weight.view(len(weight), group, heads, -1).transpose(1, 2).reshape(weight.shape)
+    return grouped_score(attention, values, other)
+
+
+def two_norm(attention, values, weight):
+    parts = weight.view(len(weight), *attention.shape[:2], -1).permute(1, 2, 3, 0)
+    return (attention * (values[:, None] @ parts).norm(dim=-1)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a, v, w: None, "grouped_score returned None"),
+        (lambda a, v, w: grouped_score(a, v, w)[:, :3], "shape (2, 3), expected (kv_heads, tokens) = (2, 7)"),
+        (lambda a, v, w: a.mean(1) * v.abs().sum(-1), "that is the norm before W_O"),
+        (reduced_first, "reduced before multiplying"),
+        (interleaved, "the columns of W_O are in that order"),
+        (two_norm, "the 2-norm, asked for was the 1-norm"),
+        (lambda a, v, w: -grouped_score(a, v, w), "expected tensor"),
+    ],
+)
+def test_wrong_grouped_scores(answer, message):
+    with pytest.raises(AssertionError) as error:
+        checks.check_grouped_score(answer)
+    assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """One held-out text, on the shipped model."""
+    model, tokenizer = kvlib.load()
+    prefix, whole = values.read_code(model, tokenizer, "attr/_make.py", 128, 16)
+    return model, {"a text": (whole, values.importance(model, prefix, "forced_sinks"), values.value_norms(prefix))}
+
+
+def per_query(attention, norms):
+    return attention / torch.arange(attention.shape[-1], 0, -1)
+
+
+def test_own_scores(texts, capsys):
+    checks.check_own_score(per_query, *texts)
+    assert capsys.readouterr().out.startswith("a text: attention ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a, n: ..., "my_score returned Ellipsis"),
+        (lambda a, n: a[0], "my_score: shape (8, 128), expected (16, 8, 128)"),
+        (lambda a, n: values.forced(per_query(a, n), 1), "no token may be forced"),
+        (lambda a, n: a.mul_(2), "changes its argument"),
+        (lambda a, n: a, "with attention by"),
+        (lambda a, n: per_query(a, n) * (torch.arange(a.shape[-1]) > 0), "your score needs them"),
+    ],
+)
+def test_wrong_own_scores(texts, answer, message):
+    model, parts = texts
+    copies = {name: tuple(x.clone() if torch.is_tensor(x) else x for x in part) for name, part in parts.items()}
+    with pytest.raises(AssertionError) as error:
+        checks.check_own_score(answer, model, copies)
     assert message in str(error.value)
 
 
