@@ -163,17 +163,20 @@ def test_nothing_comes_back(name):
                     assert after == [*before, 29 + step]
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_second_prompt_finds_no_trace_of_the_first(name):
+def finds_no_trace(method):
     """T15: one run, three prompts, the first and the last equal."""
-    model, method = llama(2), kvlib.method(name, budget=0.3)
-    outputs = []
+    model, outputs = llama(2), []
     with method(model) as run:
         for ids in (prompt(30), prompt(21, seed=5), prompt(30)):
             generated = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
             outputs.append((generated[0].tolist(), run.kept(0).tolist(), run.kept(1).tolist(), run.clamped))
     assert str(outputs[0]) == str(outputs[2])
     assert outputs[0] != outputs[1]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_second_prompt_finds_no_trace_of_the_first(name):
+    finds_no_trace(kvlib.method(name, budget=0.3))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -293,17 +296,21 @@ def test_streaming_keeps_a_recent_token_whatever_the_sinks():
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_h2o_counts_every_query_once_per_head(kv_heads):
-    """T3: while nothing is evicted, the scores of a head add up to queries x query heads of its group."""
+@pytest.mark.parametrize(("name", "divisor"), [("h2o", 1), ("scissorhands", 400)])
+def test_every_query_counts_once_per_head(name, divisor, kv_heads):
+    """T3: while nothing is evicted, the scores of a head add up to queries x query heads of its group.
+
+    In Scissorhands, however short the prompt, a decoded query weighs as much as 400 of the prompt's.
+    """
     lengths = [23, 11]
-    with torch.no_grad(), kvlib.method("h2o", budget=100)(llama(kv_heads)) as run:
+    with torch.no_grad(), kvlib.method(name, budget=100)(llama(kv_heads)) as run:
         ids, mask = batch([prompt(length) for length in lengths])
         for step in range(4):
             run.model(ids, attention_mask=mask, past_key_values=run.cache)
             ids, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
             for layer in run.cache.layers:
                 segments = layer.state["attention"].split(layer.lengths.flatten().tolist())
-                expected = [(length + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
+                expected = [(length / divisor + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
                 np.testing.assert_allclose([part.sum() for part in segments], expected, rtol=1e-12)
 
 
@@ -331,21 +338,6 @@ def test_h2o_needs_room_for_two():
 
 
 # Scissorhands
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_scissorhands_divides_by_400_and_then_adds_whole_queries(kv_heads):
-    """However short the prompt: a decoded query weighs as much as 400 of the prompt's."""
-    lengths = [23, 11]
-    with torch.no_grad(), kvlib.method("scissorhands", budget=100)(llama(kv_heads)) as run:
-        ids, mask = batch([prompt(length) for length in lengths])
-        for step in range(4):
-            run.model(ids, attention_mask=mask, past_key_values=run.cache)
-            ids, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
-            for layer in run.cache.layers:
-                segments = layer.state["attention"].split(layer.lengths.flatten().tolist())
-                expected = [(length / 400 + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
-                np.testing.assert_allclose([part.sum() for part in segments], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

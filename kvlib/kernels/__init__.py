@@ -1,1 +1,1 @@
-"""Optional GPU paths. Each has a reference in `kvlib.attention` that it must agree with."""
+"""Optional GPU paths. Each names the reference that it must agree with."""

@@ -158,10 +158,14 @@ def owner(name: str) -> Iterator[None]:
 
 
 def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wanted: pd.DataFrame, load) -> int:
-    """Compute what is missing of a block and write its shard; returns the number of new rows."""
+    """Compute what is missing of a block and write its shard; returns the number of new rows.
+
+    Args:
+        table: the rows of the block's model and task that are known and current. wanted: as `keys` gives them.
+    """
     path = folder / block.file
     known = together(current(read(path), wanted), table)
-    known = known[(known["model"] == block.model) & (known["task"] == block.task) & known["sample"].isin(block.samples)]
+    known = known[known["sample"].isin(block.samples)]
     done = set(known["key"].value_counts()[lambda n: n == len(block.samples)].index)
     cells = wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
     missing = [c for c, k in zip(study.configurations, cells["key"]) if k not in done]

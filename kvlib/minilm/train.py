@@ -140,6 +140,7 @@ def train(
             run.save(model, adamw, step, spent + time.monotonic() - started)
         if world > 1:
             dist.barrier()
+            time.sleep(0.2)  # gloo's thread needs the interpreter to drop the barrier's tensor, or its end never comes
             dist.destroy_process_group()
 
     step, since, lap = first, first, time.monotonic()
