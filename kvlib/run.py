@@ -180,11 +180,16 @@ class Run:
 
     def _after_forward(self, model, args, output):
         if self._active and self.step is not None:
-            self.step = None  # views hold the keys that were just evicted
+            self._end_step()
             self.cache.interrupted = output is None  # which is what a hook gets after an exception
-            self.cache.share_places(None)
             for layer in self.cache.layers:
                 layer.accepting = False
+
+    def _end_step(self) -> None:
+        """Let go of what was made for this pass."""
+        self.step.view = None  # it holds keys that were just evicted, and in a cycle they would wait for the collector
+        self.step = None
+        self.cache.share_places(None)
 
     def _before_layer(self, layer_idx: int):
         """A pre-hook that lets the method shorten the hidden states, and everything that goes with them."""
@@ -254,8 +259,7 @@ class Run:
         self.cache.share_places({})
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
             self.settle(self.store(module, query, key, value, scaling, 0.0))
-        self.step = None
-        self.cache.share_places(None)
+        self._end_step()
         return self.cache
 
     def _unclamp(self, batch: int) -> None:

@@ -1,5 +1,7 @@
 """What holds for every method: functions that the generic tests, the gate and the random cases share."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -11,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import kvlib
 from kvlib.cache import KVCache
+from kvlib.view import View
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ def fork_continues_like_live(model, method, talk: Conversation) -> None:
         made, kept = tiny.decode(model, run, snapshot.logits, talk.new)
     assert made.tolist() == live.tokens.tolist()
     assert kept == live.kept
+
+
+def leaves_nothing_to_the_collector(model, method, talk: Conversation) -> None:
+    """Passes and whole runs free what they held when they end; in a cycle it would wait, on a GPU for very long."""
+    gc.collect()
+    gc.disable()
+    try:
+        with method(model) as run:
+            tiny.generate(model, run, talk.rows(0), talk.new, talk.extra, talk.chunk)
+            if not method.own_prefill:
+                run.fork(kvlib.snapshot(model, *tiny.pad(talk.rows(0))))
+            assert not any(type(thing) is View for thing in gc.get_objects(generation=0))
+        cache = weakref.ref(run.cache)
+        del run
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def well_formed(run) -> None:

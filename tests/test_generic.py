@@ -135,6 +135,11 @@ def test_fork_continues_like_the_live_run(architecture, method):
         properties.fork_continues_like_live(model, method, talk)
 
 
+@on(METHODS)
+def test_passes_and_runs_leave_nothing_to_the_collector(method):
+    properties.leaves_nothing_to_the_collector(tiny.model("llama-gqa"), method, TALKS["llama-gqa"])
+
+
 @everywhere
 @on(MASKING)
 def test_evicting_is_hiding(architecture, method):
