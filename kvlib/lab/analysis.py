@@ -4,6 +4,7 @@ Everything that looks at attention starts from a `kvlib.snapshot` of one prompt 
 """
 
 import json
+import re
 
 import pandas as pd
 import torch
@@ -139,6 +140,15 @@ def looking_heads(snapshot, tokens: list[int], count: int) -> list[tuple[int, in
         for head, group in enumerate(groups):
             found.append((layer, head, group[group.sum(1).argmax()]))
     return sorted(found, key=lambda entry: -entry[2].sum())[:count]
+
+
+def answer_at_start(sample: tasks.Sample, tokenizer, tokens: int) -> bool:
+    """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
+    ids = tokenizer(sample.prompt[: 40 * tokens]).input_ids[:tokens]  # the rest need not be read
+    start, answer = (
+        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), sample.answer)
+    )
+    return bool(start & answer)
 
 
 def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) -> pd.DataFrame:
