@@ -1,6 +1,7 @@
 """Every notebook runs and keeps to its form; the tools that run, store and check notebooks notice what they should."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
-from kvlib.lab import notebooks, plotting
+from kvlib.lab import claims, notebooks, plotting
 from kvlib.paths import NOTEBOOKS, ROOT
 
 EVERY = [pytest.param(path, id=path.stem) for path in notebooks.all_notebooks()]
@@ -122,6 +124,22 @@ def test_reads_like_the_others(path):
             definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
             defines = any(isinstance(node, definitions) for node in ast.walk(notebooks.parse(cell)))
             assert not defines or tags & {"exercise", "solution"}, f"{where}: functions belong to kvlib"
+
+
+@pytest.mark.parametrize("path", [case for case in EVERY if "ledger.csv" in case.values[0].read_text()])
+def test_verdicts_shown_are_those_of_the_ledger(path):
+    """The ledger grows with every paper, so notebooks that show some of it are not stale whenever it changes."""
+    (cell,) = [cell for cell in notebooks.read(path)["cells"] if "ledger.csv" in cell["source"]]
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in cell["outputs"])
+    shown = html.unescape(shown)
+    named = {table.stem for table in notebooks.tables(path)}
+    ledger = pd.read_csv(ROOT / "data" / "results" / "ledger.csv").set_index("id")
+    rows = [ledger.loc[claim.id] for claim in claims.read() if claim.table in named]
+    assert rows
+    for row in rows:
+        assert re.search(
+            rf"{re.escape(row['claim'])}</td>\s*<td>{re.escape(row['ours'])}</td>\s*<td>{row['verdict']}<", shown
+        )
 
 
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
