@@ -30,6 +30,13 @@ def test_maps_are_those_of_eager_attention(snapshot):
         torch.testing.assert_close(analysis.attention_map(snapshot, layer), weights[0], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("last", [1, 7, 20, 50])
+def test_maps_of_the_last_queries(snapshot, last):
+    torch.testing.assert_close(
+        analysis.attention_map(snapshot, 1, last), analysis.attention_map(snapshot, 1)[:, -last:]
+    )
+
+
 def test_attention_received_is_the_mean_of_the_maps(snapshot):
     received = analysis.attention_received(snapshot)
     assert received.shape == (2, 4, 20)
@@ -92,7 +99,8 @@ def test_looking_heads(snapshot):
     }
     best = {place: group[group.sum(1).argmax()] for place, group in looks.items()}
     assert [(layer, head) for layer, head, _ in found] == sorted(best, key=lambda place: -best[place].sum())
-    assert all(torch.equal(on, best[layer, head]) for layer, head, on in found)
+    for layer, head, on in found:
+        torch.testing.assert_close(on, best[layer, head])
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,11 @@ def token_labels(tokenizer, ids) -> list[str]:
 # Attention
 
 
-def attention_map(snapshot, layer: int) -> torch.Tensor:
-    """Softmax attention of every query over every key, `(query_heads, tokens, tokens)` in float64."""
+def attention_map(snapshot, layer: int, last: int | None = None) -> torch.Tensor:
+    """Softmax attention of all queries, or the `last` ones: `(query_heads, queries, tokens)` in float64."""
     query, key, _, scaling = expanded(snapshot, layer)
-    hidden = torch.ones(key.shape[1], key.shape[1], dtype=torch.bool).triu(1)
+    query, tokens = query[:, -(last or key.shape[1]) :], key.shape[1]
+    hidden = torch.ones(query.shape[1], tokens, dtype=torch.bool).triu(1 + tokens - query.shape[1])
     return (query @ key.mT * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
@@ -135,7 +136,7 @@ def looking_heads(snapshot, tokens: list[int], count: int) -> list[tuple[int, in
     """
     kv_heads, found = snapshot.layers[0][1].shape[1], []
     for layer in range(len(snapshot.layers)):
-        attention_to = attention_map(snapshot, layer)[:, -1, tokens]  # (query_heads, tokens)
+        attention_to = attention_map(snapshot, layer, last=1)[:, 0, tokens]  # (query_heads, tokens)
         groups = attention_to.view(kv_heads, -1, len(tokens))
         for head, group in enumerate(groups):
             found.append((layer, head, group[group.sum(1).argmax()]))
