@@ -6,7 +6,7 @@ import tiny
 import torch
 
 import kvlib
-from kvlib.lab import analysis
+from kvlib.lab import analysis, tasks
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,13 @@ def test_maps_are_those_of_eager_attention(snapshot):
     expected = eager(tiny.tokens(1, 20), output_attentions=True).attentions
     for layer, weights in enumerate(expected):
         torch.testing.assert_close(analysis.attention_map(snapshot, layer), weights[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("last", [1, 7, 20, 50])
+def test_maps_of_the_last_queries(snapshot, last):
+    torch.testing.assert_close(
+        analysis.attention_map(snapshot, 1, last), analysis.attention_map(snapshot, 1)[:, -last:]
+    )
 
 
 def test_attention_received_is_the_mean_of_the_maps(snapshot):
@@ -92,7 +99,30 @@ def test_looking_heads(snapshot):
     }
     best = {place: group[group.sum(1).argmax()] for place, group in looks.items()}
     assert [(layer, head) for layer, head, _ in found] == sorted(best, key=lambda place: -best[place].sum())
-    assert all(torch.equal(on, best[layer, head]) for layer, head, on in found)
+    for layer, head, on in found:
+        torch.testing.assert_close(on, best[layer, head])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "tokens", "found"),
+    [
+        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, True),
+        (
+            "key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ",
+            "48213",
+            9,
+            True,
+        ),  # <s>, key, =, a space and five digits
+        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 8, False),
+        (30 * "y = 2\n" + "key = 48213\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, False),
+        ("# warm_river.py\n" + 300 * "y = 2\n" + 'assert f.__module__ == "', 'warm_river"', 20, True),
+        ("yes = 1\n" + 300 * "y = 2\n", "yes", 20, False),  # three letters may stand anywhere
+    ],
+)
+def test_answers_that_stand_at_the_start(prompt, answer, tokens, found):
+    tokenizer = kvlib.load("minilm")[1]
+    sample = tasks.Sample("needle", prompt, answer, "", 0, 0)
+    assert analysis.answer_at_start(sample, tokenizer, tokens) is found
 
 
 def test_answers_are_what_generate_writes():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvlib
+from kvlib import vatp
 from kvlib.lab import checks, summaries, values
 
 
@@ -191,6 +192,95 @@ def test_a_mean_above_the_limit_is_not_enough(table):
 
     with pytest.raises(AssertionError, match="needle, knorm: expected None, found 0.8; too optimistic"):
         checks.check_smallest_budget(careless, table)
+
+
+# 11_vatp_more
+
+
+@pytest.fixture
+def registered():
+    """`METHODS` with classes under the names of the exercise; gone afterwards."""
+    before = dict(kvlib.METHODS)
+
+    def add(**classes):
+        for name, cls in classes.items():
+            kvlib.register(name)(type(name, (cls,), {"__module__": __name__}))
+
+    yield add
+    for name in set(kvlib.METHODS) - set(before):
+        del kvlib.METHODS[name]
+
+
+class Projected(vatp.OutputNorm):
+    def importance(self, view, last=None):
+        return view.column_sums(last) * view.state["norm"].movedim(-1, 2)
+
+
+class Lifted(vatp.OutputNorm):
+    def observe(self, view):
+        norm = torch.linalg.vector_norm(view.new_value, 1, dim=-1)
+        vatp.remember(view, "norm", norm[..., None].expand(*norm.shape, view.groups))
+        vatp.ForcedSinks.observe(self, view)
+
+
+class OtherNorm(vatp.OutputNorm):
+    def observe(self, view):
+        norm = torch.linalg.vector_norm(view.new_value, 2, dim=-1)
+        vatp.remember(view, "norm", norm[..., None].expand(*norm.shape, view.groups))
+        vatp.ForcedSinks.observe(self, view)
+
+
+def test_right_halves_pass(registered, capsys):
+    registered(one=Projected, other=Lifted)
+    checks.check_halves("one", "other")
+    assert capsys.readouterr().out == "one and other are one step each\n"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (vatp.OutputNorm, Lifted, r"one ranks by (A + 1e-4) ‖W_O v‖₁, both steps at once, not by A ‖W_O v‖₁"),
+        (Projected, vatp.OutputNorm, r"other ranks by (A + 1e-4) ‖W_O v‖₁, both steps at once, not by (A + 1e-4) ‖v‖₁"),
+        (vatp.VATP, Lifted, "one ranks by A ‖v‖₁, not by A ‖W_O v‖₁"),
+        (Lifted, Projected, "one ranks by (A + 1e-4) ‖v‖₁, not"),
+        (Projected, OtherNorm, "other ranks by something else"),
+    ],
+)
+def test_wrong_halves(registered, one, other, message):
+    registered(one=one, other=other)
+    with pytest.raises(AssertionError) as error:
+        checks.check_halves("one", "other")
+    assert message in str(error.value)
+
+
+def chance(n, k, r):
+    return (r + (k - r) ** 2 / (n - r)) / k
+
+
+def test_right_chances_pass(capsys):
+    checks.check_chance(chance)
+    assert capsys.readouterr().out == "chance is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n, k, r: None, "chance"),
+        (lambda n, k, r: k / n, "the recent tokens are the same for certain"),
+        (lambda n, k, r: k * chance(n, k, r), "that is a number of tokens, not a share of k"),
+        (lambda n, k, r: (r + (k - r) ** 2 / n) / k, "the others are chosen from n - r tokens"),
+        (lambda n, k, r: 1 - chance(n, k, r), "n = 512, k = 102, r = 51: 0.5553 is expected, found 0.4447"),
+    ],
+)
+def test_wrong_chances(answer, message):
+    with pytest.raises(AssertionError) as error:
+        checks.check_chance(answer)
+    assert message in str(error.value)
+
+
+def test_halves_have_to_be_registered():
+    with pytest.raises(AssertionError, match="no method 'nowhere'"):
+        checks.check_halves("nowhere", "vatp")
 
 
 # Methods

@@ -1,6 +1,7 @@
 """Every notebook runs and keeps to its form; the tools that run, store and check notebooks notice what they should."""
 
 import ast
+import html
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
-from kvlib.lab import notebooks, plotting
+from kvlib.lab import claims, notebooks, plotting
 from kvlib.paths import NOTEBOOKS, ROOT
 
 EVERY = [pytest.param(path, id=path.stem) for path in notebooks.all_notebooks()]
@@ -67,8 +69,8 @@ def published(tmp_path) -> Path:
     (tmp_path / "kvlib" / "__init__.py").write_text("")
     (tmp_path / "kvlib" / "toy.py").write_text('"""Toy."""\n\n\ndef half(x):\n    """Halve."""\n    return x / 2\n')
     (tmp_path / "data" / "results").mkdir(parents=True)
-    (tmp_path / "data" / "results" / "77_toy.csv").write_text("budget,score\n0.5,1\n")
-    path = write_notebook(tmp_path, "import kvlib.toy\nprint(budget)\n")
+    (tmp_path / "data" / "results" / "77_toy.parquet").write_text("budget,score\n0.5,1\n")
+    path = write_notebook(tmp_path, "import kvlib.toy\nprint(budget)\ntable = '77_toy.parquet'\n")
     execute(path)
     notebooks.publish(tmp_path)
     notebooks.check(tmp_path)
@@ -124,6 +126,22 @@ def test_reads_like_the_others(path):
             assert not defines or tags & {"exercise", "solution"}, f"{where}: functions belong to kvlib"
 
 
+@pytest.mark.parametrize("path", [case for case in EVERY if "ledger.csv" in case.values[0].read_text()])
+def test_verdicts_shown_are_those_of_the_ledger(path):
+    """The ledger grows with every paper, so notebooks that show some of it are not stale whenever it changes."""
+    (cell,) = [cell for cell in notebooks.read(path)["cells"] if "ledger.csv" in cell["source"]]
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in cell["outputs"])
+    shown = html.unescape(shown)
+    named = {table.stem for table in notebooks.tables(path)}
+    ledger = pd.read_csv(ROOT / "data" / "results" / "ledger.csv").set_index("id")
+    rows = [ledger.loc[claim.id] for claim in claims.read() if claim.table in named]
+    assert rows
+    for row in rows:
+        assert re.search(
+            rf"{re.escape(row['claim'])}</td>\s*<td>{re.escape(row['ours'])}</td>\s*<td>{row['verdict']}<", shown
+        )
+
+
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
 def test_profiles_set_known_parameters_only(profile):
     content = yaml.safe_load((NOTEBOOKS / "params" / f"{profile}.yaml").read_text())
@@ -151,7 +169,7 @@ def test_make_runs_what_changed(tmp_path):
         "figure, axes = plt.subplots()\naxes.plot([toy.half, budget])\nsave(figure, '77_toy_line')\n"
     )
     profile = "77_toy: {budget: 0.25}"
-    write_notebook(tmp_path, draw, "assert budget == 0.25", profile=profile)
+    write_notebook(tmp_path, draw, "assert budget == 0.25  # 77_toy.parquet", profile=profile)
     result = make(tmp_path, "figures", "PROFILE=smoke", "-j2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search("77_toy: running.*77_toy: done in .*build/smoke/77_toy.ipynb", result.stdout, re.DOTALL)
@@ -173,9 +191,11 @@ def test_make_runs_what_changed(tmp_path):
     assert up_to_date()
     assert up_to_date("-W", "kvlib/attention.py")
     assert not up_to_date("-W", "kvlib/toy.py")
-    (tmp_path / "data" / "results" / "77_toy.csv").write_text("new\n")
+    (tmp_path / "data" / "results" / "77_toy_more.parquet").write_text("not named in the notebook\n")
+    assert up_to_date()
+    (tmp_path / "data" / "results" / "77_toy.parquet").write_text("new\n")
     assert not up_to_date()
-    (tmp_path / "data" / "results" / "77_toy.csv").unlink()
+    (tmp_path / "data" / "results" / "77_toy.parquet").unlink()
     (tmp_path / "notebooks" / "params" / "smoke.yaml").write_text("77_toy: {budget: 0.75}")
     assert not up_to_date()
 
@@ -256,7 +276,7 @@ def test_published_notebook_is_clean_and_publishing_again_changes_nothing(publis
         ("notebooks/77_toy.ipynb", "# kept", "# stored", True),
         ("notebooks/params/default.yaml", "{}", "77_toy: {budget: 0.3}", True),
         ("notebooks/params/smoke.yaml", "{}", "77_toy: {budget: 0.3}", False),
-        ("data/results/77_toy.csv", "0.5,1", "0.5,2", True),
+        ("data/results/77_toy.parquet", "0.5,1", "0.5,2", True),
         ("kvlib/toy.py", "x / 2", "x // 2", True),
         ("kvlib/toy.py", "x / 2", "x / 2.0", True),
         ("kvlib/toy.py", "Halve.", "Divide by two.", False),

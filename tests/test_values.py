@@ -237,3 +237,37 @@ def test_paired_differences_are_in_points_by_budget():
     assert text.index.tolist() == [("one − other", "head"), ("other − one", "head")]
     assert list(text.columns) == ["20%", "40%"] and text["20%"].iloc[0].startswith("+0.33 [-0.20, ")
     assert text["40%"].iloc[1].startswith("-0.67 [-1.60, ")
+
+
+# What is kept
+
+
+def test_overlaps_by_hand():
+    a = torch.tensor([1, 1, 0, 0], dtype=torch.bool)
+    sets = {
+        "a": torch.stack([a, a])[None],
+        "half": torch.stack([a, ~a])[None],  # the same in one head, disjoint in the other
+        "larger": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)[None],
+    }
+    found = values.overlaps(sets)
+    assert (found.to_numpy() == found.to_numpy().T).all()
+    assert found.loc["a"].to_list() == pytest.approx([1, 0.5, (4 / 5 + 4 / 6) / 2])
+    assert found.loc["half", "larger"] == pytest.approx((4 / 5 + 4 / 6) / 2)
+
+
+def test_an_empty_set_is_refused():
+    kept = {"none": torch.zeros(1, 1, 4, dtype=torch.bool), "all": torch.ones(1, 1, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="an empty keep-set is like no other"):
+        values.overlaps(kept)
+
+
+def test_kept_by_is_what_runs_keep():
+    model, ids = tiny.model("llama-gqa"), tiny.tokens(1, 30)
+    methods = {name: kvlib.method(name, budget=0.3) for name in ("h2o", "snapkv")}
+    found = values.kept_by(model, kvlib.snapshot(model, ids), methods)
+    assert list(found) == list(methods)
+    for name, method in methods.items():
+        with method(model) as run:
+            model(ids)
+        for layer, mask in enumerate(found[name]):
+            assert [row.nonzero().flatten().tolist() for row in mask] == run.kept(layer)[0].tolist()

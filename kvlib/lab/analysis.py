@@ -4,6 +4,7 @@ Everything that looks at attention starts from a `kvlib.snapshot` of one prompt 
 """
 
 import json
+import re
 
 import pandas as pd
 import torch
@@ -30,10 +31,11 @@ def token_labels(tokenizer, ids) -> list[str]:
 # Attention
 
 
-def attention_map(snapshot, layer: int) -> torch.Tensor:
-    """Softmax attention of every query over every key, `(query_heads, tokens, tokens)` in float64."""
+def attention_map(snapshot, layer: int, last: int | None = None) -> torch.Tensor:
+    """Softmax attention of all queries, or the `last` ones: `(query_heads, queries, tokens)` in float64."""
     query, key, _, scaling = expanded(snapshot, layer)
-    hidden = torch.ones(key.shape[1], key.shape[1], dtype=torch.bool).triu(1)
+    query, tokens = query[:, -(last or key.shape[1]) :], key.shape[1]
+    hidden = torch.ones(query.shape[1], tokens, dtype=torch.bool).triu(1 + tokens - query.shape[1])
     return (query @ key.mT * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
@@ -134,11 +136,20 @@ def looking_heads(snapshot, tokens: list[int], count: int) -> list[tuple[int, in
     """
     kv_heads, found = snapshot.layers[0][1].shape[1], []
     for layer in range(len(snapshot.layers)):
-        attention_to = attention_map(snapshot, layer)[:, -1, tokens]  # (query_heads, tokens)
+        attention_to = attention_map(snapshot, layer, last=1)[:, 0, tokens]  # (query_heads, tokens)
         groups = attention_to.view(kv_heads, -1, len(tokens))
         for head, group in enumerate(groups):
             found.append((layer, head, group[group.sum(1).argmax()]))
     return sorted(found, key=lambda entry: -entry[2].sum())[:count]
+
+
+def answer_at_start(sample: tasks.Sample, tokenizer, tokens: int) -> bool:
+    """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
+    ids = tokenizer(sample.prompt[: 40 * tokens]).input_ids[:tokens]  # the rest need not be read
+    start, answer = (
+        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), sample.answer)
+    )
+    return bool(start & answer)
 
 
 def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) -> pd.DataFrame:

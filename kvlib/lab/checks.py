@@ -186,6 +186,55 @@ def check_own_score(function, model, texts, budget: float = 0.2) -> None:
         print(f"{name}: attention {plain}, your score {own}, your score with 20 sinks {protected}")
 
 
+# 11_vatp_more
+
+
+@torch.no_grad()
+def check_halves(projected: str, lifted: str) -> None:
+    """Two methods on `kvlib.vatp`: A ‖W_O v‖₁ with nothing added, and (A + 1e-4) ‖v‖₁ without the projection."""
+    model, ids = tiny_model(), torch.randint(5, 60, (1, 90), generator=torch.Generator().manual_seed(1))
+    snapshot = kvlib.snapshot(model, ids)
+    sums, plain, after = [], [], []  # (layers, KV heads, group, tokens)
+    for (query, key, value, scaling), layer in zip(snapshot.layers, model.model.layers):
+        group = query.shape[1] // key.shape[1]
+        scores = (query @ key.repeat_interleave(group, 1).mT * scaling)[0]
+        weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+        sums.append(weights.sum(1).unflatten(0, (-1, group)))
+        plain.append(value[0].abs().sum(-1)[:, None].expand_as(sums[-1]))
+        columns = layer.self_attn.o_proj.weight.unflatten(1, (key.shape[1], group, -1))
+        after.append(torch.einsum("ohgd,htd->hgto", columns, value[0]).abs().sum(-1))
+    sums, plain, after = map(torch.stack, (sums, plain, after))
+    added = sums + 1e-4 * ids.shape[1]
+    cases = {
+        "A ‖v‖₁": sums * plain,
+        "A ‖W_O v‖₁": sums * after,
+        "(A + 1e-4) ‖v‖₁": added * plain,
+        "(A + 1e-4) ‖W_O v‖₁, both steps at once": added * after,
+    }
+    for name, wanted in ((projected, "A ‖W_O v‖₁"), (lifted, "(A + 1e-4) ‖v‖₁")):
+        expect(name in kvlib.METHODS, f'no method {name!r}: is the class decorated with @kvlib.register("{name}")?')
+        found = values.importance(model, snapshot, name).double()
+        names = [case for case, score in cases.items() if torch.allclose(found, score.sum(2), rtol=1e-5)]
+        expect(names == [wanted], f"{name} ranks by {' or '.join(names) or 'something else'}, not by {wanted}")
+    print(f"{projected} and {lifted} are one step each")
+
+
+def check_chance(function) -> None:
+    """`function(n, k, r)`: the overlap of two sets of k of n tokens, r of them the same and the others random."""
+    for n, k, r in ((512, 102, 51), (512, 410, 205), (100, 40, 0), (100, 40, 40), (64, 64, 8)):
+        found = number(function(n, k, r), "chance")
+        common = r + (k - r) * (k - r) / (n - r) if k > r else r
+        hints = {
+            k / n: "; the recent tokens are the same for certain",
+            common: "; that is a number of tokens, not a share of k",
+            (r + (k - r) ** 2 / n) / k: "; the others are chosen from n - r tokens",
+        }
+        hint = next((hint for wrong, hint in hints.items() if abs(found - wrong) < 1e-9), "")
+        message = f"n = {n}, k = {k}, r = {r}: {common / k:.4f} is expected, found {found:.4f}{hint}"
+        expect(abs(found - common / k) < 1e-9, message)
+    print("chance is right")
+
+
 # Methods
 
 

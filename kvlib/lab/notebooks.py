@@ -7,8 +7,9 @@
     python -m kvlib.lab.notebooks compare MANIFEST        fail if figures drawn from tables differ from these
 
 A notebook is a path <root>/notebooks/NN_name.ipynb; its parameters are in <root>/notebooks/params/PROFILE.yaml under
-NN_name, its result tables are <root>/data/results/NN_name*. Its metadata list the modules it is about, as in
-{"kvlib": {"modules": ["kvlib.attention", "kvlib.cache"]}}; its outputs are stale once these modules do something else.
+NN_name, its result tables those of <root>/data/results that its code names. Its metadata list the modules it is about,
+as in {"kvlib": {"modules": ["kvlib.attention", "kvlib.cache"]}}; its outputs are stale once these modules do something
+else.
 """
 
 import argparse
@@ -175,8 +176,9 @@ def dependencies(path: Path) -> list[Path]:
 
 
 def tables(path: Path) -> list[Path]:
-    """The result tables of a notebook."""
-    return sorted((root_of(path) / "data" / "results").glob(f"{path.stem}*"))
+    """The result tables that the code of a notebook names."""
+    code = "\n".join(cell["source"] for cell in code_cells(read(path)))
+    return sorted(file for file in (root_of(path) / "data" / "results").glob("*.parquet") if file.name in code)
 
 
 def makefile(root: Path, profile: str) -> str:

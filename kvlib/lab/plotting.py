@@ -27,12 +27,15 @@ COLORS = {
     "tova": "#004d40",
     "knorm": "#999933",
     "quest": "#882255",
+    "forced_sinks": "#661100",
+    "exact_error": "#332288",
+    "output_norm": "#117733",
     "vatp": "#d55e00",
     "uncomp": "#0173b2",
     "anchorcoder": "#029e73",
     "tidaldecode": "#cc78bc",
 }
-MARKERS = dict(zip(COLORS, ".x<s^Dvp*>oPXd", strict=True))
+MARKERS = dict(zip(COLORS, ".x<s^Dvp*>+8HoPXd", strict=True))
 DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
 DASHES |= dict.fromkeys(("vatp", "uncomp", "anchorcoder", "tidaldecode"), "-")
 

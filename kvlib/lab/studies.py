@@ -9,6 +9,7 @@ from kvlib.registry import whole
 
 PROTOCOLS = ("prompt", "decoded")  # see kvlib.lab.evaluate
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
+HOSTS = ("h2o", "scissorhands", "snapkv")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,30 @@ class Study:
             raise ValueError(f"models={self.models!r}: a whole number of samples >= 1 for at least one model")
 
 
+def with_arguments(method: str, budgets, **arguments) -> tuple[Configuration, ...]:
+    """A method with the same arguments at every budget."""
+    return tuple(Configuration(method, budget, json.dumps(arguments)) for budget in budgets)
+
+
+def on_host(host: str) -> tuple[Configuration, ...]:
+    """A host, alone and with each importance of `kvlib.vatp`; then other norms and other numbers of sinks."""
+    budgets, ablated = (*BUDGETS, 0.5), (0.05, 0.2, 0.5)
+    scores = ("forced_sinks", "vatp", "exact_error", "output_norm")
+    return (
+        *with_arguments(host, budgets),
+        *(c for score in scores for c in with_arguments(score, budgets, host=host)),
+        *(c for norm in ("l2", "linf") for c in with_arguments("vatp", ablated, host=host, norm=norm)),
+        *(c for sinks in (0, 1, 4) for c in with_arguments("vatp", ablated, host=host, sinks=sinks)),
+        *(c for score in scores[2:] for c in with_arguments(score, ablated, host=host, sinks=20)),
+    )
+
+
+VALUES = (
+    Configuration("full", 1.0),
+    *(configuration for host in HOSTS for configuration in on_host(host)),
+    *(c for method in ("pyramidkv", "tova") for c in with_arguments(method, (*BUDGETS, 0.5))),
+)
+
 STUDIES = {
     "00_kv_cache": Study(
         tasks=(*tasks.FAMILIES, *tasks.COMPLETIONS),
@@ -61,5 +86,24 @@ STUDIES = {
             *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
         ),
         models={"minilm": 200, "minilm-gqa": 200},
+    ),
+    "01_vatp": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=VALUES,
+        models={"minilm": 200, "minilm-gqa": 200},
+    ),
+    "01_vatp_lines": Study(
+        tasks=("next_line",),
+        length=2048,
+        configurations=VALUES,
+        models={"minilm": 100, "minilm-gqa": 100},
+    ),
+    # token by token, which takes ten times as long as an answer; for the claims about H2O
+    "01_vatp_bits": Study(
+        tasks=("code_bits",),
+        length=2048,
+        configurations=(Configuration("full", 1.0), *on_host("h2o")),
+        models={"minilm": 100, "minilm-gqa": 100},
     ),
 }

@@ -19,6 +19,16 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(configuration=table["method"] + table["arguments"].map(words))
 
 
+def by_sample(table: pd.DataFrame) -> pd.DataFrame:
+    """The values side by side: a row per sample, columns `(model, configuration, budget, task)`.
+
+    `by_sample(table)[model, configuration, budget]` has a column per task, and its rows are the same samples in all
+    configurations.
+    """
+    columns = ["model", "configuration", "budget", "task"]
+    return named(table).pivot(index="sample", columns=columns, values="value").sort_index(axis=1)
+
+
 def task_sets(table: pd.DataFrame) -> dict[str, list[str]]:
     """What is worth a mean: the sixteen families together, if the table has them all, and every task alone."""
     present = list(table["task"].unique())
@@ -91,6 +101,16 @@ def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) ->
         differing = sum(int((ones[task] != others[task]).sum()) for task in tasks)
         row["samples that differ"] = f"{differing} of {sum(map(len, ones.values()))}"
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def gain(first: pd.DataFrame, second: pd.DataFrame) -> list[float]:
+    """Mean over tasks of first - second in percentage points, and the ends of its 95 % interval.
+
+    Args:
+        first, second: samples x tasks, as `by_sample` gives them.
+    """
+    found = statistics.paired_difference(first.T.to_numpy(), second.T.to_numpy())
+    return [100 * found.value, 100 * found.low, 100 * found.high]
 
 
 def finding(table: pd.DataFrame) -> str:

@@ -224,3 +224,33 @@ def differences(table: pd.DataFrame, comparisons) -> pd.DataFrame:
         cells = [f"{row.value:+z.2f} [{row.low:z.2f}, {row.high:z.2f}]" for row in found.itertuples()]
         rows[f"{first} − {second}", measure] = dict(zip(map("{:.0%}".format, found.index), cells))
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+# What is kept
+
+
+def kept_by(model, snapshot, methods: dict) -> dict[str, torch.Tensor]:
+    """What each method keeps of a prompt that was read once: name -> `(layers, kv_heads, tokens)` bool."""
+    kept = {}
+    for name, method in methods.items():
+        with method(model) as run:
+            run.fork(snapshot)
+            kept[name] = analysis.kept_mask(run)
+    return kept
+
+
+def overlaps(kept: dict[str, torch.Tensor]) -> pd.DataFrame:
+    """How alike are keep-sets? 2 |A ∩ B| / (|A| + |B|) (Dice), mean over heads: 1 for equal sets, 0 for disjoint ones.
+
+    Args:
+        kept: name -> `(layers, kv_heads, tokens)` bool, the same tokens for all.
+
+    Raises:
+        ValueError: if a set is empty.
+    """
+    masks = torch.stack(list(kept.values())).double().flatten(1, 2)  # (methods, heads, tokens)
+    sizes = masks.sum(-1)
+    if (sizes == 0).any():
+        raise ValueError("an empty keep-set is like no other")
+    common = torch.einsum("aht,bht->abh", masks, masks)
+    return pd.DataFrame((2 * common / (sizes[:, None] + sizes)).mean(-1), index=list(kept), columns=list(kept))
