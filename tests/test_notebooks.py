@@ -114,6 +114,7 @@ def test_reads_like_the_others(path):
     assert re.match(r"# \d\d ", cells[0]["source"]) and len(re.findall(r"(?m)^# ", prose)) == 1
     assert [heading for heading in LESSON if not re.search(rf"(?m)^## {heading}", prose)] == []
     assert not re.search(r"!\[[^\]]*\]\(https?:|<img[^>]*https?:", prose), "images are files of this repository"
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", prose), "a control character: a backslash that Python has read"
     assert [cell["id"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])] == ["parameters"]
     for cell in cells:
         where, source, tags = cell["id"], cell["source"], set(cell["metadata"].get("tags", []))
