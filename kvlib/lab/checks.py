@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvlib
-from kvlib.lab import values
+from kvlib.lab import analysis, values
 from kvlib.lab.statistics import paired_difference
+from kvlib.run import attention_modules
 
 
 def expect(holds: bool, message: str) -> None:
@@ -194,16 +195,13 @@ def check_halves(projected: str, lifted: str) -> None:
     """Two methods on `kvlib.vatp`: A ‖W_O v‖₁ with nothing added, and (A + 1e-4) ‖v‖₁ without the projection."""
     model, ids = tiny_model(), torch.randint(5, 60, (1, 90), generator=torch.Generator().manual_seed(1))
     snapshot = kvlib.snapshot(model, ids)
-    sums, plain, after = [], [], []  # (layers, KV heads, group, tokens)
-    for (query, key, value, scaling), layer in zip(snapshot.layers, model.model.layers):
-        group = query.shape[1] // key.shape[1]
-        scores = (query @ key.repeat_interleave(group, 1).mT * scaling)[0]
-        weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
-        sums.append(weights.sum(1).unflatten(0, (-1, group)))
-        plain.append(value[0].abs().sum(-1)[:, None].expand_as(sums[-1]))
-        columns = layer.self_attn.o_proj.weight.unflatten(1, (key.shape[1], group, -1))
-        after.append(torch.einsum("ohgd,htd->hgto", columns, value[0]).abs().sum(-1))
-    sums, plain, after = map(torch.stack, (sums, plain, after))
+    sums = torch.stack([analysis.attention_map(snapshot, layer).sum(1) for layer in range(len(snapshot.layers))])
+    kv_heads = snapshot.layers[0][1].shape[1]
+    sums = sums.unflatten(1, (kv_heads, -1))  # (layers, KV heads, group, tokens)
+    plain = values.value_norms(snapshot)[:, :, None]
+    projections = [m.o_proj.weight.unflatten(1, (*sums.shape[1:3], -1)) for m in attention_modules(model)]
+    stored = [value[0] for _, _, value, _ in snapshot.layers]
+    after = torch.stack([torch.einsum("ohgd,htd->hgto", *pair).abs().sum(-1) for pair in zip(projections, stored)])
     added = sums + 1e-4 * ids.shape[1]
     cases = {
         "A ‖v‖₁": sums * plain,
