@@ -137,7 +137,7 @@ def change(snapshot, layer: int, kept: torch.Tensor, weight: torch.Tensor) -> di
         "layer": `(..., tokens - n)`, as "head" for the output of the layer, all heads together after W_O.
     """
     value, n = analysis.expanded(snapshot, layer)[2], kept.shape[-1]
-    weights = analysis.attention_map(snapshot, layer)[:, n:]  # (query_heads, queries, tokens)
+    weights = analysis.attention_map(snapshot, layer, last=value.shape[1] - n)  # (query_heads, queries, tokens)
     output, later = weights @ value, weights[..., n:]
     left = weights[..., :n] * kept.repeat_interleave(len(weights) // kept.shape[-2], dim=-2)[..., None, :]
     terms = left @ value[:, :n] + later @ value[:, n:]
