@@ -12,8 +12,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import kvlib
-from kvlib.cache import KVCache
-from kvlib.view import View
+from kvlib.core.cache import KVCache
+from kvlib.core.view import View
 
 
 @dataclass(frozen=True)

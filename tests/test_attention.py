@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from kvlib import attention
+from kvlib.core import attention
 
 
 def eager(query, key, query_positions, key_positions, scaling):

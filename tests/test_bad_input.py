@@ -115,18 +115,18 @@ def test_unknown_methods(name, near):
 
 
 def test_two_classes_cannot_share_a_name():
-    with pytest.raises(ValueError, match=r"method 'knorm' is already registered by kvlib.baselines.KNorm"):
+    with pytest.raises(ValueError, match=r"method 'knorm' is already registered by kvlib.methods.baselines.KNorm"):
 
         @kvlib.register("knorm")
         class Other(kvlib.Method):
             pass
 
-    assert kvlib.METHODS["knorm"].__module__ == "kvlib.baselines"
+    assert kvlib.METHODS["knorm"].__module__ == "kvlib.methods.baselines"
 
 
 def test_a_class_may_be_defined_again(monkeypatch):
     # As happens when a notebook cell runs twice.
-    monkeypatch.setattr("kvlib.registry.METHODS", dict(kvlib.METHODS))
+    monkeypatch.setattr("kvlib.core.method.METHODS", dict(kvlib.METHODS))
     for keep in ("first", "second"):
 
         @kvlib.register("mine")

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from reference import HOSTS, POLICIES, VOCABULARY, simulate, tiny_llama
 
 import kvlib
-from kvlib import baselines
+from kvlib.methods import baselines
 
 # Examples are small as they are: shrinking one would run the slow reference for minutes.
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 llama = cache(tiny_llama)
 HALVES = ("h2o", "scissorhands")  # the budget is twice a whole number of tokens
-NAMES = [name for name, method in kvlib.METHODS.items() if method.__module__ == "kvlib.baselines"]
+NAMES = [name for name, method in kvlib.METHODS.items() if method.__module__ == "kvlib.methods.baselines"]
 
 
 def batch(prompts):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import kvlib
-from kvlib.cache import KVCache, KVLayer
+from kvlib.core.cache import KVCache, KVLayer
 
 DIM = 3
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import kvlib
-from kvlib import vatp
 from kvlib.lab import checks, summaries, values
+from kvlib.methods import vatp
 
 
 def longest_prompt(memory, weights, layers, kv_heads, head_dim, width, budget):
@@ -293,8 +293,8 @@ WRONG = {
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(kvlib.registry, "METHODS", dict(kvlib.METHODS))
-    monkeypatch.setattr(kvlib, "METHODS", kvlib.registry.METHODS)
+    monkeypatch.setattr(kvlib.core.method, "METHODS", dict(kvlib.METHODS))
+    monkeypatch.setattr(kvlib, "METHODS", kvlib.core.method.METHODS)
 
 
 @pytest.mark.parametrize("name", ["random", "streaming_llm", "snapkv", "knorm"])

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kvlib
 from kvlib import paths
-from kvlib.baselines import Full, SnapKV
+from kvlib.core.method import METHODS
 from kvlib.lab import evaluate, prompts, results, tasks
 from kvlib.lab.metrics import code_similarity, is_decided
 from kvlib.lab.prompts import Prompts, compressed
 from kvlib.lab.studies import PROTOCOLS, STUDIES, Configuration
-from kvlib.registry import METHODS
+from kvlib.methods.baselines import Full, SnapKV
 
 CONFIGURATIONS = (
     Configuration("full", 1.0),

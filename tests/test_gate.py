@@ -13,7 +13,7 @@ from properties import Conversation
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import kvlib
-from kvlib import attention
+from kvlib.core import attention
 
 
 def on(methods):

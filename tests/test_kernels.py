@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import kvlib
-from kvlib import attention, cache
+from kvlib.core import attention, cache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

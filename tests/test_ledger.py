@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from kvlib import registry
+from kvlib.core import method as registry
 from kvlib.lab import ledger, tasks
 from kvlib.lab.claims import EVIDENCE, PRIMARY, cells_of, read
 from kvlib.lab.ledger import MODELS, VERDICTS, Result, conclude, deciding, write

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 import kvlib
+from kvlib.core.models import verify
 from kvlib.lab.tasks import FAMILIES, PROBES, correct, sample
 from kvlib.minilm import HELDOUT, MODEL, PILOTS, SIBLING, card, corpus, overview, tokens
 from kvlib.minilm import tokenizer as minilm_tokenizer
@@ -27,7 +28,6 @@ from kvlib.minilm.__main__ import main
 from kvlib.minilm.evaluate import load_tokenizer
 from kvlib.minilm.recipe import RECIPES
 from kvlib.minilm.tokenizer import BOS, EOS, PAD, PIECES, SIZE, SPECIAL, encode
-from kvlib.models import verify
 from kvlib.paths import DATA, MODELS
 
 RECORDED = Path(__file__).with_name("minilm.json")

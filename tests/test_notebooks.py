@@ -190,7 +190,7 @@ def test_make_runs_what_changed(tmp_path):
     assert up_to_date()
     (tmp_path / "notebooks" / "params" / "smoke.yaml").write_text(profile + "  # same values")
     assert up_to_date()
-    assert up_to_date("-W", "kvlib/attention.py")
+    assert up_to_date("-W", "kvlib/core/attention.py")
     assert not up_to_date("-W", "kvlib/toy.py")
     (tmp_path / "data" / "results" / "77_toy_more.parquet").write_text("not named in the notebook\n")
     assert up_to_date()

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import kvlib
 from kvlib import paths
-from kvlib.baselines import Full, SnapKV
+from kvlib.core.method import METHODS, Method
 from kvlib.lab import benchmarks
 from kvlib.lab import perplexity as module
 from kvlib.lab.perplexity import cut_windows, first_tokens, losses, perplexity, places, summary
 from kvlib.lab.prompts import one_by_one
 from kvlib.lab.studies import Configuration
+from kvlib.methods.baselines import Full, SnapKV
 from kvlib.paths import MODELS
-from kvlib.registry import METHODS, Method
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 TEXT = " ".join(random.Random(0).choices(WORDS, k=400)).replace(" eta", "\neta")

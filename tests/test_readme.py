@@ -18,8 +18,8 @@ def test_readme_opens_with_what_the_table_says():
 def test_readme_code_runs(monkeypatch, capsys):
     """The two blocks that need no download, one after the other, as written."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(kvlib.registry, "METHODS", dict(kvlib.METHODS))
-    monkeypatch.setattr(kvlib, "METHODS", kvlib.registry.METHODS)
+    monkeypatch.setattr(kvlib.core.method, "METHODS", dict(kvlib.METHODS))
+    monkeypatch.setattr(kvlib, "METHODS", kvlib.core.method.METHODS)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names = {}
     for block in blocks:

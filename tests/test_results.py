@@ -136,8 +136,10 @@ def test_keys_follow_code_parameters_and_checkpoint(folder, monkeypatch):
 def test_fingerprints_follow_what_is_called():
     """Through modules too, but neither comments nor layout."""
     found = {}
-    fingerprint.parts(kvlib.registry.METHODS["streaming_llm"], found)
-    assert {"kvlib.baselines.StreamingLLM", "kvlib.attention.rotate", "kvlib.registry.require"} <= set(found)
+    fingerprint.parts(kvlib.core.method.METHODS["streaming_llm"], found)
+    assert {"kvlib.methods.baselines.StreamingLLM", "kvlib.core.attention.rotate", "kvlib.core.method.require"} <= set(
+        found
+    )
     found = {}
     fingerprint.parts(evaluate.evaluate, found)
     called = ["evaluate.score", "evaluate.write", "evaluate.bits", "metrics.code_similarity"]

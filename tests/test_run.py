@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kvlib
-from kvlib import attention
+from kvlib.core import attention
 
 KNORM = kvlib.method("knorm", budget=0.5)
 H2O = kvlib.method("h2o", budget=0.5)

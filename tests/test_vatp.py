@@ -21,7 +21,7 @@ from reference import HOSTS, VOCABULARY, hosted, simulate, tiny_llama
 from test_baselines import decode, finds_no_trace, lists, prompt
 
 import kvlib
-from kvlib import baselines, vatp
+from kvlib.methods import baselines, vatp
 
 few = settings(
     max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate],

@@ -3,7 +3,7 @@
     L_i = log sum_k exp(s q_i.k_k)     pass 1, one program per block of queries
     S_k = sum_i exp(s q_i.k_k - L_i)   pass 2, one program per block of keys; every term is at most 1
 
-The reference is `kvlib.attention.column_sums`.
+The reference is `kvlib.core.attention.column_sums`.
 """
 
 import torch
@@ -72,7 +72,7 @@ def _sums(
 
 
 def column_sums(query, key, query_positions, key_positions, scaling: float) -> torch.Tensor:
-    """`(batch, kv_heads, group, slots)` float32, as `kvlib.attention.column_sums` with both positions given.
+    """`(batch, kv_heads, group, slots)` float32, as `kvlib.core.attention.column_sums` with both positions given.
 
     Args:
         query: `(batch, query_heads, new, head_dim)`, key: `(batch, kv_heads, slots, head_dim)`, no float64.

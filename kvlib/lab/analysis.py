@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 import kvlib
-from kvlib import attention, paths
+from kvlib import paths
+from kvlib.core import attention
 from kvlib.lab import tasks
 
 

@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvlib
+from kvlib.core.run import attention_modules
 from kvlib.lab import analysis, values
 from kvlib.lab.statistics import paired_difference
-from kvlib.run import attention_modules
 
 
 def expect(holds: bool, message: str) -> None:
@@ -192,7 +192,7 @@ def check_own_score(function, model, texts, budget: float = 0.2) -> None:
 
 @torch.no_grad()
 def check_halves(projected: str, lifted: str) -> None:
-    """Two methods on `kvlib.vatp`: A ‖W_O v‖₁ with nothing added, and (A + 1e-4) ‖v‖₁ without the projection."""
+    """Two methods on `kvlib.methods.vatp`: A ‖W_O v‖₁ with nothing added, and (A + 1e-4) ‖v‖₁ without the projection."""
     model, ids = tiny_model(), torch.randint(5, 60, (1, 90), generator=torch.Generator().manual_seed(1))
     snapshot = kvlib.snapshot(model, ids)
     sums = torch.stack([analysis.attention_map(snapshot, layer).sum(1) for layer in range(len(snapshot.layers))])

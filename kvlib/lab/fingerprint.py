@@ -13,8 +13,8 @@ import textwrap
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 
+from kvlib.core.method import Method
 from kvlib.lab.notebooks import skeleton
-from kvlib.registry import Method
 
 
 def names(code: CodeType) -> set[str]:

@@ -8,7 +8,7 @@
 
 A notebook is a path <root>/notebooks/NN_name.ipynb; its parameters are in <root>/notebooks/params/PROFILE.yaml under
 NN_name, its result tables those of <root>/data/results that its code names. Its metadata list the modules it is about,
-as in {"kvlib": {"modules": ["kvlib.attention", "kvlib.cache"]}}; its outputs are stale once these modules do something
+as in {"kvlib": {"modules": ["kvlib.core.attention", "kvlib.core.cache"]}}; its outputs are stale once these modules do something
 else.
 """
 

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 
 import kvlib
-from kvlib.run import Run
-from kvlib.snapshot import Snapshot
+from kvlib.core.run import Run
+from kvlib.core.snapshot import Snapshot
 
 
 @dataclass

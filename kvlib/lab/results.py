@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
+from kvlib.core.method import METHODS
 from kvlib.lab import evaluate, tasks, verification
 from kvlib.lab.evaluate import CELL
 from kvlib.lab.fingerprint import fingerprint
 from kvlib.lab.studies import STUDIES, Configuration, Study
 from kvlib.lab.summaries import summarise
 from kvlib.lab.tasks.composing import HELDOUT
-from kvlib.registry import METHODS
 
 BUILD = paths.ROOT / "build" / "results"
 PORTION = 50  # configurations of a block between two writes

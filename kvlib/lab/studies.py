@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 
 import kvlib
+from kvlib.core.method import whole
 from kvlib.lab import tasks
-from kvlib.registry import whole
 
 PROTOCOLS = ("prompt", "decoded")  # see kvlib.lab.evaluate
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -54,7 +54,7 @@ def with_arguments(method: str, budgets, **arguments) -> tuple[Configuration, ..
 
 
 def on_host(host: str) -> tuple[Configuration, ...]:
-    """A host, alone and with each importance of `kvlib.vatp`; then other norms and other numbers of sinks."""
+    """A host, alone and with each importance of `kvlib.methods.vatp`; then other norms and other numbers of sinks."""
     budgets, ablated = (*BUDGETS, 0.5), (0.05, 0.2, 0.5)
     scores = ("forced_sinks", "vatp", "exact_error", "output_norm")
     return (

@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 
 import kvlib
+from kvlib.core.run import attention_modules
 from kvlib.lab import analysis, statistics
-from kvlib.run import attention_modules
 
-# What a host reads in place of attention, by a short name: the method of `kvlib.vatp`, and how many sinks are forced.
+# What a host reads in place of attention, by a short name: the method of `kvlib.methods.vatp`, and how many sinks are forced.
 SCORES = {
     "attention": ("forced_sinks", 0),
     "attention, 20 sinks": ("forced_sinks", 20),
@@ -84,7 +84,7 @@ def show_ratios(axes, ratio: torch.Tensor, low: float = 0.05, high: float = 2.0)
 
 
 def importance(model, snapshot, method: str, **arguments) -> torch.Tensor:
-    """What a method of `kvlib.vatp` on host H2O has added up at the end of the prompt: `(layers, kv_heads, tokens)`.
+    """What a method of `kvlib.methods.vatp` on host H2O has added up at the end of the prompt: `(layers, kv_heads, tokens)`.
 
     Nothing is protected in it, neither sinks nor recent tokens: it is what the host ranks outside of these.
     """

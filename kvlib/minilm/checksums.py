@@ -1,4 +1,4 @@
-"""SHA256SUMS of a data folder, in the format of `sha256sum`; `kvlib.models.verify` checks it."""
+"""SHA256SUMS of a data folder, in the format of `sha256sum`; `kvlib.core.models.verify` checks it."""
 
 import hashlib
 from pathlib import Path

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kvlib import attention
+from kvlib.core import attention
+from kvlib.core.run import Run
+from kvlib.core.view import View
 from kvlib.nearest import unknown
-from kvlib.run import Run
-from kvlib.view import View
 
 METHODS: dict[str, type["Method"]] = {}
 

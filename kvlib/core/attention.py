@@ -2,7 +2,7 @@
 
 The attention function is the only place that sees queries, keys, values and the positions of all of them, so this is
 where a method scores and evicts. It is registered with transformers under the name "kvlib" together with a mask
-function that builds no mask: padding is known from the step (see `kvlib.run`), and padded tokens are never stored.
+function that builds no mask: padding is known from the step (see `kvlib.core.run`), and padded tokens are never stored.
 """
 
 import torch

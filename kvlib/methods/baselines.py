@@ -1,7 +1,7 @@
 """The baselines: full cache, random eviction, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA and key norms.
 
 All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt. Those that can host a
-factor on attention (see `kvlib.vatp`) answer `recent(view)`: how many of the newest tokens of each row they protect,
+factor on attention (see `kvlib.methods.vatp`) answer `recent(view)`: how many of the newest tokens of each row they protect,
 `(batch,)` on the CPU.
 """
 
@@ -10,8 +10,8 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from kvlib import attention
-from kvlib.registry import Method, register, require, whole
+from kvlib.core import attention
+from kvlib.core.method import Method, register, require, whole
 
 
 @register("full")

@@ -5,9 +5,9 @@ import inspect
 import torch
 from transformers import PreTrainedModel
 
-from kvlib import attention
-from kvlib.cache import KVCache
-from kvlib.view import Step, View
+from kvlib.core import attention
+from kvlib.core.cache import KVCache
+from kvlib.core.view import Step, View
 
 RIGHT_PADDING = (
     "padding after a real token: pad on the left (tokenizer.padding_side = 'left'); "

@@ -10,9 +10,9 @@ from functools import cached_property, partial
 
 import torch
 
-from kvlib.baselines import H2O, PyramidKV, Scissorhands, SnapKV
+from kvlib.core.method import Method, register, require, whole
+from kvlib.methods.baselines import H2O, PyramidKV, Scissorhands, SnapKV
 from kvlib.nearest import unknown
-from kvlib.registry import Method, register, require, whole
 
 EPSILON = 1e-4  # of `OutputNorm`
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvlib import attention
-from kvlib.cache import KVLayer
+from kvlib.core import attention
+from kvlib.core.cache import KVLayer
 
 
 @dataclass
@@ -97,7 +97,7 @@ class View:
         return self._over_queries("eviction_errors", (self.key, self.value), last)
 
     def _over_queries(self, name: str, stored: tuple, last) -> torch.Tensor:
-        """The function `name` of `kvlib.attention` over the queries that `last` means, with what is stored."""
+        """The function `name` of `kvlib.core.attention` over the queries that `last` means, with what is stored."""
         if not self.intact:
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvlib.registry import Method
-from kvlib.view import Step
+from kvlib.core.method import Method
+from kvlib.core.view import Step
 
 
 @dataclass
