@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import kvlib
 from kvlib.core.cache import KVCache
+from kvlib.core.part import ROOM
 from kvlib.core.view import View
 
 
@@ -94,15 +95,24 @@ def well_formed(run) -> None:
                 real = [i for i in indices if i >= 0]
                 assert indices == sorted(set(real)) + [-1] * (len(indices) - len(real))
                 assert len(real) == layer.lengths[row, head]
-                assert all(i < layer.tokens[row] for i in real)
-    stored = sum(
-        (run.kept(i) >= 0).sum().item() * x.shape[1] * x.element_size()
-        for i, layer in enumerate(layers)
-        for x in (layer.keys, layer.values)
-    )
+                assert all(i < run.cache.tokens[row] for i in real)
+    stored, most = 0, 0
+    for part in run.cache.parts():
+        entry = sum(x[:1].numel() * x.element_size() for x in part.fields.values() if len(x))
+        stored += int(part.lengths.sum()) * entry
+        most += part.lengths.numel() * ROOM * entry
+        flats = (*part.fields.values(), *part.state.values(), part.positions)
+        assert all(len(flat) == part.capacity.sum() for flat in flats)
+        assert (part.positions >= 0).sum() == part.lengths.sum() * part.size  # what is not held has no position
     kv, everything = tiny.audit(run.cache)
-    assert run.stored_bytes() == kv == stored
+    assert run.stored_bytes() == stored
+    assert run.allocated_bytes() == kv <= stored + most
     assert run.state_bytes() == everything - kv
+
+
+def without_room(run) -> None:
+    """Right after a prompt was compressed nothing is allocated beyond what is stored."""
+    assert run.allocated_bytes() == run.stored_bytes()
 
 
 # Eviction as a mask: an attention function that stores nothing, hides tokens, and shares nothing with kvlib
@@ -184,7 +194,7 @@ def teacher_keys(model) -> torch.Tensor:
     """All keys of layer 0 after a random prompt."""
     with kvlib.method("full")(model) as run:
         model(tiny.tokens(1, 40))
-    return run.cache.layers[0].keys
+    return run.cache.layers[0].tail.fields["key"]
 
 
 def token_bytes(model) -> int:

@@ -118,7 +118,7 @@ def test_two_classes_cannot_share_a_name():
     with pytest.raises(ValueError, match=r"method 'knorm' is already registered by kvlib.methods.baselines.KNorm"):
 
         @kvlib.register("knorm")
-        class Other(kvlib.Method):
+        class Other(kvlib.Evictor):
             pass
 
     assert kvlib.METHODS["knorm"].__module__ == "kvlib.methods.baselines"
@@ -130,7 +130,7 @@ def test_a_class_may_be_defined_again(monkeypatch):
     for keep in ("first", "second"):
 
         @kvlib.register("mine")
-        class Mine(kvlib.Method):
+        class Mine(kvlib.Evictor):
             which: str = keep
 
         assert Mine(0.5).which == keep
@@ -617,7 +617,7 @@ def test_what_a_configuration_leaves_open_is_the_model_s():
 
 
 def test_an_eviction_that_failed_leaves_no_usable_cache():
-    class Fails(kvlib.Method):
+    class Fails(kvlib.Evictor):
         def score(self, view):
             if view.layer_idx == 1:  # every layer has stored its tokens by then
                 raise RuntimeError("in the last layer")

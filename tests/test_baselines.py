@@ -1,7 +1,6 @@
 """The baselines against their executable specification (`reference.py`), and the laws that each of them obeys."""
 
 import ast
-import copy
 import inspect
 import io
 import tokenize
@@ -309,7 +308,8 @@ def test_every_query_counts_once_per_head(name, divisor, kv_heads):
             run.model(ids, attention_mask=mask, past_key_values=run.cache)
             ids, mask = torch.tensor([[5], [6]]), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
             for layer in run.cache.layers:
-                segments = layer.state["attention"].split(layer.lengths.flatten().tolist())
+                sums = tiny.remembered(layer, "attention").flatten(0, 1)
+                segments = [row[:length] for row, length in zip(sums, layer.lengths.flatten().tolist())]
                 expected = [(length / divisor + step) * (4 // kv_heads) for length in lengths for _ in range(kv_heads)]
                 np.testing.assert_allclose([part.sum() for part in segments], expected, rtol=1e-12)
 
@@ -388,11 +388,11 @@ def test_hosts_protect_the_recent_tokens_that_they_name(name, budget):
 
     class Blind(kvlib.METHODS[name]):
         def score(self, view):
-            named.append(self.recent(view).tolist())
-            blind = copy.copy(view)
-            blind.column_sums = lambda last=None: (1.0 + view.positions.clamp(min=0))[:, :, None].reciprocal()
-            blind.state = {"attention": blind.column_sums()[:, :, 0]}
-            return super().score(blind)
+            named.append(self.recent(view).view(2, -1)[:, 0].tolist())
+            return super().score(view)
+
+        def importance(self, view, last=None):
+            return (1.0 + view.positions.clamp(min=0))[:, :, None].reciprocal()
 
     _, kept, _ = decode(Blind(budget), llama(2), [prompt(40), prompt(26)], 0)
     for row, length in enumerate((40, 26)):
@@ -465,7 +465,7 @@ def test_knorm_keeps_the_lowest_norms_of_every_layer():
     model = llama(2)
     with torch.no_grad(), kvlib.method("full")(model) as run:
         model(torch.tensor([prompt(30)]))
-    norms = [layer.keys.view(2, 30, -1).norm(dim=-1) for layer in run.cache.layers]
+    norms = [layer.tail.fields["key"].view(2, 30, -1).norm(dim=-1) for layer in run.cache.layers]
     _, kept, _ = decode(kvlib.method("knorm", budget=8), model, [prompt(30)], 0)
     for layer in range(2):
         for head in range(2):

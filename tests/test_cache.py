@@ -117,7 +117,7 @@ def test_any_history_leaves_what_lists_would_hold(data, batch, heads, even, reme
 def test_layers_of_a_pass_share_what_follows_from_lengths():
     model, seen = tiny.model("llama-gqa"), []
 
-    class Watching(kvlib.Method):
+    class Watching(kvlib.Evictor):
         def score(self, view):
             seen.append((view.layer.places, len(view.layer.places)))
             return view.positions.float()

@@ -306,14 +306,14 @@ def test_methods_of_the_library_pass(name, capsys):
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_methods(name, registry):
     message, score = WRONG[name]
-    kvlib.register("wrong")(type("Wrong", (kvlib.Method,), {"score": score, "__doc__": "Wrong."}))
+    kvlib.register("wrong")(type("Wrong", (kvlib.Evictor,), {"score": score, "__doc__": "Wrong."}))
     with pytest.raises(AssertionError, match=message):
         checks.check_method("wrong")
 
 
 def test_wrong_budgets(registry):
     body = {"score": lambda self, view: view.positions.float(), "budgets": lambda self, view: view.lengths // 3}
-    kvlib.register("wrong")(type("Wrong", (kvlib.Method,), body))
+    kvlib.register("wrong")(type("Wrong", (kvlib.Evictor,), body))
     with pytest.raises(AssertionError, match="budget 0.5 of 90 tokens is 45, kept are {.*30"):
         checks.check_method("wrong")
 

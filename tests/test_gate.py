@@ -24,7 +24,7 @@ def on(methods):
 
 
 @dataclass(frozen=True)
-class Ragged(kvlib.Method):
+class Ragged(kvlib.Evictor):
     """Head h of layer l keeps half of (h + 1) / (l + 1) of the budget; every token carries its key and its age."""
 
     evicts_in_decode = True
@@ -57,7 +57,7 @@ class RaggedPrompt(Ragged):
 
 
 @dataclass(frozen=True)
-class Shorten(kvlib.Method):
+class Shorten(kvlib.Evictor):
     """The real tokens 1, 4, 7, ... of a pass over more than one column leave the residual stream before layer 1."""
 
     own_prefill = True
@@ -81,7 +81,7 @@ class Shorten(kvlib.Method):
 
 
 @dataclass(frozen=True)
-class Reader(kvlib.Method):
+class Reader(kvlib.Evictor):
     """Queries of layer 1 look at keys and values of layer 0, after layer 0 has evicted."""
 
     own_prefill = True
@@ -97,7 +97,7 @@ class Reader(kvlib.Method):
 
 
 @dataclass(frozen=True)
-class Handed(kvlib.Method):
+class Handed(kvlib.Evictor):
     """The first layer's key norms decide for all layers; they travel within the pass."""
 
     def score(self, view):
@@ -198,15 +198,16 @@ def test_state_stays_with_its_token(architecture):
 
 def _check_traces(run):
     for layer in run.cache.layers:
-        trace, keys = layer.state["trace"], layer.keys
-        assert trace.shape == (len(keys), 2, 5)
-        assert torch.equal(trace[:, 0, 1:], keys[:, :4])
-        assert (trace[:, 0, 0] == 1).all()
-        # A token is as old as the number of passes since it came; later tokens are never older.
-        starts = layer.lengths.flatten().cumsum(0) - layer.lengths.flatten()
-        for start, length in zip(starts.tolist(), layer.lengths.flatten().tolist(), strict=True):
-            age = trace[start : start + length, 1, 0]
-            assert (age[:-1] >= age[1:]).all() and (age >= 1).all()
+        trace, keys = tiny.remembered(layer, "trace"), layer.tail.rectangle(layer.tail.fields["key"])
+        for row, lengths in enumerate(layer.lengths.tolist()):
+            for head, length in enumerate(lengths):
+                remembered = trace[row, head, :length]
+                assert remembered.shape == (length, 2, 5)
+                assert torch.equal(remembered[:, 0, 1:], keys[row, head, :length, :4])
+                assert (remembered[:, 0, 0] == 1).all()
+                # A token is as old as the number of passes since it came; later tokens are never older.
+                age = remembered[:, 1, 0]
+                assert (age[:-1] >= age[1:]).all() and (age >= 1).all()
 
 
 # (b)
@@ -244,7 +245,7 @@ def test_shortened_hidden_states_are_the_stock_layers_on_fewer_columns(architect
 
 
 @dataclass(frozen=True)
-class ShortenTwice(kvlib.Method):
+class ShortenTwice(kvlib.Evictor):
     """The first token leaves before layer 0 and the next one before layer 1."""
 
     own_prefill = True
@@ -312,7 +313,7 @@ def test_hooks_around_generate_and_token_ids():
             return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
 
     @dataclass(frozen=True)
-    class Watching(kvlib.Method):
+    class Watching(kvlib.Evictor):
         def on_generate(self, run, given):
             arguments.append(given)
             return {**given, "logits_processor": LogitsProcessorList([Seven()])}
@@ -338,7 +339,7 @@ def test_layers_of_one_pass_share_a_space_that_the_next_pass_does_not_see():
     read = []
 
     @dataclass(frozen=True)
-    class Sharing(kvlib.Method):
+    class Sharing(kvlib.Evictor):
         def attend(self, view):
             read.append((view.layer_idx, view.step.index, dict(view.step.shared)))
             view.step.shared[view.layer_idx] = view.step.index
@@ -352,10 +353,10 @@ def test_layers_of_one_pass_share_a_space_that_the_next_pass_does_not_see():
 
 def test_a_method_that_reads_less_says_so():
     @dataclass(frozen=True)
-    class Sparse(kvlib.Method):
+    class Sparse(kvlib.Evictor):
         def attend(self, view):
             if view.step.decoding and view.layer_idx == 1:
-                view.reads = torch.tensor([100])
+                view.note_read(torch.tensor([100]))
             return super().attend(view)
 
     model = tiny.model()
@@ -368,7 +369,7 @@ def test_a_method_that_reads_less_says_so():
 
 def test_window_of_queries_is_refused_if_it_was_not_declared():
     @dataclass(frozen=True)
-    class Greedy(kvlib.Method):
+    class Greedy(kvlib.Evictor):
         window = 2
 
         def score(self, view):
@@ -394,7 +395,7 @@ def test_column_sums_of_a_layer_that_has_evicted_are_refused():
 
 def test_score_is_the_one_thing_that_must_be_defined():
     @dataclass(frozen=True)
-    class Nothing(kvlib.Method):
+    class Nothing(kvlib.Evictor):
         pass
 
     model = tiny.model()
@@ -409,7 +410,7 @@ NEVER = 10**6  # a budget in tokens that no prompt reaches: `observe` runs, noth
 
 
 @dataclass(frozen=True)
-class Table(kvlib.Method):
+class Table(kvlib.Evictor):
     """Scores from a table with many ties, different in every layer and head."""
 
     def score(self, view):
@@ -431,7 +432,7 @@ def test_the_highest_scores_stay_and_ties_go_to_the_earlier_token(chunk):
 
 
 @dataclass(frozen=True)
-class Ends(kvlib.Method):
+class Ends(kvlib.Evictor):
     """The first and the last tokens stay, fewer of them in later rows."""
 
     evicts_in_decode = True
@@ -463,7 +464,7 @@ def test_a_share_is_rounded_down_to_at_least_one_token(share):
 
 
 @dataclass(frozen=True)
-class Watch(kvlib.Method):
+class Watch(kvlib.Evictor):
     """Accumulates the attention of all queries, and remembers that of the prompt's last ones, four fewer in row 1."""
 
     window = 6
@@ -492,8 +493,7 @@ def test_column_sums_are_those_of_the_stock_model_s_attention(architecture, chun
                 matrix = matrix[0].unflatten(0, (model.config.num_key_value_heads, -1))
                 last = matrix[:, :, length - (6 - 4 * row) : length].sum(2)
                 for name, sums in (("all", matrix.sum(2)), ("last", last)):
-                    (state,) = layer.rectangles(layer.state[name])
-                    got = state[row, :, : length + 2].transpose(1, 2)
+                    got = tiny.remembered(layer, name)[row, :, : length + 2].transpose(1, 2)
                     torch.testing.assert_close(got, sums, rtol=0, atol=2e-6)
 
 
@@ -501,7 +501,7 @@ def test_every_pass_says_where_it_stands():
     steps = []
 
     @dataclass(frozen=True)
-    class Noting(kvlib.Method):
+    class Noting(kvlib.Evictor):
         def attend(self, view):
             step = view.step
             if view.layer_idx == 1:
@@ -524,7 +524,7 @@ def test_every_pass_says_where_it_stands():
 
 
 def test_a_method_that_shortens_the_prompt_cannot_fork_even_if_it_does_not_say_so():
-    class Silent(kvlib.Method):
+    class Silent(kvlib.Evictor):
         def before_layer(self, run, layer_idx):
             return None
 

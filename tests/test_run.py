@@ -341,7 +341,7 @@ def test_gradients_flow_through_attention_and_not_through_scores():
     for method in (H2O, kvlib.method("snapkv", budget=0.5, window=4)):
         with method(model) as run:
             gradients = torch.autograd.grad(model(tiny.tokens(1, 12)).logits.sum(), [*model.parameters()])
-        assert not any(x.requires_grad for layer in run.cache.layers for x in layer.state.values())
+        assert not any(x.requires_grad for layer in run.cache.layers for x in layer.tail.state.values())
         for got, expected in zip(gradients, stock, strict=True):
             torch.testing.assert_close(got, expected)
 
@@ -368,11 +368,11 @@ def test_column_sums_are_computed_once_and_each_method_gets_its_own(monkeypatch)
     taken, calls, plain = kvlib.snapshot(model, tiny.tokens(2, 17)), [], attention.column_sums
     monkeypatch.setattr(attention, "column_sums", lambda *a, **o: calls.append(1) or plain(*a, **o))
 
-    class Doubling(kvlib.Method):
+    class Doubling(kvlib.Evictor):
         def score(self, view):
             return view.column_sums().mul_(-2).sum(2)  # in place, in its own copy
 
-    class Shifted(kvlib.Method):
+    class Shifted(kvlib.Evictor):
         def score(self, view):
             view = copy.copy(view)
             view.key = -view.key
@@ -391,7 +391,7 @@ def test_column_sums_of_a_window_are_computed_once_for_those_who_may_ask():
     model = tiny.model("llama-gqa", torch.float32)
     taken = kvlib.snapshot(model, tiny.tokens(2, 17))
 
-    class Three(kvlib.Method):
+    class Three(kvlib.Evictor):
         window, last = 5, 3
 
         def score(self, view):
@@ -427,4 +427,4 @@ def test_reading_and_storing_once_is_not_copying_twice():
         run.fork(taken)
         properties.well_formed(run)
         borrowed = {x.untyped_storage().data_ptr() for layer in taken.layers for x in layer[:3]}
-        assert not borrowed & {layer.keys.untyped_storage().data_ptr() for layer in run.cache.layers}
+        assert not borrowed & {layer.tail.fields["key"].untyped_storage().data_ptr() for layer in run.cache.layers}

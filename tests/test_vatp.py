@@ -156,7 +156,7 @@ def test_the_control_counts_every_query_once_per_head(kv_heads):
                 run.model(ids, past_key_values=run.cache)
                 ids = torch.tensor([[5]])
                 for layer in run.cache.layers:
-                    sums = layer.state["attention"].view(kv_heads, -1).sum(-1)
+                    sums = tiny.remembered(layer, "attention").view(kv_heads, -1).sum(-1)
                     np.testing.assert_allclose(sums, (prefix + step) * (4 // kv_heads), rtol=1e-12)
 
 
@@ -398,15 +398,12 @@ def test_chunks_change_no_score(name, host, chunk):
 # Norms
 
 
-def norms_of(layer, module, name, order=1):
-    """What a stored value's norms are by its definition."""
+def norms_of(value, module, name, order=1):
+    """What the norms of values `(batch, kv_heads, slots, dim)` are by their definition."""
     if name == "vatp":
-        return torch.linalg.vector_norm(layer.values, order, dim=-1)
-    heads = torch.arange(layer.lengths.shape[1]).repeat(len(layer.lengths)).repeat_interleave(layer.lengths.flatten())
-    weight = module.o_proj.weight.unflatten(1, (-1, layer.values.shape[1]))  # (hidden, query heads, dim)
-    group = weight.shape[1] // layer.lengths.shape[1]
-    parts = weight.unflatten(1, (-1, group)).permute(1, 2, 0, 3)[heads]  # (stored, group, hidden, dim)
-    return torch.einsum("sghd,sd->sgh", parts, layer.values).abs().sum(-1)
+        return torch.linalg.vector_norm(value, order, dim=-1)
+    weight = module.o_proj.weight.unflatten(1, (value.shape[1], -1, value.shape[-1]))  # (hidden, kv heads, group, dim)
+    return torch.einsum("okgd,bksd->bksgo", weight, value).abs().sum(-1)
 
 
 def norms_belong_to_their_tokens(cls, order=1, **arguments):
@@ -415,8 +412,10 @@ def norms_belong_to_their_tokens(cls, order=1, **arguments):
 
     def check():
         for layer, module in zip(run.cache.layers, run.modules):
-            expected = norms_of(layer, module, cls.name, order)
-            torch.testing.assert_close(layer.state["norm"], expected, rtol=1e-12, atol=0)
+            found, value = tiny.remembered(layer, "norm"), layer.tail.rectangle(layer.tail.fields["value"])
+            held = layer.tail.position_rectangle() >= 0
+            expected = norms_of(value, module, cls.name, order)
+            torch.testing.assert_close(found[held], expected[held], rtol=1e-12, atol=0)
 
     with cls(budget=0.4, sinks=2, **arguments)(model) as run:
         turn = tiny.generate(model, run, [tiny.tokens(27), tiny.tokens(15, seed=1)], extra=5, chunk=8)
@@ -450,8 +449,8 @@ def test_norms_are_taken_once_of_every_token(name, shape, monkeypatch):
     times = 1 if name == "vatp" else 4  # query heads
     assert counted == [new for new in (8, 8, 4, 1, 1, 1) for _ in range(2 * times)]
     for layer in run.cache.layers:
-        assert layer.state["norm"].dtype == torch.float32
-        assert layer.state["norm"].shape == (len(layer.keys), *shape)
+        assert layer.tail.state["norm"].dtype == torch.float32
+        assert layer.tail.state["norm"].shape == (len(layer.tail.positions), *shape)
 
 
 def test_every_token_ends_with_the_same_share_of_epsilon():
@@ -552,7 +551,7 @@ CHECKS = [
 
 class NotForced(vatp.VATP):
     def score(self, view):
-        return self.hosted.score(self.read_by_host(view))
+        return self.hosted.score(view)
 
 
 class NineteenOfTwenty(vatp.VATP):

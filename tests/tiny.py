@@ -171,6 +171,12 @@ def decode(model, run, logits: torch.Tensor, new: int) -> tuple[torch.Tensor, li
     return torch.stack(made, dim=1), kept(run)
 
 
+def remembered(layer, name: str) -> torch.Tensor:
+    """`layer.tail.state[name]` as a rectangle in text order; empty slots hold anything."""
+    layer.tail.restore_order()
+    return layer.tail.rectangle(layer.tail.state[name])
+
+
 def audit(cache) -> tuple[int, int]:
     """Bytes of the distinct storages behind keys and values, and behind every tensor reachable from a cache."""
     found: dict[str, dict[int, int]] = {"kv": {}, "all": {}}
@@ -179,18 +185,19 @@ def audit(cache) -> tuple[int, int]:
     def walk(thing, name=""):
         if isinstance(thing, torch.Tensor):
             storage = thing.untyped_storage()
-            for kind in ("all", "kv") if name in ("keys", "values") else ("all",):
+            for kind in ("all", "kv") if name == "fields" else ("all",):
                 found[kind][storage.data_ptr()] = storage.nbytes()
         elif id(thing) not in visited:
             visited.add(id(thing))
             if isinstance(thing, dict):
-                for key, value in thing.items():
-                    walk(value, key)
+                for value in thing.values():
+                    walk(value, name)
             elif isinstance(thing, (list, tuple, set)):
                 for value in thing:
                     walk(value)
             elif hasattr(thing, "__dict__"):
-                walk(vars(thing))
+                for key, value in vars(thing).items():
+                    walk(value, key)
 
     walk(cache)
     return sum(found["kv"].values()), sum(found["all"].values())

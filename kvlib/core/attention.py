@@ -1,58 +1,36 @@
 """Attention over a packed cache, column sums of attention without the N x N matrix, and re-rotation of keys.
 
-The attention function is the only place that sees queries, keys, values and the positions of all of them, so this is
-where a method scores and evicts. It is registered with transformers under the name "kvlib" together with a mask
-function that builds no mask: padding is known from the step (see `kvlib.core.run`), and padded tokens are never stored.
+Pure mathematics: nothing here stores, evicts or knows of a model.
 """
 
+from types import SimpleNamespace
+
 import torch
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface
-
-NAME = "kvlib"
 
 
-def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """The attention function that transformers calls: store, attend, score, evict.
-
-    Args:
-        query: `(batch, query_heads, new, head_dim)`; key, value: `(batch, kv_heads, new, head_dim)`, new tokens only.
-
-    Returns:
-        output `(batch, new, query_heads, head_dim)` and None for the weights.
-
-    Raises:
-        ValueError: for attention that kvlib does not reproduce (soft-capping, learned sinks, a sliding window shorter
-            than the tokens seen).
-    """
-    run = module.__dict__["_kvlib_run"]
-    if run.step is None:
-        raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
-    window, tokens = kwargs.get("sliding_window"), int(run.step.tokens.max())
-    if window is not None and tokens > window:
-        raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
-    view = run.store(module, query, key, value, scaling, dropout)
-    output = run.method.attend(view)
-    run.settle(view)
-    return output, None
-
-
-AttentionInterface.register(NAME, forward)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-
-
-def attend(view) -> torch.Tensor:
+def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Dense attention of the view's queries over its rectangle: `(batch, new, query_heads, head_dim)`.
 
     The stock SDPA function does the work, with the very arguments that it gets in an unmodified model as long as no
     row is padded and nothing has been evicted, so that results are bit-equal.
+
+    Args:
+        seen: `(batch or 1, query_heads or 1, new, slots)` bool, in place of `visible(view)`.
+        bias: `(batch, kv_heads, slots)` added to the logits, for entries that stand for several tokens.
     """
+    seen = visible(view) if seen is None else seen
+    if bias is not None:
+        bias = bias.repeat_interleave(view.groups, dim=1)[:, :, None].to(view.query.dtype)
+        if seen is None:
+            new, slots = view.query.shape[2], view.key.shape[2]
+            seen = torch.ones(new, slots, dtype=torch.bool, device=view.query.device).tril(slots - new)
+        seen = bias.expand(-1, -1, view.query.shape[2], -1).masked_fill(~seen, -torch.inf)
+    heads = view.module
+    if view.groups != getattr(heads, "num_key_value_groups", 1):  # keys were chosen for every query head
+        heads = SimpleNamespace(num_key_value_groups=view.groups)
     return sdpa_attention_forward(
-        view.module, view.query, view.key, view.value, visible(view), dropout=view.dropout, scaling=view.scaling
+        heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
     )[0]
 
 
@@ -65,7 +43,7 @@ def visible(view) -> torch.Tensor | None:
         causal = torch.ones(new, slots, dtype=torch.bool, device=view.query.device).tril(slots - new)
         return causal[None, None]
     keys, queries = view.positions[:, :, None], view.query_positions[:, None, :, None]
-    if view.intact and bool((view.lengths == view.lengths[:, :1]).all()):
+    if view.intact and view.layer.body is None and bool((view.lengths == view.lengths[:, :1]).all()):
         keys = keys[:, :1]  # what is stored from earlier is visible to all, and the new tokens lie in the same slots
     else:
         keys = keys.repeat_interleave(view.groups, dim=1)
@@ -198,3 +176,10 @@ def rotate(x: torch.Tensor, offset: torch.Tensor, inverse_frequencies: torch.Ten
     first, second = x.to(dtype).chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def rotation(offset: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
+    """Matrices `(..., head_dim, head_dim)` with `x @ matrix == rotate(x, offset)`, for many vectors that turn alike."""
+    angle = offset[..., None].to(torch.promote_types(inverse_frequencies.dtype, torch.float32)) * inverse_frequencies
+    cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
+    return torch.cat([torch.cat([cos, sin], dim=-1), torch.cat([-sin, cos], dim=-1)], dim=-2)

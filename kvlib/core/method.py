@@ -1,11 +1,17 @@
-"""The method contract and the registry.
+"""The contract of a method, and the registry.
 
-A method is one small class, made a frozen dataclass by `@register("name")`. It says how much to keep (`budgets`) and
-what to keep (`score`); the library stores, attends, evicts and counts. Registration is all it takes: the name works in
-`kvlib.method`, and the generic tests run the class with its default arguments.
+A method is one small class, made a frozen dataclass by `@register("name")`. There are three bases:
+
+- `Evictor`: says how much to keep (`budgets`) and what to keep (`score`);
+- `Reader`: keeps everything and says what to read of it (`select`);
+- `Method`: anything else - other forms of storage (`encode`, `decode`), merging (`compress`), attention over several
+  layers (`attend`), shorter hidden states (`before_layer`).
+
+The library stores, attends, evicts, reads and counts. Registration is all it takes: the name works in `kvlib.method`,
+and the generic tests run the class with its default arguments.
 
     @register("keep_first")
-    class KeepFirst(Method):
+    class KeepFirst(Evictor):
         def score(self, view):
             return -view.positions.float()
 """
@@ -15,6 +21,8 @@ from dataclasses import dataclass
 import torch
 
 from kvlib.core import attention
+from kvlib.core.layer import Layer
+from kvlib.core.part import Part
 from kvlib.core.run import Run
 from kvlib.core.view import View
 from kvlib.nearest import unknown
@@ -26,29 +34,18 @@ METHODS: dict[str, type["Method"]] = {}
 class Method:
     """What every cache method answers. Instances hold no state: everything learned from a prompt lives in its cache.
 
-    Args:
-        budget: what is kept. A float in (0, 1] is a fraction of the row's real tokens at the end of its latest prompt,
-            per KV head; an integer is tokens per KV head. 1.0 never evicts.
-
     Class attributes:
-        evicts_in_decode: evict after every decoded token too, to the budgets fixed by the prompt.
+        evicts_in_decode: `compress` is called after every decoded token too.
+        text_order: slots are kept in text order while decoding too, for scores that look at neighbours or ranks in
+            them; it costs moving what is stored after each token.
         window: how many of the prompt's last queries `view.column_sums(last=...)` may ask for.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.
-
-    Raises:
-        ValueError: for a budget outside its range.
     """
 
-    budget: float | int = 1.0
-
     evicts_in_decode = False
+    text_order = False
     window = 0
     own_prefill = False
-
-    def __post_init__(self):
-        budget = self.budget
-        if not (whole(budget, 1) or (isinstance(budget, float) and 0 < budget <= 1)):
-            raise ValueError(f"budget={budget!r}: a fraction in (0, 1] or a whole number of tokens >= 1")
 
     def __call__(self, model) -> Run:
         """`with method(model) as run:` applies the method to `model` for the length of the block."""
@@ -56,40 +53,39 @@ class Method:
 
     @property
     def evicts(self) -> bool:
-        """False if the budget is everything."""
-        return self.budget != 1.0 or isinstance(self.budget, int)
-
-    # Every evicting method
-
-    def score(self, view: View) -> torch.Tensor:
-        """Importance of every stored token, `(batch, kv_heads, slots)` in float32 or better, higher = keep.
-
-        Ties go to the earlier token. Empty slots may hold anything.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
-
-    def budgets(self, view: View) -> torch.Tensor:
-        """Tokens to keep `(batch, kv_heads)` on the CPU; by default `self.tokens(view, self.budget)` for every head."""
-        return self.tokens(view, self.budget)[:, None].expand_as(view.lengths)
-
-    def tokens(self, view: View, share: float | int) -> torch.Tensor:
-        """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
-        if isinstance(share, int):
-            return torch.full_like(view.prompt_tokens, share)
-        return view.clamp("budget", torch.tensor([int(share * n) for n in view.prompt_tokens.tolist()]), low=1)
+        """May tokens be evicted?"""
+        return False
 
     def hooks(self, name: str) -> bool:
-        """Does this method define the optional hook `name`?"""
+        """Does this method define `name`, which `Method` leaves open?"""
         return getattr(type(self), name) is not getattr(Method, name)
 
-    # Optional hooks
+    # Once per block
 
-    def observe(self, view: View) -> None:
-        """Look at every forward pass of every layer after its attention: the place to accumulate `view.state`."""
+    def prepare(self, model):
+        """Work out something from the model's weights, or read it from a file; it becomes `run.prepared`."""
 
-    def attend(self, view: View) -> torch.Tensor:
-        """The attention output `(batch, new, query_heads, head_dim)`; replace it to read less, or another layer too."""
-        return attention.attend(view)
+    # What is stored
+
+    def encode(
+        self, run: Run, layer: Layer, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What is stored of new tokens: field -> `(batch, kv_heads, new, ...)`.
+
+        Args:
+            key, value: `(batch, kv_heads, new, head_dim)`, keys rotated. positions: `(batch, new)`, -1 = padding.
+        """
+        return {"key": key, "value": value}
+
+    def decode(self, view: View, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `(batch, kv_heads, slots, head_dim)` of one part, from `view.fields(part)`."""
+        stored = view.fields(part)
+        return stored["key"], stored["value"]
+
+    # Every pass
+
+    def on_token_ids(self, run: Run, token_ids: torch.Tensor | None) -> None:
+        """Look at the new token ids `(batch, new)` before each forward pass (None when embeddings were passed)."""
 
     def before_layer(self, run: Run, layer_idx: int) -> torch.Tensor | None:
         """Columns of the hidden states that go on into this layer, `(batch, kept)` ascending, or None for all.
@@ -99,12 +95,150 @@ class Method:
         defines this hook shortens queries, positions and rotary embeddings together for all later layers.
         """
 
+    def attend(self, view: View) -> torch.Tensor:
+        """The attention output `(batch, new, query_heads, head_dim)`; replace it to read less, or another layer too."""
+        return attention.attend(view)
+
+    def observe(self, view: View) -> None:
+        """Look at every forward pass of every layer after its attention: the place to accumulate `view.state`."""
+
+    def compress(self, view: View) -> None:
+        """At the end of a prompt, and after every decoded token if `evicts_in_decode`: make the layer smaller.
+
+        `view.layer` offers `keep`, the parts' `append`, `put` and `retire`, and a `body` beside the `tail`.
+        """
+
+    def finish(self, run: Run) -> None:
+        """After the last layer of every pass: for budgets over layers and merging over depth (`run.view(layer)`).
+
+        May call `run.probe(ids)`, a pass over the cache whose tokens are forgotten.
+        """
+
     def on_generate(self, run: Run, arguments: dict) -> dict:
         """Change the keyword arguments of `generate`, for example to add a logits processor."""
         return arguments
 
-    def on_token_ids(self, run: Run, token_ids: torch.Tensor | None) -> None:
-        """Look at the new token ids `(batch, new)` before each forward pass (None when embeddings were passed)."""
+
+@dataclass(frozen=True)
+class Budgeted(Method):
+    """A method with a budget.
+
+    Raises:
+        ValueError: for a budget that is neither a fraction in (0, 1] nor a whole number of tokens.
+    """
+
+    budget: float | int = 1.0
+
+    def __post_init__(self):
+        fits = whole(self.budget, 1) or (isinstance(self.budget, float) and 0 < self.budget <= 1)
+        require("budget", self.budget, fits, "a fraction in (0, 1] or a whole number of tokens >= 1")
+
+    def tokens(self, view: View, share: float | int) -> torch.Tensor:
+        """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
+        if isinstance(share, int):
+            return torch.full_like(view.prompt_tokens, share)
+        return view.clamp("budget", torch.tensor([int(share * n) for n in view.prompt_tokens.tolist()]), low=1)
+
+
+@dataclass(frozen=True)
+class Evictor(Budgeted):
+    """A method that keeps the tokens with the highest scores.
+
+    Args:
+        budget: what is kept. A float in (0, 1] is a fraction of the row's real tokens at the end of its latest prompt,
+            per KV head; an integer is tokens per KV head. 1.0 never evicts.
+
+    With `evicts_in_decode` it returns after every decoded token to the budgets that were fixed by the prompt.
+    """
+
+    @property
+    def evicts(self) -> bool:
+        """False if the budget is everything."""
+        return self.budget != 1.0 or isinstance(self.budget, int)
+
+    def score(self, view: View) -> torch.Tensor:
+        """Importance of every stored token, `(batch, kv_heads, slots)` in float32 or better, higher = keep.
+
+        Ties go to the earlier token. Empty slots may hold anything.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define score(view)")
+
+    def importance(self, view: View, last=None) -> torch.Tensor:
+        """What a score is made of, `(batch, kv_heads, group, slots)`: attention, unless a method puts something in its
+        place (`kvlib.methods.vatp`). Scores read it as `view.importance(last)`; arguments of `view.column_sums`.
+        """
+        return view.column_sums(last)
+
+    def budgets(self, view: View) -> torch.Tensor:
+        """Tokens to keep `(batch, kv_heads)` on the CPU; by default `tokens(view, budget)` for every head."""
+        return self.tokens(view, self.budget)[:, None].expand_as(view.lengths)
+
+    def choose(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which slots to keep, `(batch, kv_heads, slots)` bool, and how many these are, `(batch, kv_heads)` on the CPU.
+
+        Replace it for lengths that follow from scores; knowing them costs one wait for the device.
+        """
+        lengths = torch.minimum(self.budgets(view), view.lengths)
+        return strongest(self.score(view), view.positions, lengths), lengths
+
+    def compress(self, view: View) -> None:
+        """Evict. After a decoded token one goes from each segment, and the next one will take its place."""
+        if not self.evicts:
+            return
+        if type(self).choose is Evictor.choose:  # lengths follow from budgets alone
+            lengths = torch.minimum(self.budgets(view), view.lengths)
+            if torch.equal(lengths, view.lengths):
+                return
+            if view.step.decoding and torch.equal(lengths + 1, view.lengths):
+                view.layer.tail.retire(weakest(self.score(view), view.positions))
+                return
+        view.layer.keep(*self.choose(view))
+
+
+@dataclass(frozen=True)
+class Reader(Budgeted):
+    """A method that keeps everything and reads a part of it when it decodes.
+
+    Args:
+        budget: what is read per KV head (or query head), a share of the row's real tokens at the end of its latest
+            prompt, or tokens; 1.0 reads everything.
+    """
+
+    def select(self, view: View) -> torch.Tensor | None:
+        """Slots to read, `(batch, kv_heads or query_heads, k)`, -1 = none; None reads all.
+
+        What choosing itself reads is added by `view.note_read`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define select(view)")
+
+    def attend(self, view: View) -> torch.Tensor:
+        """Attention over what `select` says, for decoded tokens; prompts are read densely."""
+        slots = self.select(view) if view.step.decoding else None
+        return attention.attend(view if slots is None else view.gathered(slots))
+
+
+def strongest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Mask of the `count` `(batch, heads or 1)` highest scores of real tokens in each segment; ties to the earlier one.
+
+    Args:
+        score, positions: `(batch, heads, slots)`, position -1 = empty slot; slots may be in any order.
+    """
+    in_text = positions.argsort(dim=-1)
+    score = score.masked_fill(positions < 0, -torch.inf).gather(-1, in_text)
+    order = in_text.gather(-1, score.sort(dim=-1, descending=True, stable=True).indices)
+    rank = torch.empty_like(order)
+    rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    return rank < count[..., None].to(rank.device)
+
+
+def weakest(score: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The slot of the lowest score of a real token in each segment, `(batch, heads)`; ties go to the later one.
+
+    Slots may be in any order.
+    """
+    score = score.masked_fill(positions < 0, torch.inf)
+    lowest = score <= score.amin(-1, keepdim=True)
+    return positions.where(lowest, -1).argmax(-1)
 
 
 def register(name: str):

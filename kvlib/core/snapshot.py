@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kvlib.core.method import Method
-from kvlib.core.view import Step
+from kvlib.core.step import Step
 
 
 @dataclass
@@ -14,12 +14,13 @@ class Snapshot:
 
     Attributes:
         layers: per layer `(query, key, value, scaling)`, `(batch, heads, tokens, head_dim)` each, rotated.
-        positions: `(batch, tokens)`, -1 for padding. counts: `(batch,)` real tokens, on the CPU.
+        ids, positions: `(batch, tokens)`, position -1 for padding. counts: `(batch,)` real tokens, on the CPU.
         logits: `(batch, vocabulary)` after the last token.
         sums: column sums that a method asked for; the next method need not compute them again.
     """
 
     layers: list
+    ids: torch.Tensor
     positions: torch.Tensor
     counts: torch.Tensor
     logits: torch.Tensor
@@ -27,8 +28,9 @@ class Snapshot:
 
     def step(self) -> Step:
         """The forward pass that read the prompt, to be replayed."""
-        seen = self.positions.shape[1]
-        return Step(0, True, seen, self.positions, self.counts, self.counts, self.counts, sums=self.sums)
+        seen, counts = self.positions.shape[1], self.counts
+        ends, complete = counts.to(self.positions.device), bool((counts == seen).all())
+        return Step(0, True, seen, self.positions, counts, counts, counts, ends, complete, sums=self.sums)
 
 
 @dataclass(frozen=True)
@@ -51,4 +53,4 @@ def snapshot(model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     batch, tokens = input_ids.shape
     real = torch.ones(batch, tokens, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
     positions = (real.cumsum(1) - 1).where(real, -1).to(input_ids.device)
-    return Snapshot(recorder.layers, positions, run.cache.layers[0].tokens, logits)
+    return Snapshot(recorder.layers, input_ids, positions, run.cache.tokens, logits)

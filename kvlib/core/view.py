@@ -1,47 +1,13 @@
 """What a method sees of one layer in one forward pass."""
 
 import copy
-from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
 from kvlib.core import attention
-from kvlib.core.cache import KVLayer
-
-
-@dataclass
-class Step:
-    """One forward pass, shared by all layers.
-
-    Attributes:
-        index: 0 while the prompt is read, then 1, 2, ... for the tokens decoded after it.
-        ends_prompt: this pass brings the last tokens of the prompt.
-        seen: columns seen after this pass, padding included.
-        positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding.
-        counts: `(batch,)` on the CPU, real tokens of this pass.
-        tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
-            (while a prompt is read: so far).
-        columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
-        shared: free space for what a method carries from layer to layer.
-        sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
-        view: the latest layer's view.
-    """
-
-    index: int
-    ends_prompt: bool
-    seen: int
-    positions: torch.Tensor
-    counts: torch.Tensor
-    tokens: torch.Tensor
-    prompt_tokens: torch.Tensor
-    columns: torch.Tensor | None = None
-    shared: dict = field(default_factory=dict)
-    sums: dict = field(default_factory=dict)
-    view: "View | None" = None
-
-    @property
-    def decoding(self) -> bool:
-        return self.index > 0
+from kvlib.core.layer import Layer
+from kvlib.core.part import Part
 
 
 class View:
@@ -49,36 +15,134 @@ class View:
 
     Attributes:
         query: `(batch, query_heads, new, head_dim)`, rotated; query_positions: `(batch, new)`, -1 = padding.
-        key, value: rectangles `(batch, kv_heads, slots, head_dim)` of everything stored, in text order, keys rotated.
-        positions: `(batch, kv_heads, slots)` index among the row's real tokens, -1 = empty slot.
+        key, value: rectangles `(batch, kv_heads, slots, head_dim)` of everything stored, decoded by the method when
+            first looked at, keys rotated; the tokens of this pass stand at the end.
+        positions: `(batch, kv_heads, slots)` index among the row's real tokens, -1 = empty slot. They say what comes
+            first in the text: after evictions while decoding slots do not, until the next pass of several tokens.
         new_key, new_value: `(batch, kv_heads, new, head_dim)`, the tokens of this pass, padding included.
         lengths: `(batch, kv_heads)` on the CPU, stored tokens.
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens seen so far, and at the end of the latest prompt.
-        state: name -> rectangle `(batch, kv_heads, slots, ...)`. Whatever a method puts here stays with its tokens:
-            it is evicted with them and starts at 0 for new ones.
-        reads: `(batch,)` on the CPU, bytes of K and V that `attend` read; set by methods that read less than is stored.
-        layer_idx, groups (query heads per KV head), scaling, step, run, module (the attention module).
+        state: name -> rectangle `(batch, kv_heads, slots of the tail, ...)`. Whatever a method puts here stays with its
+            tokens: it is evicted with them and starts at 0 for new ones.
+        layer, layer_idx: the layer that stores what is seen here.
+        intact: nothing has been evicted since the latest tokens were added.
+        uniform: slots have no gaps and no padding, and the queries are those of the last slots.
+        groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
-    def __init__(self, run, layer: KVLayer, module, query, key, value, scaling, dropout):
-        step = run.step
-        self.run, self.module, self.step = run, module, step
+    def __init__(self, run, layer: Layer, module, query, key, value, scaling, dropout):
+        self.run, self.module, self.step = run, module, run.step
         self.new_key, self.new_value = key, value
         self.query, self.scaling, self.dropout = query, scaling, dropout
-        self.query_positions = step.positions.to(query.device)
-        self.tokens, self.prompt_tokens = step.tokens, step.prompt_tokens
-        self.reads = None
-        self._open(layer, module.layer_idx)
+        self.query_positions = run.step.positions.to(key.device)
+        self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
+        self.groups = query.shape[1] // key.shape[1]
+        self._asked, self._moved = query, False
+        self._open(layer)
 
-    def _open(self, layer: KVLayer, layer_idx: int) -> None:
-        self.layer, self.layer_idx, self.lengths = layer, layer_idx, layer.lengths
-        self.groups = self.query.shape[1] // self.lengths.shape[1]
-        self.intact = layer.intact  # False in `other` once that layer has evicted: the new tokens may be gone
-        self.uniform = self.intact and layer.uniform and bool((self.step.counts == self.query.shape[2]).all())
-        self.key, self.value = layer.rectangles(layer.keys, layer.values)
-        self._original = self.query, self.key, self.value
-        self.positions = layer.position_rectangle()
-        self.state = dict(zip(layer.state, layer.rectangles(*layer.state.values()), strict=True))
+    def _open(self, layer: Layer) -> None:
+        self.layer, self.layer_idx, self.lengths = layer, layer.index, layer.lengths
+        self.waiting = layer.queries
+        self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
+        dense = all(part.uniform and part.slot is None for part in layer.parts)
+        self.uniform = self.intact and self.step.complete and dense
+        for name in ("key", "value", "positions", "state", "arrived", "_decoded"):
+            self.__dict__.pop(name, None)
+
+    # What is stored
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        return self.layer.position_rectangle()
+
+    @cached_property
+    def state(self) -> dict[str, torch.Tensor]:
+        tail = self.layer.tail
+        return {name: tail.rectangle(flat) for name, flat in tail.state.items()}
+
+    def save_state(self) -> None:
+        """Put what the method has left in `state` where it stays with its tokens."""
+        for name, rectangle in self.__dict__.get("state", {}).items():
+            self.layer.tail.put(self.layer.tail.state, name, rectangle)
+
+    @cached_property
+    def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [self.run.method.decode(self, part) for part in self.layer.parts]
+        return pairs[0] if len(pairs) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*pairs))
+
+    @cached_property
+    def key(self) -> torch.Tensor:
+        return self._decoded[0]
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        return self._decoded[1]
+
+    def fields(self, part: Part) -> dict[str, torch.Tensor]:
+        """What a part stores: field -> rectangle."""
+        return {name: part.rectangle(flat) for name, flat in part.fields.items()}
+
+    def remember(self, name: str, values: torch.Tensor) -> None:
+        """Add `values` of this pass's tokens, `(batch, kv_heads, new, ...)` padding included, to `state[name]`."""
+        if self.step.decoding and self.step.complete and name in self.state:
+            fresh = self.arrived.view(*self.positions.shape, *[1] * (values.ndim - 3))
+            self.state[name] = torch.where(fresh, values, self.state[name])
+            return
+        new, more = values.shape[2], values.shape[3:]
+        column = (self.positions - self.per_row(self.step.ends) + new).clamp(0, new - 1)  # padding comes first
+        fresh, column = (
+            x.view(*x.shape, *[1] * len(more)).expand(*x.shape, *more) for x in (self.arrived, column.long())
+        )
+        self.state[name] = values.gather(2, column).where(fresh, self.state.get(name, 0.0))
+
+    @cached_property
+    def arrived(self) -> torch.Tensor:
+        """Which slots hold tokens of this pass, `(batch, kv_heads, slots)`."""
+        return self.positions >= self.per_row(self.step.ends - self.on_device(self.step.counts))
+
+    # Other views
+
+    def other(self, layer_idx: int) -> "View":
+        """This view with what another layer stores, which has already run in this pass."""
+        view = copy.copy(self)
+        view._open(self.run.cache.layers[layer_idx])
+        return view
+
+    def replaced(self, query=None, key=None, value=None, positions=None) -> "View":
+        """This view with other queries, keys, values or positions of them, to attend or to sum over queries.
+
+        Keys, values and positions of several layers may stand behind each other.
+        """
+        view = copy.copy(self)
+        view.query = self.query if query is None else query
+        view.key, view.value = self.key if key is None else key, self.value if value is None else value
+        if positions is not None:
+            view.positions, view._moved, view.uniform, view.intact = positions, True, False, False
+            view.__dict__.pop("arrived", None)
+        view.groups = view.query.shape[1] // view.key.shape[1]
+        return view
+
+    def gathered(self, slots: torch.Tensor) -> "View":
+        """This view with these slots only, `(batch, kv_heads or query_heads, k)`, -1 = none; what is read counts."""
+        at, heads = slots.clamp(min=0), torch.arange(slots.shape[1], device=slots.device)[:, None]
+        if slots.shape[1] != self.key.shape[1]:
+            heads = heads // self.groups
+        rows = torch.arange(len(slots), device=slots.device)[:, None, None]
+        self.note_read((slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes)
+        positions = self.positions[rows, heads, at].where(slots >= 0, -1)
+        return self.replaced(key=self.key[rows, heads, at], value=self.value[rows, heads, at], positions=positions)
+
+    def note_read(self, count: torch.Tensor) -> None:
+        """Add `(batch,)` bytes to what this layer has read in this pass. A layer that says nothing reads all it has."""
+        self.layer.reads = count if self.layer.reads is None else self.layer.reads + count
+
+    @property
+    def as_stored(self) -> bool:
+        """False once queries, keys, values or positions were replaced by others."""
+        pair = self.key is self._decoded[0] and self.value is self._decoded[1]
+        return self.query is self._asked and pair and not self._moved
+
+    # Sums over queries
 
     def column_sums(self, last=None) -> torch.Tensor:
         """Attention received by every stored token, `(batch, kv_heads, group, slots)`, float32 or better.
@@ -90,73 +154,106 @@ class View:
         Raises:
             ValueError: if `last` exceeds the `window` that the method declares; if the layer has already evicted.
         """
-        return self._over_queries("column_sums", (self.key,), last)
+        return self.over_queries(attention.column_sums, last)
 
     def eviction_errors(self, last=None) -> torch.Tensor:
         """How far a query's output moves if one stored token alone is evicted, summed as `column_sums` sums."""
-        return self._over_queries("eviction_errors", (self.key, self.value), last)
+        return self.over_queries(attention.eviction_errors, last, values=True)
 
-    def _over_queries(self, name: str, stored: tuple, last) -> torch.Tensor:
-        """The function `name` of `kvlib.core.attention` over the queries that `last` means, with what is stored."""
-        if not self.intact:
+    def importance(self, last=None) -> torch.Tensor:
+        """What the run's method reads in place of attention (`Evictor.importance`); arguments of `column_sums`."""
+        return self.run.method.importance(self, last)
+
+    def over_queries(self, function, last=None, values: bool = False) -> torch.Tensor:
+        """`function(query, key, query_positions, key_positions, scaling)` over the queries that `last` means.
+
+        Both positions are None where nothing is padded or empty. With `values` they come behind the keys.
+        """
+        if not (self.intact or self._moved):
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
-
         last = None if last is None else torch.as_tensor(last).expand(len(self.tokens))
         longest = 0 if last is None else int(last.max())
         if longest > self.run.method.window:
             raise ValueError(f"last={longest}: the method declares window={self.run.method.window} queries")
-        # kept: sums over all queries cost as much as the attention itself, and a snapshot serves many methods
-        changed = any(x is not y for x, y in zip((self.query, self.key, self.value), self._original))
-        place = (name, self.module.layer_idx, self.layer_idx, None if last is None else tuple(last.tolist()))
-        if not changed and place in self.step.sums:
+        # Sums over all queries of a prompt cost as much as its attention, and a snapshot serves many methods.
+        kept = self.as_stored and not self.step.decoding and not self.run.encodes
+        place = (function, self.module.layer_idx, self.layer_idx, None if last is None else tuple(last.tolist()))
+        if kept and place in self.step.sums:
             return self.step.sums[place].clone()
         query, positions, uniform = self.query, self.query_positions, self.uniform
         if last is not None:
             query, positions = self.recent_queries(longest)
-            start = (self.tokens - last).to(positions.device)[:, None]
-            positions = positions.where(positions >= start, -1)
-            # what earlier chunks have left may be padding
-            uniform = uniform and bool((last == longest).all()) and query.shape[2] <= self.query.shape[2]
+            if bool((last == longest).all()) and self.uniform:
+                # what earlier chunks have left may be padding
+                uniform = query.shape[2] <= self.query.shape[2]
+            else:
+                uniform = False
+                start = (self.step.ends - self.on_device(last)).to(positions.device)[:, None]
+                positions = positions.where(positions >= start, -1)
         where = (None, None) if uniform else (positions, self.positions)
-        sums = getattr(attention, name)(query, *stored, *where, self.scaling)
-        if not changed:
+        stored = (self.key, self.value) if values else (self.key,)
+        sums = function(query, *stored, *where, self.scaling)
+        if kept:
             self.step.sums[place] = sums.clone()
         return sums
 
     def recent_queries(self, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompt's last queries `(batch, query_heads, <= last, head_dim)` and their positions, across chunks."""
         query, positions = self.query, self.query_positions
-        if self.layer.queries is not None:
-            query = torch.cat([self.layer.queries[0], query], dim=2)
-            positions = torch.cat([self.layer.queries[1], positions], dim=1)
+        if self.waiting is not None:
+            query = torch.cat([self.waiting[0], query], dim=2)
+            positions = torch.cat([self.waiting[1], positions], dim=1)
         return query[:, :, -last:], positions[:, -last:]
+
+    # Numbers per row
+
+    def on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """A small CPU tensor that follows from the prompt, on the view's device: copied there once per prompt."""
+        device = self.query_positions.device
+        if x.device == device:
+            return x
+        place = (device, x.dtype, x.shape, x.numpy().tobytes())
+        notes = self.run.cache.notes
+        if place not in notes:
+            notes[place] = x.to(device)
+        return notes[place]
+
+    def per_row(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` `(batch,)` or `(batch, kv_heads)` of any device, to be compared with slots: `(batch, heads or 1, 1)`."""
+        x = self.on_device(x) if x.device.type == "cpu" else x.to(self.query_positions.device)
+        return x[:, None, None] if x.ndim == 1 else x[:, :, None]
 
     def protect(self, score: torch.Tensor, first=0, last=0) -> torch.Tensor:
         """`score` with the first and the last real tokens of every row raised to infinity.
 
         Args:
-            score: `(batch, kv_heads, slots)`; first, last: tokens, numbers or `(batch,)`.
+            score: `(batch, kv_heads, slots)`.
+            first, last: tokens, numbers or CPU tensors `(batch,)` or `(batch, kv_heads)`.
         """
-        first, last = (torch.as_tensor(x).expand(len(self.tokens)) for x in (first, last))
-        start = (self.tokens - last).to(score.device)[:, None, None]
-        inside = (self.positions < first.to(score.device)[:, None, None]) | (self.positions >= start)
-        return score.masked_fill(inside, torch.inf)
+        inside = None
+        if torch.is_tensor(last) or last:
+            ends = self.per_row(self.step.ends)
+            inside = self.positions >= ends - (self.per_row(last) if torch.is_tensor(last) else last)
+        if torch.is_tensor(first) or first:
+            start = self.positions < (self.per_row(first) if torch.is_tensor(first) else first)
+            inside = start if inside is None else inside | start
+        return score if inside is None else score.masked_fill(inside, torch.inf)
 
     def clamp(self, name: str, value, low=None, high=None) -> torch.Tensor:
-        """`value`, a number or `(batch,)`, brought into what this prompt allows; a change is noted in `run.clamped`.
+        """`value` brought into what this prompt allows; a change is noted in `run.clamped`.
 
-        Where the bounds contradict each other the lower one holds.
+        Numbers or CPU tensors `(batch,)` or `(batch, kv_heads)`, the result a tensor. Where the bounds contradict each
+        other the lower one holds.
         """
-        value = torch.as_tensor(value).expand(len(self.tokens))
-        inside = value if high is None else torch.minimum(value, torch.as_tensor(high))
-        inside = inside if low is None else torch.maximum(inside, torch.as_tensor(low))
-        if not torch.equal(inside, value):
-            self.run.clamped[name] = inside
-            self.run.clamped_rows = self.run.clamped_rows | (inside != value)
+        value, *bounds = (None if x is None else torch.as_tensor(x) for x in (value, low, high))
+        per_head = any(x is not None and x.ndim == 2 for x in (value, *bounds))
+        value, low, high = (x[:, None] if x is not None and per_head and x.ndim == 1 else x for x in (value, *bounds))
+        inside = value if high is None else torch.minimum(value, high)
+        inside = inside if low is None else torch.maximum(inside, low)
+        inside = inside if inside.ndim else inside.expand(len(self.tokens))
+        changed = inside != value
+        if bool(changed.any()):
+            per_row = inside if inside.ndim == 1 else inside.amin(1)
+            self.run.clamped[name] = per_row
+            self.run.clamped_rows = self.run.clamped_rows | (changed if changed.ndim == 1 else changed.any(1))
         return inside
-
-    def other(self, layer_idx: int) -> "View":
-        """This view with the keys, values, positions and state of another layer, which has already run in this pass."""
-        view = copy.copy(self)
-        view._open(self.run.cache.layers[layer_idx], layer_idx)
-        return view

@@ -1,21 +1,19 @@
 """The baselines: full cache, random eviction, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA and key norms.
 
 All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt. Those that can host a
-factor on attention (see `kvlib.methods.vatp`) answer `recent(view)`: how many of the newest tokens of each row they protect,
-`(batch,)` on the CPU.
+factor on attention (`kvlib.methods.vatp`) read attention as `view.importance` and answer `recent(view)`: how many of the
+newest tokens they protect, on the CPU, `(batch,)` or, where heads have budgets of their own, `(batch, kv_heads)`.
 """
-
-import copy
 
 import torch
 import torch.nn.functional as F
 
 from kvlib.core import attention
-from kvlib.core.method import Method, register, require, whole
+from kvlib.core.method import Budgeted, Evictor, register, require, whole
 
 
 @register("full")
-class Full(Method):
+class Full(Budgeted):
     """Nothing is evicted.
 
     Raises:
@@ -28,7 +26,7 @@ class Full(Method):
 
 
 @register("random")
-class Random(Method):
+class Random(Evictor):
     """Random tokens: the control that any score has to beat.
 
     The order is a hash of (seed, layer, head, position), so that neither padding nor chunks nor other rows change it.
@@ -54,12 +52,14 @@ class Random(Method):
 
 
 @register("streaming_llm")
-class StreamingLLM(Method):
+class StreamingLLM(Evictor):
     """Attention sinks and a recent window (Xiong et al., 2309.17453), evicting at every decode step.
 
-    The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) keys are read as
-    if the kept tokens stood next to each other: key and query rotate to their rank in the cache. Without it tokens
-    keep their original positions. `run.kept` reports original indices in both cases.
+    The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) they are read as
+    if they stood next to each other. Rotary attention sees nothing but distances, and between tokens of the recent window
+    and the query these are what they were; so the sinks alone move, up to the window, each time by as many positions as
+    tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original positions.
+    `run.kept` reports original indices in both cases.
     A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted.
     """
 
@@ -72,22 +72,49 @@ class StreamingLLM(Method):
         require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
 
     def score(self, view):
-        sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view)[:, 0] - 1)
+        sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view) - 1)
         return view.protect(view.positions.float(), first=sinks)
 
+    def observe(self, view):
+        if self.renumber:
+            note_first(view, self.sinks)
+
     def attend(self, view):
-        if not self.renumber:
-            return super().attend(view)
-        frequencies, view = view.run.inverse_frequencies(view.key.shape[-1]), copy.copy(view)
-        slots = torch.arange(view.key.shape[2], device=view.key.device)
-        view.key = attention.rotate(view.key, slots - view.positions[:, :1], frequencies)
-        moved = (view.lengths[:, 0] - view.tokens).to(view.query.device)[:, None, None]  # the same for every head
-        view.query = attention.rotate(view.query, moved.expand(view.query.shape[:-1]), frequencies)
+        if self.renumber:
+            move_first(view, self.sinks)
         return super().attend(view)
 
 
+def note_first(view, count: int) -> None:
+    """Put the keys of the row's first tokens into `rows["first"]`, by their positions, when they arrive."""
+    if not bool((view.tokens - view.step.counts < count).any()):
+        return
+    wanted = torch.arange(count, device=view.key.device)
+    new, keys = view.new_key.shape[2], view.new_key.to(torch.promote_types(view.new_key.dtype, torch.float32))
+    ends = view.per_row(view.step.ends)
+    column = (wanted - ends + new).clamp(0, new - 1).expand(*keys.shape[:2], -1)[..., None]
+    arrived = (wanted < ends) & (wanted >= ends - view.per_row(view.step.counts))
+    fresh = keys.gather(2, column.expand(*column.shape[:3], keys.shape[-1]))
+    view.layer.rows["first"] = fresh.where(arrived[..., None], view.layer.rows.get("first", 0.0))
+
+
+def move_first(view, count: int) -> None:
+    """Rotate the row's first tokens, which stand in the first slots, up to what is left of those behind them."""
+    frequencies = view.run.inverse_frequencies(view.key.shape[-1])
+    if not (count and bool((view.lengths < view.tokens[:, None]).any())):
+        return
+    shared = view.step.shared
+    if "turn" not in shared:
+        missing = view.step.ends - view.on_device(view.lengths[:, 0])  # the same for every head
+        shared["turn"] = attention.rotation(missing, frequencies)[:, None]
+    at = view.positions[..., :count]
+    first, slots = view.key[:, :, : at.shape[-1]], torch.arange(at.shape[-1], device=at.device)
+    turned = (view.layer.rows["first"][:, :, : at.shape[-1]] @ shared["turn"].to(at.device)).to(first.dtype)
+    first.copy_(turned.where((at == slots)[..., None], first))  # in the store, if segments are equal
+
+
 @register("h2o")
-class H2O(Method):
+class H2O(Evictor):
     """Heavy hitters and a recent window (Zhang et al., 2306.14048), evicting at every decode step.
 
     Score: attention received from every query so far, summed over the query heads of a group. Half of the budget is
@@ -108,7 +135,7 @@ class H2O(Method):
         require("budget", self.budget, enough, "room for a heavy and a recent token, >= 2")
 
     def observe(self, view):
-        view.state["attention"] = view.state.get("attention", 0) + view.column_sums().sum(2)
+        view.state["attention"] = view.state.get("attention", 0) + view.importance().sum(2)
 
     def budgets(self, view):
         if isinstance(self.budget, int):
@@ -116,7 +143,7 @@ class H2O(Method):
         return 2 * self.tokens(view, self.budget / 2)[:, None].expand_as(view.lengths)
 
     def recent(self, view):
-        return self.budgets(view)[:, 0] // 2
+        return self.budgets(view) // 2
 
     def score(self, view):
         return view.protect(view.state["attention"], last=self.recent(view))
@@ -140,16 +167,16 @@ class Scissorhands(H2O):
 
     def observe(self, view):
         if view.step.ends_prompt:
-            view.state["attention"] = view.column_sums(last=self.window).sum(2) / self.window
+            view.state["attention"] = view.importance(last=self.window).sum(2) / self.window
         elif view.step.decoding:
             super().observe(view)
 
     def recent(self, view):
-        return view.clamp("recent", 10, 1, self.budgets(view)[:, 0] - 1)
+        return view.clamp("recent", 10, 1, self.budgets(view) - 1)
 
 
 @register("snapkv")
-class SnapKV(Method):
+class SnapKV(Evictor):
     """What the end of the prompt looks at (Li et al., 2404.14469).
 
     Score: softmax attention of the last `window` queries over all keys, averaged over them and over the query heads of
@@ -178,7 +205,7 @@ class SnapKV(Method):
 
     def score(self, view):
         window = self.recent(view)
-        attention = view.column_sums(last=window).mean(2)
+        attention = view.importance(last=window).mean(2)
         outside = ~view.protect(torch.zeros_like(attention), last=window).isinf()
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(attention * outside, self.kernel, stride=1, padding=self.kernel // 2)
@@ -216,7 +243,7 @@ class PyramidKV(SnapKV):
 
 
 @register("tova")
-class TOVA(Method):
+class TOVA(Evictor):
     """What the last query looks at (Oren et al., 2401.06104), evicting at every decode step.
 
     Score: softmax attention of the last query, averaged over all heads of the layer, so that all heads keep the same
@@ -231,7 +258,7 @@ class TOVA(Method):
 
 
 @register("knorm")
-class KNorm(Method):
+class KNorm(Evictor):
     """Keys of small norm attract attention (Devoto et al., 2406.11430): keep the tokens with the lowest ||k||_2.
 
     Departure: every layer is compressed (the paper's example leaves layers 0 and 1 alone), so that the budget is met.

@@ -1,16 +1,16 @@
 """VATP: attention is not enough, the value it carries counts too (Guo et al., 2406.12335), and scores of its kind.
 
-All are one construction: a host (H2O, Scissorhands, SnapKV or PyramidKV) that everywhere reads another importance in
-place of attention, and the first tokens of the text protected. What the host does with attention - add up queries, sum
-or average the heads of a group, pool neighbours, set budgets, protect recent tokens - it does with that importance.
+All are one construction: a host (H2O, Scissorhands, SnapKV or PyramidKV) that everywhere reads the importance of the
+method it serves (`view.importance`), and the first tokens of the text protected. What the host does with attention -
+add up queries, sum or average the heads of a group, pool neighbours, set budgets, protect recent tokens - it does with
+that importance.
 """
 
-import copy
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
-from kvlib.core.method import Method, register, require, whole
+from kvlib.core.method import Evictor, register, require, whole
 from kvlib.methods.baselines import H2O, PyramidKV, Scissorhands, SnapKV
 from kvlib.nearest import unknown
 
@@ -18,7 +18,7 @@ EPSILON = 1e-4  # of `OutputNorm`
 
 
 @register("forced_sinks")
-class ForcedSinks(Method):
+class ForcedSinks(Evictor):
     """A host whose first tokens always stay: the control that VATP lacks, for it protects sinks only when it is on.
 
     The sinks are the first real tokens of each row. They take places of the host's heavy tokens and leave at least one
@@ -42,7 +42,7 @@ class ForcedSinks(Method):
         _ = self.hosted  # now, for it may refuse the budget
 
     @cached_property
-    def hosted(self) -> Method:
+    def hosted(self) -> Evictor:
         """The host itself."""
         hosts = {cls.name: cls for cls in (H2O, Scissorhands, SnapKV, PyramidKV)}
         if self.host not in [*hosts]:
@@ -57,26 +57,16 @@ class ForcedSinks(Method):
     def window(self):
         return self.hosted.window
 
-    def importance(self, view, last=None) -> torch.Tensor:
-        """What the host reads in place of `view.column_sums(last)`, `(batch, kv_heads, group, slots)`."""
-        return view.column_sums(last)
-
-    def read_by_host(self, view):
-        """The same view, with the same state, in which importance has taken the place of attention."""
-        other = copy.copy(view)
-        other.column_sums = partial(self.importance, view)
-        return other
-
     def observe(self, view):
-        self.hosted.observe(self.read_by_host(view))
+        self.hosted.observe(view)
 
     def budgets(self, view):
         return self.hosted.budgets(view)
 
     def score(self, view):
-        score = self.hosted.score(self.read_by_host(view))
-        room = self.budgets(view)[:, 0] - self.hosted.recent(view) - 1
-        return view.protect(score, first=view.clamp("sinks", self.sinks, 0, room))
+        recent, budgets = self.hosted.recent(view), self.budgets(view)
+        room = budgets - (recent if recent.ndim == 2 else recent[:, None]) - 1
+        return view.protect(self.hosted.score(view), first=view.clamp("sinks", self.sinks, 0, room))
 
 
 @register("vatp")
@@ -108,7 +98,7 @@ class VATP(ForcedSinks):
         order = {"l1": 1, "l2": 2, "linf": torch.inf}[self.norm]
         value = view.new_value
         dtype = torch.promote_types(value.dtype, torch.float32)
-        remember(view, "norm", torch.linalg.vector_norm(value, order, dim=-1, dtype=dtype))
+        view.remember("norm", torch.linalg.vector_norm(value, order, dim=-1, dtype=dtype))
         super().observe(view)
 
     def importance(self, view, last=None):
@@ -156,32 +146,15 @@ class OutputNorm(ForcedSinks):
             torch.linalg.vector_norm(value[:, head // view.groups] @ part.to(value.dtype).T, 1, dim=-1)
             for head, part in enumerate(weight.split(value.shape[-1], dim=1))
         ]
-        remember(view, "norm", torch.stack(norms, dim=-1).unflatten(-1, (-1, view.groups)).transpose(1, 2))
+        view.remember("norm", torch.stack(norms, dim=-1).unflatten(-1, (-1, view.groups)).transpose(1, 2))
         super().observe(view)
 
     def importance(self, view, last=None):
         sums = view.column_sums(last)
         queries = view.step.counts if last is None else torch.as_tensor(last)
-        queries = per_row(view, queries.expand(len(view.tokens)))
+        queries = view.per_row(queries.expand(len(view.tokens)))
         if last is None:  # for the tokens of this pass the earlier queries are still to be counted
-            so_far = view.tokens - view.prompt_tokens + 1 if self.window else view.tokens
-            queries = queries.where(~arrived(view), per_row(view, so_far))
+            ends = view.per_row(view.step.ends)
+            so_far = ends - view.per_row(view.prompt_tokens) + 1 if self.window else ends
+            queries = queries.where(~view.arrived, so_far)
         return (sums + EPSILON * queries[:, :, None].to(sums.dtype)) * view.state["norm"].movedim(-1, 2)
-
-
-def per_row(view, x: torch.Tensor) -> torch.Tensor:
-    """`x` `(batch,)` against slots: `(batch, 1, 1)` where the view is."""
-    return x.to(view.positions.device)[:, None, None]
-
-
-def arrived(view) -> torch.Tensor:
-    """Which slots hold tokens of this pass, `(batch, kv_heads, slots)`."""
-    return view.positions >= per_row(view, view.tokens - view.step.counts)
-
-
-def remember(view, name: str, values: torch.Tensor) -> None:
-    """Add `values` of this pass's tokens, `(batch, kv_heads, new, ...)` padding included, to `view.state[name]`."""
-    new, more = values.shape[2], values.shape[3:]
-    column = (view.positions - per_row(view, view.tokens) + new).clamp(0, new - 1)  # padding comes first in a pass
-    fresh, column = (x.view(*x.shape, *[1] * len(more)).expand(*x.shape, *more) for x in (arrived(view), column))
-    view.state[name] = values.gather(2, column).where(fresh, view.state.get(name, 0.0))

@@ -1,0 +1,356 @@
+"""Packed storage: a run of tokens that are stored alike, in segments with room.
+
+Every (row, KV head) pair owns one segment of each flat tensor. Segments follow each other row by row and head by head,
+each with its own length, and with room for tokens to come. Tokens are appended in place; a method that evicts while
+decoding has the next token written into the slot of the one that goes. Nothing else is copied, and where all segments
+have one length nothing waits for a device.
+
+Three shapes occur throughout:
+
+- *flat* `(allocated, ...)`: all segments, room included;
+- *rectangle* `(batch, kv_heads, slots, ...)`: for computing, `slots` = the longest segment without its room, shorter
+  ones filled with arbitrary entries whose position is -1. With equal segments it is a view of the flat tensor;
+- *chunk* `(batch, kv_heads, new, ...)`: entries on their way in.
+
+Lengths live on the CPU. They follow from budgets and masks, so no step waits for a device to know them.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+ROOM = 64  # entries; the most that a segment has beyond those that it holds, once tokens come one at a time
+
+
+class Memo(dict):
+    """What was worked out in a pass; between passes nothing is kept."""
+
+    open = False
+
+    def close(self) -> None:
+        self.clear()
+        self.open = False
+
+
+class Part:
+    """Segments of entries, each one token, or `size` tokens that are encoded together.
+
+    Attributes:
+        fields: name -> flat, what stands for keys and values: counted as stored bytes.
+        state: name -> flat, what a method remembers per entry: evicted with it, 0 for new ones.
+        positions: flat int32 `(allocated,)`, for groups `(allocated, size)`: index among the row's real tokens, -1 in
+            the hole and in room that is not yet used.
+        lengths, capacity: `(batch, kv_heads)` int64 on the CPU, entries held and entries there is memory for.
+        uniform: all segments have the same length and capacity.
+        hole: `(batch, kv_heads)` the slot of each segment from which an entry was evicted last. vacant: it is still
+            empty, and the next entry will be written there.
+        ordered: slots are in text order, without a hole.
+        intact: nothing has been evicted since the latest entries were added.
+        slot: `(1,)` on the device, where the next entry goes, while steps are captured (`kvlib.core.capture`):
+            rectangles then include all room, and shapes do not change.
+        memo: what follows from lengths and capacities alone, shared by all parts of a cache.
+    """
+
+    def __init__(self, batch: int, kv_heads: int, device, size: int = 1, memo: "Memo | None" = None):
+        self.size, self.memo = size, Memo() if memo is None else memo
+        self.fields: dict[str, torch.Tensor] = {}
+        self.state: dict[str, torch.Tensor] = {}
+        self.positions = torch.empty((0, size) if size > 1 else 0, dtype=torch.int32, device=device)
+        self.hole = self.slot = None
+        self.vacant, self.ordered, self.intact = False, True, True
+        self._room = 0
+        self._resize(torch.zeros(batch, kv_heads, dtype=torch.int64))
+
+    def _resize(self, lengths: torch.Tensor, capacity: torch.Tensor | None = None) -> None:
+        """Note new lengths and a new capacity, by default one without room."""
+        self.lengths = lengths
+        self.capacity = lengths if capacity is None else capacity
+        self.uniform = bool((lengths == lengths[0, 0]).all() and (self.capacity == self.capacity[0, 0]).all())
+
+    # Reading
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """`(batch, kv_heads)` on the CPU, tokens held."""
+        return self.lengths * self.size
+
+    @property
+    def extent(self) -> torch.Tensor:
+        """`(batch, kv_heads)` on the CPU, slots that a rectangle shows: entries held, and a hole among them."""
+        if self.slot is not None:
+            return self.capacity
+        return self.lengths + 1 if self.vacant else self.lengths
+
+    def rectangle(self, flat: torch.Tensor) -> torch.Tensor:
+        """A flat tensor as a rectangle; no copy if segments are equal."""
+        if self.uniform:
+            return self._whole(flat)[:, :, : int(self.extent[0, 0])]
+        index, _ = self._plan(slots, self.extent, self.capacity)
+        return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
+
+    def _whole(self, flat: torch.Tensor) -> torch.Tensor:
+        """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
+        return flat.view(*self.lengths.shape, int(self.capacity[0, 0]), *flat.shape[1:])
+
+    def position_rectangle(self) -> torch.Tensor:
+        """Positions `(batch, kv_heads, slots)` or, of groups, `(batch, kv_heads, slots, size)`; -1 in empty slots."""
+        positions = self.rectangle(self.positions)
+        if self.uniform:
+            return positions
+        filled = self._plan(slots, self.extent, self.capacity)[1]
+        return positions.where(filled if self.size == 1 else filled[..., None], -1)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Keys and values of one entry."""
+        return sum(x.element_size() * x.shape[1:].numel() for x in self.fields.values())
+
+    def _plan(self, function: Callable, *arguments: torch.Tensor | int):
+        """`function(*arguments, device)` for CPU tensors and numbers, worked out when first asked for in a pass."""
+        device = self.positions.device  # of a large model's layers each may have another
+        if not self.memo.open:
+            return function(*arguments, device)
+        key = (function, device, *((x.shape, x.numpy().tobytes()) if torch.is_tensor(x) else x for x in arguments))
+        if key not in self.memo:
+            self.memo[key] = function(*arguments, device)
+        return self.memo[key]
+
+    # Writing
+
+    def append(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, counts: torch.Tensor, skip=None) -> None:
+        """Add entries at the end of every segment, or one in its hole.
+
+        Args:
+            chunk: field -> `(batch, kv_heads, new, ...)`.
+            positions: `(batch, kv_heads or 1, new)`, of groups `(..., new, size)`; -1 for padding.
+            counts: `(batch, kv_heads)` on the CPU, real entries of the chunk.
+            skip: `(batch, kv_heads)` on the CPU, entries of the chunk before the first real one; by default padding
+                comes first, `new - counts`.
+        """
+        (batch, heads), new = self.lengths.shape, positions.shape[2]
+        positions = positions.to(self.positions.device, torch.int32).expand(batch, heads, *positions.shape[2:])
+        if not len(self.positions):
+            self.fields = {name: x.new_empty(0, *x.shape[3:]) for name, x in chunk.items()}
+        self.intact = True
+        # Writing in place would break the graph of a pass with gradients.
+        if new == 1 and bool((counts == 1).all()) and not any(x.requires_grad for x in chunk.values()):
+            self._append_in_place(chunk, positions)
+            return
+        self.restore_order()
+        merge = self._merge(new, counts, new - counts if skip is None else skip)
+        self.fields = {name: merge(self.fields[name], x) for name, x in chunk.items()}
+        for name, flat in self.state.items():
+            self.state[name] = merge(flat, flat.new_zeros(batch, heads, new, *flat.shape[1:]))
+        self.positions = merge(self.positions, positions)
+        self._resize(self.lengths + counts)
+        self._room = 0
+
+    def _append_in_place(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+        """One entry for every segment."""
+        if not self.vacant and self.slot is None and bool((self.lengths >= self.capacity).any()):
+            self._room = min(ROOM, 2 * self._room or 1)
+            self.reserve(self._room)
+        if self.uniform and not self.vacant and self.slot is None:
+            at = int(self.lengths[0, 0])
+
+            def write(flat, x):
+                self._whole(flat)[:, :, at : at + 1].copy_(x)
+        else:
+            place = self.hole if self.vacant else self.slot
+            write = self._writer(self._plan(on_device, self.lengths) if place is None else place)
+            self.ordered = self.ordered and not self.vacant
+        for name, x in chunk.items():
+            write(self.fields[name], x)
+        for flat in self.state.values():
+            write(flat, flat.new_zeros(()).expand(*self.lengths.shape, 1, *flat.shape[1:]))
+        write(self.positions, positions)
+        if self.slot is not None and not self.vacant:
+            self.slot.add_(1)
+        self.vacant = False
+        self.lengths = self.lengths + 1  # of equal length they stay
+
+    def _writer(self, place: torch.Tensor) -> Callable:
+        """A function (flat, chunk of one entry) that writes at `place`, `(batch, kv_heads)` or `(1,)`, of segments."""
+        index = (self._plan(starts_on, self.capacity) + place).flatten()
+        return lambda flat, x: flat.index_copy_(0, index, x.flatten(0, 2))
+
+    def _merge(self, new: int, counts: torch.Tensor, skip: torch.Tensor) -> Callable:
+        """A function (flat, chunk) -> flat without room that puts each segment's new entries behind its old ones."""
+        if self.uniform and bool((counts == new).all()):
+            return lambda flat, chunk: torch.cat([self.rectangle(flat), chunk], dim=2).flatten(0, 2)
+        source = self._plan(sources, self.lengths, self.capacity, counts, skip, new)
+        return lambda flat, chunk: take(torch.cat([flat, chunk.flatten(0, 2)]), source)
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many entries more in every segment, which copies those there are."""
+        extent, capacity = self.extent, self.extent + room
+        if self.uniform:
+            used, size = int(extent[0, 0]), int(capacity[0, 0])
+
+            def wider(flat):
+                target = flat.new_empty(*extent.shape, size, *flat.shape[1:])
+                target[:, :, :used] = self.rectangle(flat)
+                return target.flatten(0, 2)
+        else:
+            old, there = (self._plan(places, extent, size) for size in (self.capacity, capacity))
+            total = int(capacity.sum())
+
+            def wider(flat):
+                return flat.new_empty(total, *flat.shape[1:]).index_copy_(0, there, take(flat, old))
+
+        self._change(wider)
+        self._resize(self.lengths, capacity)
+        if self.uniform:
+            self._whole(self.positions)[:, :, used:] = -1
+        else:
+            unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
+            self.positions.masked_fill_(unused, -1)
+
+    def put(self, flats: dict[str, torch.Tensor], name: str, rectangle: torch.Tensor) -> None:
+        """Set `flats[name]`, of `fields` or `state`, from a rectangle: in place if its form is as before."""
+        flat = flats.get(name)
+        if flat is None or flat.shape[1:] != rectangle.shape[3:] or flat.dtype != rectangle.dtype:
+            flat = flats[name] = rectangle.new_zeros(int(self.capacity.sum()), *rectangle.shape[3:])
+        if self.uniform:
+            target = self.rectangle(flat)
+            if target.data_ptr() != rectangle.data_ptr():
+                target.copy_(rectangle)
+        else:
+            flat.index_copy_(0, self._plan(places, self.extent, self.capacity), self._in_use(rectangle))
+
+    def _in_use(self, rectangle: torch.Tensor) -> torch.Tensor:
+        """A rectangle's slots in use, in flat order."""
+        flat = rectangle.flatten(0, 2)
+        if self.uniform:
+            return flat
+        return take(flat, self._plan(places, self.extent, torch.full_like(self.capacity, rectangle.shape[2])))
+
+    def _change(self, function: Callable) -> None:
+        """Replace every flat tensor by `function` of it."""
+        self.fields = {name: function(flat) for name, flat in self.fields.items()}
+        self.state = {name: function(flat) for name, flat in self.state.items()}
+        self.positions = function(self.positions)
+
+    # Evicting
+
+    def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Evict all but `mask` `(batch, kv_heads, slots)`, which holds `lengths` `(batch, kv_heads)` entries.
+
+        Their memory is freed, and that of the room.
+        """
+        inside = mask.new_zeros(int(self.capacity.sum()))
+        inside.index_copy_(0, self._plan(places, self.extent, self.capacity), self._in_use(mask))
+        index = torch.nonzero_static(inside, size=int(lengths.sum())).squeeze(1)
+        self._change(lambda flat: take(flat, index))
+        self._resize(lengths)
+        self.vacant, self.intact, self._room = False, False, 0
+
+    def retire(self, slot: torch.Tensor) -> None:
+        """Evict the entry in `slot` `(batch, kv_heads)` of every segment: the next one appended takes its place."""
+        if self.vacant:
+            raise RuntimeError("one entry at a time: nothing was appended since the last one was evicted")
+        self._writer(slot)(self.positions, self.positions.new_full((), -1).expand(*slot.shape, 1))
+        self.hole = slot if self.slot is None or self.hole is None else self.hole.copy_(slot)
+        self.vacant, self.intact, self.ordered = True, False, False
+        self.lengths = self.lengths - 1
+
+    def truncate(self, lengths: torch.Tensor) -> None:
+        """Forget the newest entries, down to `lengths` `(batch, kv_heads)`, and free them."""
+        self.restore_order()
+        index = self._plan(places, lengths, self.capacity)
+        self._change(lambda flat: take(flat, index))
+        self._resize(lengths)
+        self._room = 0
+
+    def restore_order(self) -> None:
+        """Bring slots into text order, without a hole."""
+        if self.ordered:
+            return
+        positions = self.position_rectangle()
+        order = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max).argsort(dim=-1)
+
+        def sort(flat):
+            rest = flat.shape[1:]
+            index = order.view(*order.shape, *[1] * len(rest)).expand(*order.shape, *rest)
+            return self._in_use(self.rectangle(flat).gather(2, index))
+
+        self._change(sort)
+        extent = self.extent
+        self.vacant, self.ordered, self._room = False, True, 0
+        self._resize(self.lengths, extent)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep the batch rows `rows`, a CPU tensor, in that order, repeats allowed; each gets memory of its own."""
+        segment, place = self._plan(segments, self.capacity[rows])
+        index = starts(self.capacity)[rows].flatten().to(place.device)[segment] + place
+        self._change(lambda flat: take(flat, index))
+        self._resize(self.lengths[rows], self.capacity[rows])
+        if self.vacant:
+            self.hole = self.hole[rows.to(self.hole.device)]
+
+
+# Where things are
+
+
+def starts(lengths: torch.Tensor) -> torch.Tensor:
+    """Where each segment begins in a flat tensor, in the shape of `lengths`."""
+    return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+
+
+def starts_on(capacity: torch.Tensor, device) -> torch.Tensor:
+    return starts(capacity).to(device)
+
+
+def on_device(lengths: torch.Tensor, device) -> torch.Tensor:
+    return lengths.to(device)
+
+
+def segments(lengths: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a flat tensor without room: each entry's segment, and its place within it, both `(stored,)`."""
+    total, counts = int(lengths.sum()), lengths.flatten().to(device)
+    numbers = torch.arange(len(counts), device=device)
+    segment = torch.repeat_interleave(numbers, counts, output_size=total)
+    return segment, torch.arange(total, device=device) - starts(counts)[segment]
+
+
+def places(lengths: torch.Tensor, capacity: torch.Tensor, device) -> torch.Tensor:
+    """Where the entries are in a flat tensor with room: `(stored,)`."""
+    segment, place = segments(lengths, device)
+    return starts(capacity).flatten().to(device)[segment] + place
+
+
+def slots(lengths: torch.Tensor, capacity: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a rectangle: each slot's entry in the flat tensor, and whether it holds one, `(batch, kv_heads, slots)`."""
+    place, lengths = torch.arange(int(lengths.max()), device=device), lengths.to(device)
+    filled = place < lengths[..., None]
+    return (starts(capacity).to(device)[..., None] + place).where(filled, 0), filled
+
+
+def sources(
+    lengths: torch.Tensor, capacity: torch.Tensor, counts: torch.Tensor, skip: torch.Tensor, new: int, device
+) -> torch.Tensor:
+    """For longer segments: where their entries are in the flat tensor with a chunk of `new` columns behind it.
+
+    Args:
+        lengths, capacity: of the segments so far. counts, skip: as in `Part.append`.
+    """
+    segment, place = segments(lengths + counts, device)
+    old = lengths.flatten().to(device)
+    chunk = int(capacity.sum()) + new * torch.arange(len(old), device=device) + skip.flatten().to(device)
+    place_in_chunk = place - old[segment]
+    in_flat = starts(capacity).flatten().to(device)[segment] + place
+    return torch.where(place_in_chunk < 0, in_flat, chunk[segment] + place_in_chunk)
+
+
+def take(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Entries `index` of a flat tensor."""
+    if flat.is_cuda and flat.ndim == 2 and not flat.requires_grad:
+        from kvlib.kernels import rows  # Triton is there with CUDA builds of torch only
+
+        return rows.take(flat, index)
+    return flat[index]
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the distinct storages behind `tensors`."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

@@ -1,0 +1,134 @@
+"""One forward pass: which tokens it brings, and whether they are read or decoded."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from kvlib.core.cache import KVCache
+
+RIGHT_PADDING = (
+    "padding after a real token: pad on the left (tokenizer.padding_side = 'left'); "
+    "in a later turn of a batch all rows need new tokens of the same number"
+)
+
+
+@dataclass
+class Step:
+    """One forward pass, shared by all layers.
+
+    Attributes:
+        index: 0 while the prompt is read, then 1, 2, ... for the tokens decoded after it.
+        ends_prompt: this pass brings the last tokens of the prompt.
+        seen: columns seen after this pass, padding included.
+        positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding.
+        counts: `(batch,)` on the CPU, real tokens of this pass. complete: none of its columns is padding.
+        tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
+            (while a prompt is read: so far).
+        ends: `(batch,)` on the device: `tokens` once more.
+        probing: the tokens of this pass will be forgotten (`Run.probe`).
+        columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
+        shared: free space for what a method carries from layer to layer. Slots of one layer mean nothing in another
+            unless both store the same tokens in the same order; positions do.
+        sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
+        view: the latest layer's view.
+    """
+
+    index: int
+    ends_prompt: bool
+    seen: int
+    positions: torch.Tensor
+    counts: torch.Tensor
+    tokens: torch.Tensor
+    prompt_tokens: torch.Tensor
+    ends: torch.Tensor
+    complete: bool
+    probing: bool = False
+    columns: torch.Tensor | None = None
+    shared: dict = field(default_factory=dict)
+    sums: dict = field(default_factory=dict)
+    view: "object | None" = None
+
+    @property
+    def decoding(self) -> bool:
+        return self.index > 0
+
+
+def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
+    """The pass of one token after a prompt.
+
+    Nothing here waits for a device: positions are counted there, and a mask that lies there is not looked at.
+    """
+    if mask is not None and mask.device.type == "cpu":
+        if not bool(mask[:, -1].all()):
+            raise ValueError(RIGHT_PADDING)
+        check_earlier(cache, mask, 1)
+    cache.steps += 1
+    positions = cache.ends
+    return Step(
+        index=cache.steps,
+        ends_prompt=False,
+        seen=cache.seen + 1,
+        positions=positions,
+        counts=torch.ones(batch, dtype=torch.int64),
+        tokens=cache.tokens + 1,
+        prompt_tokens=cache.prompt_tokens,
+        ends=positions[:, 0] + 1,
+        complete=True,
+    )
+
+
+def reading_step(
+    cache: KVCache, inputs: torch.Tensor, mask: torch.Tensor | None, columns: int | None, window: int | None
+) -> Step:
+    """The pass over a prompt, or over a chunk of one.
+
+    Args:
+        inputs: ids or embeddings, `(batch, new, ...)`. mask: `(batch, columns seen so far)`, 1 = real.
+        columns: where the prompt ends, None if this pass is all of it.
+        window: the most tokens that the model can read.
+
+    Raises:
+        ValueError: for a mask of another shape or one that contradicts earlier passes, for padding on the right, rows
+            without a real token, and prompts longer than the window.
+    """
+    batch, new = inputs.shape[:2]
+    real = torch.ones(batch, new, dtype=torch.bool) if mask is None else mask[:, -new:].bool().cpu()
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError(RIGHT_PADDING)
+    before, seen = cache.tokens if cache.seen else torch.zeros(batch, dtype=torch.int64), cache.seen + new
+    if mask is not None and cache.seen:
+        check_earlier(cache, mask, new)
+    tokens = before + real.sum(1)
+    ends = seen == (columns or seen)
+    if ends and bool((tokens == 0).any()):
+        raise ValueError(f"row {int((tokens == 0).nonzero()[0])} has no real token")
+    if ends and not bool(real[:, -1].all()):
+        raise ValueError(RIGHT_PADDING)
+    if window is not None and int(tokens.max()) > window:
+        raise ValueError(f"the prompt has {int(tokens.max())} tokens, the model's window is {window}")
+    cache.steps = 0
+    return Step(
+        index=0,
+        ends_prompt=ends,
+        seen=seen,
+        positions=(before[:, None] + real.cumsum(1) - 1).where(real, -1).to(inputs.device),
+        counts=real.sum(1),
+        tokens=tokens,
+        prompt_tokens=tokens,
+        ends=tokens.to(inputs.device),
+        complete=bool(real.all()),
+    )
+
+
+def check_mask(mask: torch.Tensor | None, batch: int, new: int) -> None:
+    """Raise ValueError unless `mask` may be `(batch, tokens seen so far)`."""
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < new):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: (batch, tokens seen so far) is needed, 1 = real"
+        )
+
+
+def check_earlier(cache: KVCache, mask: torch.Tensor, new: int) -> None:
+    """Raise ValueError if a mask over all columns has other tokens than those that were read."""
+    if mask.shape[1] == cache.seen + new and not torch.equal(mask[:, : cache.seen].sum(1).cpu(), cache.tokens):
+        raise ValueError("attention_mask differs from earlier passes over tokens that are already stored")
