@@ -213,7 +213,8 @@ def beams_have_their_own_history(model, method, rows: list[torch.Tensor], beams:
     passes, text = [], []
 
     def read(model, args, arguments):
-        passes.append(arguments["input_ids"])
+        if not run._probing:
+            passes.append(arguments["input_ids"])
 
     def reorder(cache, chosen):
         text.append(torch.cat([*text[-1:], passes[-1]], dim=1)[chosen])

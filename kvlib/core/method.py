@@ -133,6 +133,11 @@ class Budgeted(Method):
         fits = whole(self.budget, 1) or (isinstance(self.budget, float) and 0 < self.budget <= 1)
         require("budget", self.budget, fits, "a fraction in (0, 1] or a whole number of tokens >= 1")
 
+    @property
+    def everything(self) -> bool:
+        """Is the budget a share of 1.0, all tokens whenever they come?"""
+        return isinstance(self.budget, float) and self.budget == 1.0
+
     def tokens(self, view: View, share: float | int) -> torch.Tensor:
         """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
         if isinstance(share, int):
@@ -154,7 +159,7 @@ class Evictor(Budgeted):
     @property
     def evicts(self) -> bool:
         """False if the budget is everything."""
-        return self.budget != 1.0 or isinstance(self.budget, int)
+        return not self.everything
 
     def score(self, view: View) -> torch.Tensor:
         """Importance of every stored token, `(batch, kv_heads, slots)` in float32 or better, higher = keep.
@@ -213,7 +218,7 @@ class Reader(Budgeted):
 
     def attend(self, view: View) -> torch.Tensor:
         """Attention over what `select` says, for decoded tokens; prompts are read densely."""
-        slots = self.select(view) if view.step.decoding else None
+        slots = self.select(view) if view.step.decoding and not self.everything else None
         return attention.attend(view if slots is None else view.gathered(slots))
 
 
@@ -229,6 +234,18 @@ def strongest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor)
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     return rank < count[..., None].to(rank.device)
+
+
+def highest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Slots of the `count` `(batch,)` highest scores of real tokens, `(batch, heads, most)`; -1 behind the last one.
+
+    Ties go to the earlier slot.
+    """
+    order = score.masked_fill(positions < 0, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    order = order[..., : int(count.max())]
+    found = positions.expand_as(score).gather(-1, order) >= 0
+    inside = torch.arange(order.shape[-1], device=order.device) < count[:, None, None].to(order.device)
+    return order.where(found & inside, -1)
 
 
 def weakest(score: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -276,11 +276,11 @@ class Run(Report):
         step, cache = self.step, self.cache
         before = cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps
         lengths = [layer.tail.lengths for layer in cache.layers]
-        mask = torch.cat([torch.ones(len(ids), cache.seen, dtype=torch.bool, device=ids.device), ids >= 0], dim=1)
+        mask = ids >= 0
         self._probing, columns, self._prompt_columns = True, self._prompt_columns, None
         cache.interrupted = False
         try:
-            self.model(ids.clamp(min=0), attention_mask=mask[:, -ids.shape[1] :], past_key_values=cache, use_cache=True)
+            self.model(input_ids=ids.clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True)
         finally:
             self._probing, self._prompt_columns = False, columns
         for layer, length in zip(cache.layers, lengths):

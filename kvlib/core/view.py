@@ -124,7 +124,8 @@ class View:
 
     def gathered(self, slots: torch.Tensor) -> "View":
         """This view with these slots only, `(batch, kv_heads or query_heads, k)`, -1 = none; what is read counts."""
-        at, heads = slots.clamp(min=0), torch.arange(slots.shape[1], device=slots.device)[:, None]
+        at = slots.where(slots >= 0, slots.amax(-1, keepdim=True))  # nothing else is touched, not even to be hidden
+        heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
         if slots.shape[1] != self.key.shape[1]:
             heads = heads // self.groups
         rows = torch.arange(len(slots), device=slots.device)[:, None, None]
