@@ -1,4 +1,4 @@
-"""The packed cache against lists of lists, and what transformers may ask of it."""
+"""The packed cache: rows, waiting queries, and what transformers may ask of it."""
 
 import copy
 
@@ -6,112 +6,10 @@ import properties
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import kvlib
-from kvlib.core.cache import KVCache, KVLayer
-
-DIM = 3
-
-
-class Lists:
-    """The same as a `KVLayer`, one Python list of (key, value, position, state) per row and head."""
-
-    def __init__(self, batch, heads):
-        self.segments = [[[] for _ in range(heads)] for _ in range(batch)]
-        self.tokens = [0] * batch
-
-    def append(self, key, value, positions):
-        for row, heads in enumerate(self.segments):
-            for head, segment in enumerate(heads):
-                for column, position in enumerate(positions[row].tolist()):
-                    if position >= 0:
-                        segment.append(
-                            (key[row, head, column].tolist(), value[row, head, column].tolist(), position, [[0, 0]] * 2)
-                        )
-            self.tokens[row] += int((positions[row] >= 0).sum())
-
-    def select(self, rows):
-        self.segments = [[list(head) for head in self.segments[row]] for row in rows]
-        self.tokens = [self.tokens[row] for row in rows]
-
-    def keep(self, mask):
-        self.segments = [
-            [
-                [entry for entry, stays in zip(head, flags, strict=False) if stays]
-                for head, flags in zip(heads, row, strict=True)
-            ]
-            for heads, row in zip(self.segments, mask.tolist(), strict=True)
-        ]
-
-
-def check(layer: KVLayer, lists: Lists) -> None:
-    flat = [entry for heads in lists.segments for head in heads for entry in head]
-    assert layer.lengths.tolist() == [[len(head) for head in heads] for heads in lists.segments]
-    assert layer.keys.tolist() == [entry[0] for entry in flat]
-    assert layer.values.tolist() == [entry[1] for entry in flat]
-    assert layer.positions.tolist() == [entry[2] for entry in flat]
-    assert layer.state["x"].tolist() == [entry[3] for entry in flat]
-    assert layer.tokens.tolist() == lists.tokens
-    for tensor in (layer.keys, layer.values, layer.positions, layer.state["x"]):
-        assert tensor.untyped_storage().nbytes() == len(flat) * tensor[:1].numel() * tensor.element_size() or not len(
-            flat
-        )
-    # Rectangles hold the same, and going there and back changes nothing.
-    rectangle, state = layer.rectangles(layer.keys, layer.state["x"])
-    assert torch.equal(layer.flatten(rectangle), layer.keys)
-    assert torch.equal(layer.flatten(state), layer.state["x"])
-    for row, heads in zip(layer.position_rectangle().tolist(), lists.segments, strict=True):
-        for positions, head in zip(row, heads, strict=True):
-            assert positions == [entry[2] for entry in head] + [-1] * (len(positions) - len(head))
-    if layer.uniform and len(flat):
-        assert rectangle.data_ptr() == layer.keys.data_ptr()  # no copy
-
-
-@settings(max_examples=60)
-@given(st.data(), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.booleans())
-def test_any_history_leaves_what_lists_would_hold(data, batch, heads, even, remembering):
-    random = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31 - 1)))
-    layer, lists = KVLayer(), Lists(batch, heads)
-    layer.places = {} if remembering else None  # a pass that never ends
-    layer.tokens = layer.prompt_tokens = torch.zeros(batch, dtype=torch.int64)
-    for action in [
-        "append",
-        *data.draw(st.lists(st.sampled_from(["append", "keep", "select", "repeat", "pick"]), max_size=6)),
-    ]:
-        batch = len(lists.segments)
-        if action == "append":
-            new = data.draw(st.integers(1, 4))
-            counts = torch.tensor([new if even else data.draw(st.integers(0, new)) for _ in range(batch)])
-            key, value = torch.randn(2, batch, heads, new, DIM, generator=random)
-            index = torch.arange(new) - (new - counts)[:, None]
-            positions = (layer.tokens[:, None] + index).where(index >= 0, -1)
-            layer.append(key, value, positions, counts)
-            layer.tokens = layer.tokens + counts
-            layer.state.setdefault("x", torch.zeros(len(layer.keys), 2, 2))
-            lists.append(key, value, positions)
-        elif action == "keep":
-            slots = int(layer.lengths.max())
-            lengths = (layer.lengths + 1) // 2
-            noise = torch.rand(batch, heads, slots, generator=random).where(layer.position_rectangle() >= 0, -1)
-            mask = noise.argsort(-1, descending=True).argsort(-1) < lengths[..., None]
-            layer.keep(mask, lengths)
-            lists.keep(mask)
-        elif action == "select":
-            rows = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
-            layer.reorder_cache(torch.tensor(rows))
-            lists.select(rows)
-        elif action == "repeat":
-            layer.batch_repeat_interleave(2)
-            lists.select([row for row in range(batch) for _ in range(2)])
-        else:
-            chosen = torch.rand(batch, generator=random) < 0.5
-            chosen[0] = True
-            layer.batch_select_indices(chosen)
-            lists.select(chosen.nonzero().squeeze(1).tolist())
-        check(layer, lists)
+from kvlib.core.cache import KVCache
 
 
 def test_layers_of_a_pass_share_what_follows_from_lengths():
@@ -119,29 +17,69 @@ def test_layers_of_a_pass_share_what_follows_from_lengths():
 
     class Watching(kvlib.Evictor):
         def score(self, view):
-            seen.append((view.layer.places, len(view.layer.places)))
+            seen.append(len(view.layer.tail.memo))
             return view.positions.float()
+
+        def finish(self, run):
+            seen.append(len(run.cache.memo))
 
     ids = tiny.tokens(2, 17)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0  # segments of different lengths
     with Watching(budget=0.5)(model) as run:
         model(ids, attention_mask=mask)
-        assert all(layer.places is None for layer in run.cache.layers)
-    places, counts = seen[0][0], [count for _, count in seen]
-    assert all(shared is places for shared, _ in seen)
-    assert 0 < counts[0] < counts[1] == len(places)  # the first layer works everything out, others nothing
+        assert run.cache.memo == {} and not run.cache.memo.open
+    first, second, end = seen
+    assert 0 < first < second == end  # the first layer works everything out, others nothing
 
 
-def test_waiting_queries_follow_their_rows():
-    # Rows may be selected while a prompt is unfinished, and the window of queries must stay with its row.
-    queries, positions = torch.arange(2.0).view(2, 1, 1, 1), torch.arange(2)[:, None]
-    layer = KVLayer()
-    layer.tokens = layer.prompt_tokens = torch.tensor([1, 1])
-    layer.append(torch.zeros(2, 1, 1, DIM), torch.zeros(2, 1, 1, DIM), torch.zeros(2, 1), torch.tensor([1, 1]))
-    layer.queries = (queries, positions)
-    layer.reorder_cache(torch.tensor([1, 1, 0]))
-    assert layer.queries[0].flatten().tolist() == layer.queries[1].flatten().tolist() == [1, 1, 0]
+def test_rows_take_everything_that_is_theirs_along():
+    """Tokens seen, those of the prompt, waiting queries, what a method remembers, and where the next token goes."""
+    model, ids, mask = (
+        tiny.model("llama-gqa"),
+        *tiny.pad([tiny.tokens(9), tiny.tokens(14, seed=1), tiny.tokens(5, seed=2)]),
+    )
+
+    class Remembering(type(kvlib.method("snapkv"))):
+        def observe(self, view):
+            view.layer.rows["count"] = view.tokens.clone()
+
+    with Remembering(0.5, window=2)(model) as run:
+        model(ids, attention_mask=mask)
+        model(tiny.tokens(3, 1), past_key_values=run.cache)
+        cache, layer = run.cache, run.cache.layers[1]
+        layer.queries = torch.arange(3.0).view(3, 1, 1, 1), torch.arange(3)[:, None]
+        layer.reads = torch.arange(3)
+        cache.reorder_cache(torch.tensor([2, 2, 0]))
+        assert cache.tokens.tolist() == [6, 6, 10]
+        assert cache.prompt_tokens.tolist() == [5, 5, 9]
+        assert cache.ends.tolist() == [[6], [6], [10]]
+        assert layer.rows["count"].tolist() == [6, 6, 10]
+        assert layer.queries[0].flatten().tolist() == layer.queries[1].flatten().tolist() == [2, 2, 0]
+        assert layer.reads.tolist() == [2, 2, 0]
+        layer.queries = None
+        # the shares of a later prompt are those of its own rows
+        more = tiny.tokens(3, 4, seed=3)
+        model(more, past_key_values=cache)
+        assert run.cache.layers[0].lengths[:, 0].tolist() == [5, 5, 7]
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_rows_that_were_selected_go_on_like_rows_that_were_alone(name):
+    """Budgets of a decoded token are those of its row's prompt: `prompt_tokens` follows the rows."""
+    model, rows = tiny.model("llama-gqa"), [tiny.tokens(24), tiny.tokens(11, seed=1)]
+    token = tiny.tokens(1, 1, seed=2)
+    with kvlib.method(name, budget=0.5)(model) as run:
+        model(*tiny.pad(rows))
+        run.cache.batch_select_indices(torch.tensor([1]))
+        for _ in range(3):
+            model(token, past_key_values=run.cache)
+        together = tiny.kept(run)
+    with kvlib.method(name, budget=0.5)(model) as run:
+        model(rows[1][None])
+        for _ in range(3):
+            model(token, past_key_values=run.cache)
+        assert tiny.kept(run) == together
 
 
 def test_waiting_queries_cost_a_window_and_not_a_chunk():
@@ -160,12 +98,12 @@ def test_waiting_queries_cost_a_window_and_not_a_chunk():
     assert sizes == [[4 * 4 * 8 * 8, 4 * 8]] * 2  # 4 queries x 4 heads x 8 numbers in float64, 4 positions in int64
 
 
-def test_an_empty_layer_takes_any_order():
-    layer = KVLayer()
-    layer.reorder_cache(torch.tensor([1, 0]))
-    layer.batch_repeat_interleave(3)
-    layer.batch_select_indices(torch.tensor([0]))
-    assert layer.lengths is None and layer.get_seq_length() == 0
+def test_an_empty_cache_takes_any_order():
+    cache = KVCache(2, kvlib.method("full"))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.tokens is None and cache.get_seq_length() == 0
 
 
 def test_reset_forgets_everything():
@@ -213,5 +151,5 @@ def test_the_sequence_length_counts_columns_and_not_what_is_stored():
     with kvlib.method("knorm", budget=0.2)(model) as run:
         tiny.generate(model, run, [tiny.tokens(20), tiny.tokens(11, seed=1)], new=4, extra=2)
         assert run.cache.get_seq_length() == 22 + 3
-        assert [layer.tokens.tolist() for layer in run.cache.layers] == [[23, 14]] * 2
-        assert [layer.prompt_tokens.tolist() for layer in run.cache.layers] == [[20, 11]] * 2
+        assert run.cache.tokens.tolist() == [23, 14]
+        assert run.cache.prompt_tokens.tolist() == [20, 11]
