@@ -22,7 +22,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab figures smoke test test-deep lint publish results results-clean ledger verify minilm clean lock
+.PHONY: help setup lab figures smoke test test-deep lint bench publish results results-clean ledger verify minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -48,6 +48,9 @@ test-deep: $(INSTALLED)  ## run the tests with thousands of random cases a metho
 lint: $(INSTALLED)  ## check style and format of modules and notebooks
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+bench: $(INSTALLED)  ## measure decoding speed on this machine against stock transformers (minutes; best on an idle machine)
+	$(PYTHON) -m kvlib.lab.decoding_speed
 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default

@@ -1,0 +1,97 @@
+"""What `kvlib.lab.decoding_speed` measures: models with random weights, prompts, methods, and the ratios hoped for."""
+
+import platform
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+STOCK, SAME, FULL = "stock", "stock at the same length", "full"  # the baselines
+AT_THE_END, IN_DECODE = ("snapkv", "pyramidkv"), ("streaming_llm", "h2o", "tova", "vatp")  # when they evict
+WANTED = {  # (method, budget, baseline) -> the largest ratio hoped for
+    (FULL, 1.0, STOCK): 1.05,
+    **{(name, 0.2, SAME): 1.1 for name in AT_THE_END},
+    **{(name, 0.2, STOCK): 1.0 for name in AT_THE_END},
+    **{(name, 0.2, STOCK): 1.3 for name in IN_DECODE},
+    **{(name, 0.5, FULL): 1.0 for name in (*AT_THE_END, *IN_DECODE)},
+}
+FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+SHAPES = {  # FIELDS; are embeddings tied; base of the rotary embedding
+    "SmolLM2-135M": ((576, 1536, 30, 9, 3, 49_152), True, 1e5),
+    "Llama-3.1-8B, 8 layers": ((4096, 14_336, 8, 32, 8, 128_256), False, 5e5),
+    "tiny": ((32, 48, 2, 4, 2, 64), True, 1e4),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`batch` prompts of `prompt` tokens, of which methods keep the share `budget`.
+
+    pairs: timed blocks of each contestant, of `tokens` tokens each. prefills: timed passes over the prompt.
+    together: so many methods take turns with each other, and their caches are in memory. threads: of the CPU.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    prompt: int
+    budget: float
+    batch: int = 1
+    methods: tuple[str, ...] = (FULL, *IN_DECODE, *AT_THE_END)
+    pairs: int = 15
+    tokens: int = 32
+    prefills: int = 3
+    together: int = 9
+    threads: int | None = None
+
+    def build(self):
+        """The model, with random weights."""
+        sizes, tied, base = SHAPES[self.model]
+        config = LlamaConfig(
+            **dict(zip(FIELDS, sizes)),
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": base},
+            max_position_embeddings=2**18,
+        )
+        with torch.device(self.device):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype)).eval()
+
+    def facts(self) -> dict:
+        """Columns that all rows share: the setting, the machine as it is now, versions."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "prompt_tokens": self.prompt,
+            "tokens_per_block": self.tokens,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "date": date.today().isoformat(),
+        }
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+SMOL = Setting("SmolLM2-135M", "cpu", "float32", 1800, 0.5, pairs=12, tokens=8, prefills=2, threads=1)
+LLAMA = Setting("Llama-3.1-8B, 8 layers", "cuda", "bfloat16", 32_768, 0.2)
+SETTINGS = {
+    "smollm2-1.8k": SMOL,
+    "smollm2-1.8k-bf16": replace(SMOL, dtype="bfloat16"),
+    "llama-32k": LLAMA,
+    "llama-8k-x8": replace(LLAMA, prompt=8192, batch=8),
+    "llama-128k": replace(LLAMA, prompt=131_072, methods=(FULL, "streaming_llm", "h2o", "snapkv"), together=1),
+    "tiny": Setting("tiny", "cpu", "float32", 64, 0.5, pairs=3, tokens=2, prefills=1, threads=1),
+}
+# On a CPU float32, because bfloat16 took 1.5 times as long to decode where both were tried, with AVX-512 BF16 too.
+DEFAULT = {"cpu": ["smollm2-1.8k"], "cuda": ["llama-32k", "llama-8k-x8", "llama-128k"]}
