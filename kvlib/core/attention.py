@@ -19,6 +19,8 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
         seen: `(batch or 1, query_heads or 1, new, slots)` bool, in place of `visible(view)`.
         bias: `(batch, kv_heads, slots)` added to the logits, for entries that stand for several tokens.
     """
+    if view.weighing and seen is None and bias is None:
+        return weighted(view)
     seen = visible(view) if seen is None else seen
     if bias is not None:
         bias = bias.repeat_interleave(view.groups, dim=1)[:, :, None].to(view.query.dtype)
@@ -32,6 +34,12 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     return sdpa_attention_forward(
         heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
     )[0]
+
+
+def weighted(view) -> torch.Tensor:
+    """`attend` for the one query of a decode step from `view.weights`, which the method will score by."""
+    weights = view.weights.to(view.value.dtype).flatten(0, 1)
+    return torch.bmm(weights, view.value.flatten(0, 1)).view(len(view.query), 1, -1, view.value.shape[-1])
 
 
 def visible(view) -> torch.Tensor | None:
@@ -49,6 +57,25 @@ def visible(view) -> torch.Tensor | None:
         keys = keys.repeat_interleave(view.groups, dim=1)
     # A padded query sees everything: its output is never used, and an empty softmax would be NaN.
     return (keys >= 0) & (keys <= queries) | (queries < 0)
+
+
+def weights(query, key, key_positions=None, scaling=None) -> torch.Tensor:
+    """Softmax attention of one query per row, `(batch, kv_heads, group, slots)` in float32 or better.
+
+    Args:
+        query: `(batch, query_heads, 1, head_dim)`, which sees all `key` `(batch, kv_heads, slots, head_dim)`.
+        key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None: there are none.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, keys = query.view(len(key) * key.shape[1], -1, key.shape[-1]), key.flatten(0, 1).mT
+    if query.is_cuda and query.dtype != dtype:
+        logits = torch.bmm(query, keys, out_dtype=dtype)  # products of halves are exact in float32
+    else:
+        logits = torch.bmm(query.to(dtype), keys.to(dtype))
+    logits = logits.view(*key.shape[:2], -1, key.shape[2]) * (key.shape[-1] ** -0.5 if scaling is None else scaling)
+    if key_positions is not None:
+        logits = logits.masked_fill(key_positions[:, :, None] < 0, -torch.inf)
+    return logits.softmax(-1)
 
 
 def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:

@@ -107,5 +107,5 @@ class Layer(DynamicLayer):
     def tensors(self) -> list[torch.Tensor]:
         """Everything held beside keys and values."""
         inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.lengths, part.capacity)]
-        inside += [x for part in self.parts for x in (part.hole, part.slot) if x is not None]
+        inside += [x for part in self.parts for x in (part.hole, part.slot, part._starts) if x is not None]
         return [*inside, *self.rows.values(), *(self.queries or ()), *([] if self.reads is None else [self.reads])]

@@ -39,12 +39,15 @@ class Method:
         text_order: slots are kept in text order while decoding too, for scores that look at neighbours or ranks in
             them; it costs moving what is stored after each token.
         window: how many of the prompt's last queries `view.column_sums(last=...)` may ask for.
+        weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
+            evicted, attention is then computed from these weights, instead of by a kernel that does not tell them.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.
     """
 
     evicts_in_decode = False
     text_order = False
     window = 0
+    weighs = False
     own_prefill = False
 
     def __call__(self, model) -> Run:
@@ -140,9 +143,12 @@ class Budgeted(Method):
 
     def tokens(self, view: View, share: float | int) -> torch.Tensor:
         """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
-        if isinstance(share, int):
-            return torch.full_like(view.prompt_tokens, share)
-        return view.clamp("budget", torch.tensor([int(share * n) for n in view.prompt_tokens.tolist()]), low=1)
+        notes = view.run.cache.notes
+        if ("tokens", share) not in notes:
+            counts = view.prompt_tokens.tolist()
+            counts = [share if isinstance(share, int) else int(share * n) for n in counts]
+            notes["tokens", share] = view.clamp("budget", torch.tensor(counts), low=1)
+        return notes["tokens", share]
 
 
 @dataclass(frozen=True)

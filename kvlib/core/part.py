@@ -46,8 +46,8 @@ class Part:
             empty, and the next entry will be written there.
         ordered: slots are in text order, without a hole.
         intact: nothing has been evicted since the latest entries were added.
-        slot: `(1,)` on the device, where the next entry goes, while steps are captured (`kvlib.core.capture`):
-            rectangles then include all room, and shapes do not change.
+        slot: `(1,)` on the device, where the next entry goes unless there is a hole, while steps are captured
+            (`kvlib.core.capture`): rectangles then include all room, and shapes do not change.
         memo: what follows from lengths and capacities alone, shared by all parts of a cache.
     """
 
@@ -65,7 +65,10 @@ class Part:
         """Note new lengths and a new capacity, by default one without room."""
         self.lengths = lengths
         self.capacity = lengths if capacity is None else capacity
-        self.uniform = bool((lengths == lengths[0, 0]).all() and (self.capacity == self.capacity[0, 0]).all())
+        self._starts = None
+        # as numbers, because looking into tensors takes longer than a small step allows
+        self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
+        self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
 
     # Reading
 
@@ -73,6 +76,11 @@ class Part:
     def tokens(self) -> torch.Tensor:
         """`(batch, kv_heads)` on the CPU, tokens held."""
         return self.lengths * self.size
+
+    @property
+    def dense(self) -> bool:
+        """Are the slots of a rectangle all filled?"""
+        return self.uniform and (self.slot is None or self._held == self._size)
 
     @property
     def extent(self) -> torch.Tensor:
@@ -84,13 +92,19 @@ class Part:
     def rectangle(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor as a rectangle; no copy if segments are equal."""
         if self.uniform:
-            return self._whole(flat)[:, :, : int(self.extent[0, 0])]
+            whole, used = self._whole(flat), self._used
+            return whole if used == self._size else whole[:, :, :used]
         index, _ = self._plan(slots, self.extent, self.capacity)
         return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
-        return flat.view(*self.lengths.shape, int(self.capacity[0, 0]), *flat.shape[1:])
+        return flat.view(*self.lengths.shape, self._size, *flat.shape[1:])
+
+    @property
+    def _used(self) -> int:
+        """`extent` of equal segments."""
+        return self._size if self.slot is not None else self._held + self.vacant
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions `(batch, kv_heads, slots)` or, of groups, `(batch, kv_heads, slots, size)`; -1 in empty slots."""
@@ -147,14 +161,14 @@ class Part:
 
     def _append_in_place(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
         """One entry for every segment."""
-        if not self.vacant and self.slot is None and bool((self.lengths >= self.capacity).any()):
+        full = self._held == self._size if self.uniform else bool((self.lengths == self.capacity).any())
+        if full and not self.vacant and self.slot is None:
             self._room = min(ROOM, 2 * self._room or 1)
             self.reserve(self._room)
         if self.uniform and not self.vacant and self.slot is None:
-            at = int(self.lengths[0, 0])
 
             def write(flat, x):
-                self._whole(flat)[:, :, at : at + 1].copy_(x)
+                self._whole(flat)[:, :, self._held : self._held + 1].copy_(x)
         else:
             place = self.hole if self.vacant else self.slot
             write = self._writer(self._plan(on_device, self.lengths) if place is None else place)
@@ -167,11 +181,18 @@ class Part:
         if self.slot is not None and not self.vacant:
             self.slot.add_(1)
         self.vacant = False
-        self.lengths = self.lengths + 1  # of equal length they stay
+        self.count(1)
+
+    def count(self, change: int) -> None:
+        """Every segment holds so many entries more."""
+        self.lengths = self.lengths + change  # of equal length they stay
+        self._held += change
 
     def _writer(self, place: torch.Tensor) -> Callable:
         """A function (flat, chunk of one entry) that writes at `place`, `(batch, kv_heads)` or `(1,)`, of segments."""
-        index = (self._plan(starts_on, self.capacity) + place).flatten()
+        if self._starts is None:
+            self._starts = starts(self.capacity).to(self.positions.device)
+        index = (self._starts + place).flatten()
         return lambda flat, x: flat.index_copy_(0, index, x.flatten(0, 2))
 
     def _merge(self, new: int, counts: torch.Tensor, skip: torch.Tensor) -> Callable:
@@ -185,11 +206,12 @@ class Part:
         """Make room for so many entries more in every segment, which copies those there are."""
         extent, capacity = self.extent, self.extent + room
         if self.uniform:
-            used, size = int(extent[0, 0]), int(capacity[0, 0])
+            used, size = self._used, self._used + room
 
             def wider(flat):
                 target = flat.new_empty(*extent.shape, size, *flat.shape[1:])
                 target[:, :, :used] = self.rectangle(flat)
+                target[:, :, used:] = 0  # a weight of 0 does not hide what is not a number
                 return target.flatten(0, 2)
         else:
             old, there = (self._plan(places, extent, size) for size in (self.capacity, capacity))
@@ -252,7 +274,7 @@ class Part:
         self._writer(slot)(self.positions, self.positions.new_full((), -1).expand(*slot.shape, 1))
         self.hole = slot if self.slot is None or self.hole is None else self.hole.copy_(slot)
         self.vacant, self.intact, self.ordered = True, False, False
-        self.lengths = self.lengths - 1
+        self.count(-1)
 
     def truncate(self, lengths: torch.Tensor) -> None:
         """Forget the newest entries, down to `lengths` `(batch, kv_heads)`, and free them."""
@@ -295,10 +317,6 @@ class Part:
 def starts(lengths: torch.Tensor) -> torch.Tensor:
     """Where each segment begins in a flat tensor, in the shape of `lengths`."""
     return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
-
-
-def starts_on(capacity: torch.Tensor, device) -> torch.Tensor:
-    return starts(capacity).to(device)
 
 
 def on_device(lengths: torch.Tensor, device) -> torch.Tensor:

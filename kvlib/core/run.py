@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvlib.core import support
 from kvlib.core.cache import KVCache
+from kvlib.core.capture import CapturedStep
 from kvlib.core.report import Report
 from kvlib.core.residual import shorten
 from kvlib.core.step import Step, check_mask, decode_step, reading_step
@@ -306,6 +307,10 @@ class Run(Report):
         self.step = None
         self.cache.memo.close()
         return self.cache
+
+    def capture(self, room: int) -> CapturedStep:
+        """Decode up to `room` tokens by a captured step; see `kvlib.core.capture`."""
+        return CapturedStep(self, room)
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """The model's rotary frequencies `(head_dim / 2,)`; errors of `kvlib.core.support.inverse_frequencies`."""

@@ -27,6 +27,7 @@ class View:
         layer, layer_idx: the layer that stores what is seen here.
         intact: nothing has been evicted since the latest tokens were added.
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
+        weighing: scores of this decode step are made of attention weights, from which attention is computed then.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
@@ -38,15 +39,16 @@ class View:
         self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
+        self.weighing = run.step.decoding and run.method.weighs and run.method.evicts
         self._open(layer)
 
     def _open(self, layer: Layer) -> None:
         self.layer, self.layer_idx, self.lengths = layer, layer.index, layer.lengths
         self.waiting = layer.queries
         self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
-        dense = all(part.uniform and part.slot is None for part in layer.parts)
+        dense = all(part.dense for part in layer.parts)
         self.uniform = self.intact and self.step.complete and dense
-        for name in ("key", "value", "positions", "state", "arrived", "_decoded"):
+        for name in ("key", "value", "positions", "state", "arrived", "weights", "_decoded"):
             self.__dict__.pop(name, None)
 
     # What is stored
@@ -77,6 +79,11 @@ class View:
     @cached_property
     def value(self) -> torch.Tensor:
         return self._decoded[1]
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """While decoding: softmax attention of the query, `(batch, kv_heads, group, slots)`, float32 or better."""
+        return attention.weights(self.query, self.key, None if self.uniform else self.positions, self.scaling)
 
     def fields(self, part: Part) -> dict[str, torch.Tensor]:
         """What a part stores: field -> rectangle."""
@@ -114,6 +121,7 @@ class View:
         Keys, values and positions of several layers may stand behind each other.
         """
         view = copy.copy(self)
+        view.__dict__.pop("weights", None)
         view.query = self.query if query is None else query
         view.key, view.value = self.key if key is None else key, self.value if value is None else value
         if positions is not None:
@@ -155,6 +163,10 @@ class View:
         Raises:
             ValueError: if `last` exceeds the `window` that the method declares; if the layer has already evicted.
         """
+        if self.step.decoding and self.intact and (last is None or (isinstance(last, int) and last == 1)):
+            found = self.weights
+            self.__dict__.pop("weights")  # it is the caller's now
+            return found
         return self.over_queries(attention.column_sums, last)
 
     def eviction_errors(self, last=None) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The baselines: full cache, random eviction, StreamingLLM, H2O, Scissorhands, SnapKV, PyramidKV, TOVA and key norms.
 
 All choose tokens per KV head and, unless said otherwise, evict once, at the end of the prompt. Those that can host a
-factor on attention (`kvlib.methods.vatp`) read attention as `view.importance` and answer `recent(view)`: how many of the
-newest tokens they protect, on the CPU, `(batch,)` or, where heads have budgets of their own, `(batch, kv_heads)`.
+factor on attention (`kvlib.methods.vatp`) read attention as `view.importance` and answer `recent(view)`: how many of
+the newest tokens they protect, on the CPU, `(batch,)` or, where heads have budgets of their own, `(batch, kv_heads)`.
 """
 
 import torch
@@ -56,10 +56,10 @@ class StreamingLLM(Evictor):
     """Attention sinks and a recent window (Xiong et al., 2309.17453), evicting at every decode step.
 
     The first `sinks` tokens and the last `budget - sinks` stay. With `renumber` (the paper's method) they are read as
-    if they stood next to each other. Rotary attention sees nothing but distances, and between tokens of the recent window
-    and the query these are what they were; so the sinks alone move, up to the window, each time by as many positions as
-    tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original positions.
-    `run.kept` reports original indices in both cases.
+    if they stood next to each other. Rotary attention sees nothing but distances, and between tokens of the recent
+    window and the query these are what they were; so the sinks alone move, up to the window, each time by as many
+    positions as tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original
+    positions. `run.kept` reports original indices in both cases.
     A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted.
     """
 
@@ -128,6 +128,7 @@ class H2O(Evictor):
     """
 
     evicts_in_decode = True
+    weighs = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -252,6 +253,7 @@ class TOVA(Evictor):
 
     window = 1
     evicts_in_decode = True
+    weighs = True
 
     def score(self, view):
         return view.column_sums(last=1).mean((1, 2))[:, None].expand_as(view.positions)

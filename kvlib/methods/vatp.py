@@ -54,6 +54,10 @@ class ForcedSinks(Evictor):
         return self.hosted.evicts_in_decode
 
     @property
+    def weighs(self):
+        return self.hosted.weighs
+
+    @property
     def window(self):
         return self.hosted.window
 

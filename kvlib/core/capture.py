@@ -1,0 +1,100 @@
+"""Decoding with static shapes: one step, captured as a CUDA graph and replayed.
+
+In eager mode a step attends to exactly what is stored, and the CPU knows how much that is. Here the device counts: the
+next token is written to a slot whose number lies on the device, attention runs over all slots there is memory for, and
+positions of -1 hide those that are empty. So every step is the same sequence of kernels, and launching them costs
+nothing. Without a GPU the same steps run one by one, which is how they are tested.
+"""
+
+import torch
+
+
+class CapturedStep:
+    """`with run.capture(room) as step:` inside an open block, after the prompt; `step(ids)` decodes a token per row.
+
+    A method that evicts while decoding is run step by step until it has reached its budget. From then on one token goes
+    for each that comes. Whatever the method does in a step must not wait for the device, as is the rule anyway.
+
+    Args:
+        room: the most tokens that will be decoded here.
+
+    Raises:
+        ValueError: if segments of a layer differ in length, or a layer has more than one part.
+        RuntimeError: if more than `room` tokens are asked for.
+    """
+
+    def __init__(self, run, room: int):
+        self.run, self.cache, self.room = run, run._filled(), room
+        self.graph = self.logits = None
+        self._warm = 0
+        self._ids = self.cache.ends.clone()  # (batch, 1) on the device
+        for layer in self.cache.layers:
+            if layer.body is not None or not layer.tail.uniform:
+                raise ValueError(f"layer {layer.index} has segments of different lengths: its steps differ in shape")
+
+    def __enter__(self) -> "CapturedStep":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for tail in self._tails():
+            tail.slot = None
+        self.graph = None
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, vocabulary)` after the tokens `ids` `(batch, 1)`; overwritten by the next call."""
+        if not self.room:
+            raise RuntimeError("there was room for no more tokens")
+        self.room -= 1
+        self._ids.copy_(ids)
+        if self.graph is not None:
+            self._count()
+            self.graph.replay()
+        elif not self._steady():
+            self.logits = self._step()
+        elif self._ids.is_cuda and self._warm:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # which does the bookkeeping, but no work
+                self.logits = self._step()
+            self.graph.replay()
+        else:
+            self._make_static()
+            self.logits = self._off_the_main_stream() if self._ids.is_cuda else self._step()
+            self._warm += 1
+        return self.logits
+
+    def _tails(self):
+        return [layer.tail for layer in self.cache.layers]
+
+    def _step(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.run.model(input_ids=self._ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+    def _off_the_main_stream(self) -> torch.Tensor:
+        """A step that makes ready what must not be made while capturing: workspaces, compiled kernels."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            logits = self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        return logits
+
+    def _steady(self) -> bool:
+        """Will all steps from now on do the same?"""
+        method = self.run.method
+        return all(tail.vacant for tail in self._tails()) if method.evicts and method.evicts_in_decode else True
+
+    def _make_static(self) -> None:
+        """Layers that grow get their room, and all a slot that is counted on the device."""
+        for tail in self._tails():
+            if tail.slot is None:
+                if not tail.vacant:
+                    tail.reserve(self.room + 1)
+                tail.slot = torch.full((1,), int(tail.lengths[0, 0]), device=tail.positions.device)
+
+    def _count(self) -> None:
+        """What a pass notes on the CPU."""
+        cache = self.cache
+        cache.steps, cache.seen, cache.tokens = cache.steps + 1, cache.seen + 1, cache.tokens + 1
+        for tail in self._tails():
+            if not tail.vacant:
+                tail.count(1)

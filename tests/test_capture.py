@@ -1,0 +1,143 @@
+"""Steps with static shapes decode what eager steps decode, without waiting for a device and without growing."""
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvlib
+
+UNIFORM = [
+    kvlib.method("full"),
+    kvlib.method("snapkv", budget=0.4, window=4),
+    kvlib.method("pyramidkv", budget=0.4, window=4),
+    kvlib.method("knorm", budget=9),
+    kvlib.method("streaming_llm", budget=0.4),
+    kvlib.method("streaming_llm", budget=10, renumber=False),
+    kvlib.method("h2o", budget=0.4),
+    kvlib.method("scissorhands", budget=14),
+    kvlib.method("tova", budget=0.4),
+    kvlib.method("vatp", budget=0.4, host="h2o", sinks=2),
+    kvlib.method("output_norm", budget=0.4, host="scissorhands"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def read(model, method, device, rows=2):
+    """An open block that has read a prompt: its run and the next ids."""
+    ids = torch.stack([tiny.tokens(40, seed=seed) for seed in range(rows)]).to(device)
+    return model(ids, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+
+@torch.no_grad()
+def eager(model, method, device, steps):
+    with method(model) as run:
+        token, made = read(model, method, device), []
+        for _ in range(steps):
+            made.append(model(token, past_key_values=run.cache).logits[:, -1])
+            token = made[-1].argmax(-1, keepdim=True)
+        return torch.stack(made), tiny.kept(run), run
+
+
+@torch.no_grad()
+def captured(model, method, device, steps):
+    with method(model) as run:
+        token, made = read(model, method, device), []
+        with run.capture(steps) as step:
+            for _ in range(steps):
+                made.append(step(token).clone())
+                token = made[-1].argmax(-1, keepdim=True)
+        return torch.stack(made), tiny.kept(run), run
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("method", UNIFORM, ids=lambda m: f"{m.name}-{m.budget}")
+def test_captured_steps_are_eager_steps(method, architecture, device):
+    model = tiny.build(architecture, torch.float64 if device == "cpu" else torch.float32).to(device)
+    steps = 66
+    logits, kept, run = eager(model, method, device, steps)
+    again, kept_again, run_again = captured(model, method, device, steps)
+    assert again.argmax(-1).tolist() == logits.argmax(-1).tolist()
+    assert kept_again == kept
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-10 if device == "cpu" else 1e-4)
+    for report in ("stored_bytes", "full_bytes", "read_bytes"):
+        assert getattr(run_again, report)() == getattr(run, report)()
+    assert run_again.cache.tokens.tolist() == run.cache.tokens.tolist() == [40 + steps] * 2
+    assert run_again.cache.ends.flatten().tolist() == [40 + steps] * 2
+    assert run_again.cache.steps == steps
+
+
+@pytest.mark.parametrize("name", ["full", "h2o"])
+def test_after_captured_steps_others_may_follow(name):
+    model, method = tiny.model(), kvlib.method(name, budget=1.0 if name == "full" else 0.5)
+    more, kept = tiny.tokens(2, 7, seed=9), []
+    for decode in (eager, captured):
+        run = decode(model, method, "cpu", 9)[2]
+        with method(model) as run_again, torch.no_grad():
+            model(more, past_key_values=run.cache)
+            model(more[:, :1], past_key_values=run.cache)
+            kept.append(tiny.kept(run_again))
+    assert kept[0] == kept[1]
+
+
+def test_no_more_than_the_room():
+    model = tiny.model()
+    with kvlib.method("full")(model) as run, torch.no_grad():
+        token = read(model, None, "cpu")
+        with run.capture(2) as step:
+            step(token), step(token)
+            with pytest.raises(RuntimeError, match="room for no more tokens"):
+                step(token)
+
+
+def test_segments_of_different_lengths_are_refused():
+    model = tiny.model()
+    with kvlib.method("knorm", budget=0.5)(model) as run:
+        model(*tiny.pad([tiny.tokens(20), tiny.tokens(10)]))
+        with pytest.raises(ValueError, match="layer 0 has segments of different lengths"):
+            run.capture(4)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes what runs, with shapes; refuses what has to wait for a device: numbers and sizes taken from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(
+            x.is_floating_point() or x.dtype == torch.int32 for x in tensors
+        ):  # counts on the CPU are int64 and bool
+            assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique")), name
+            self.calls.append((name, *(tuple(x.shape) for x in tensors)))
+        return out
+
+
+@pytest.mark.parametrize("method", UNIFORM, ids=lambda m: f"{m.name}-{m.budget}")
+def test_every_captured_step_is_the_same(method):
+    model, calls = tiny.model(), []
+    with method(model) as run, torch.no_grad():
+        token = read(model, method, "cpu")
+        with run.capture(12) as step:
+            for _ in range(4):
+                step(token)
+            for _ in range(6):
+                with Shapes() as seen:
+                    step(token)
+                calls.append(seen.calls)
+    assert all(each == calls[0] for each in calls)
+
+
+@pytest.mark.parametrize("method", UNIFORM, ids=lambda m: f"{m.name}-{m.budget}")
+def test_eager_steps_wait_for_nothing(method):
+    model = tiny.model()
+    with method(model) as run, torch.no_grad():
+        token = read(model, method, "cpu")
+        for _ in range(6):
+            with Shapes():
+                model(token, past_key_values=run.cache)
