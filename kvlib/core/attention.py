@@ -67,7 +67,7 @@ def weights(query, key, key_positions=None, scaling=None) -> torch.Tensor:
         key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None: there are none.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query, keys = query.view(len(key) * key.shape[1], -1, key.shape[-1]), key.flatten(0, 1).mT
+    query, keys = query.reshape(len(key) * key.shape[1], -1, key.shape[-1]), key.flatten(0, 1).mT
     if query.is_cuda and query.dtype != dtype:
         logits = torch.bmm(query, keys, out_dtype=dtype)  # products of halves are exact in float32
     else:

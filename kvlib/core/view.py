@@ -27,7 +27,8 @@ class View:
         layer, layer_idx: the layer that stores what is seen here.
         intact: nothing has been evicted since the latest tokens were added.
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
-        weighing: scores of this decode step are made of attention weights, from which attention is computed then.
+        weighing: something was evicted, and scores of this decode step are made of attention weights, from which
+            attention is computed then.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
@@ -39,8 +40,9 @@ class View:
         self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
-        self.weighing = run.step.decoding and run.method.weighs and run.method.evicts
         self._open(layer)
+        asked = run.step.decoding and run.method.weighs
+        self.weighing = asked and bool((self.lengths < self.tokens[:, None]).any())
 
     def _open(self, layer: Layer) -> None:
         self.layer, self.layer_idx, self.lengths = layer, layer.index, layer.lengths

@@ -109,8 +109,9 @@ def move_first(view, count: int) -> None:
         shared["turn"] = attention.rotation(missing, frequencies)[:, None]
     at = view.positions[..., :count]
     first, slots = view.key[:, :, : at.shape[-1]], torch.arange(at.shape[-1], device=at.device)
+    unmoved = (at == slots).cummin(-1).values  # the first one missing ends the row's first tokens
     turned = (view.layer.rows["first"][:, :, : at.shape[-1]] @ shared["turn"].to(at.device)).to(first.dtype)
-    first.copy_(turned.where((at == slots)[..., None], first))  # in the store, if segments are equal
+    first.copy_(turned.where(unmoved[..., None], first))  # in the store, if segments are equal
 
 
 @register("h2o")
