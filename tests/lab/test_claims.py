@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvlib.core import method as registry
-from kvlib.lab import tasks
+from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
-from kvlib.lab.claims import ledger
-from kvlib.lab.claims.claim import cells_of
+from kvlib.lab.claims import examining, ledger
+from kvlib.lab.claims.claim import Claim, cells_of
 from kvlib.lab.claims.deciding import conclude, deciding
 from kvlib.lab.claims.examining import Result
 from kvlib.lab.claims.ledger import MODELS, VERDICTS
@@ -75,7 +77,7 @@ def judged(tmp_path):
 
 @pytest.fixture(autouse=True)
 def a_table_to_come(monkeypatch):
-    monkeypatch.setattr("kvlib.lab.claims.STUDIES", {"small": None})
+    monkeypatch.setattr("kvlib.lab.claims.registered.STUDIES", {"small": None})
 
 
 # Verdicts
@@ -129,6 +131,19 @@ def test_few_differences_decide_nothing(judged):
     assert row["verdict"] == "inconclusive"
     assert row["reason"] == "the interval does not tell whether the mean difference is above 0 on minilm and minilm-gqa"
     assert float(row["detectable"]) > 2 / 40  # and that is why
+
+
+@given(st.lists(st.integers(0, 1), min_size=5, max_size=60), st.integers(1, 4))
+def test_answers_never_vary_too_little_to_tell(right, tasks_):
+    """No sample makes a mean so certain that a shift of less than an answer shows, not even one without a mistake."""
+    claim = Claim("id", "paper", "claim", "ours", CLAIM["registered"], statistic="mean")
+    values = np.array(right, dtype=float)
+    samples = len(right) * tasks_
+    found, turned, scores = (examining.smallest(claim, [[x] * tasks_]) for x in (values, 1 - values, 0.25 + values / 2))
+    plain = statistics.detectable_shift(samples, values.std())
+    assert found == pytest.approx(turned) and found > 1 / samples
+    assert found > plain or values.mean() == 0.5  # as if a few were right and wrong by halves, which varies most
+    assert scores == pytest.approx(plain / 2)  # other values tell how they vary
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from math import comb, inf
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from kvlib.lab.statistics import (
+    RESAMPLES,
     Estimate,
     detectable,
     detectable_shift,
@@ -187,14 +188,21 @@ def test_decisions_are_near_those_of_the_exact_test(wins, losses):
     assert both.above(0) == pytest.approx(exact, abs=0.02)
 
 
-@given(st.integers(0, 2**16), st.floats(-0.3, 0.5))
-def test_intervals_and_p_values_say_the_same(seed, boundary):
-    first, second = answers(np.random.default_rng(seed), 40, 0.3, 0.2)
-    found = paired_difference([first], [second], resamples=399)
-    for at in (boundary, found.low, found.high, 0.0):
-        assert (found.above(at) <= 0.05) == (found.low > at)
-        assert (found.below(at) <= 0.05) == (found.high < at)
-    mirrored = paired_difference([second], [first], resamples=399)
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize("resamples", [199, 399, RESAMPLES])
+@given(seed=st.integers(0, 2**16), continuous=st.booleans())
+@settings(max_examples=15)
+def test_intervals_and_p_values_say_the_same(confidence, resamples, seed, continuous):
+    """At and between the draws about both limits, where one rank more or less would decide otherwise."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.normal(0.1, 1, (2, 40)) if continuous else answers(rng, 40, 0.3, 0.2)
+    found = paired_difference([first], [second], resamples=resamples, confidence=confidence)
+    level, rank = round(1 - confidence, 12), round((1 - confidence) / 2 * (resamples + 1))
+    near = np.concatenate([found.draws[rank - 4 : rank + 3], found.draws[-rank - 3 : -rank + 4 or None]])
+    for at in (*near, *((near[1:] + near[:-1]) / 2), 0.0):
+        assert (found.above(at) <= level) == (found.low > at)
+        assert (found.below(at) <= level) == (found.high < at)
+    mirrored = paired_difference([second], [first], resamples=resamples)
     assert mirrored.value == -found.value
 
 
