@@ -44,7 +44,7 @@ def skeleton(node):
 
 @dataclass(frozen=True)
 class Module:
-    """A syntax tree with its name -> statements that define it, and its local name -> dotted name that was imported."""
+    """What its names stand for: name -> the statements that define it, or the dotted name that was imported."""
 
     defined: dict[str, list[ast.stmt]]
     imported: dict[str, str]
@@ -62,7 +62,6 @@ def read(text: str, package: str = "") -> Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.asname or alias.name: alias.name for alias in node.names}
-            imported |= {alias.name.split(".")[0]: alias.name.split(".")[0] for alias in node.names if not alias.asname}
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")
             above = parents[: len(parents) + 1 - node.level] if node.level else []
@@ -80,9 +79,8 @@ def file_of(module: str, root: Path = ROOT) -> Path | None:
 
 def load(module: str, root: Path = ROOT) -> Module | None:
     """A module of kvlib, or None if `module` is anything else."""
-    if file := file_of(module, root):
-        return read(file.read_text(), module if file.name == "__init__.py" else module.rpartition(".")[0])
-    return None
+    file = file_of(module, root)
+    return file and read(file.read_text(), module if file.name == "__init__.py" else module.rpartition(".")[0])
 
 
 def dotted(node: ast.AST) -> str:
@@ -116,7 +114,7 @@ def behind(name: str, module: Module, place: str, root: Path) -> str | None:
     first, _, rest = name.partition(".")
     if first in module.defined:
         return f"{place}:{first}"
-    parts = ".".join(filter(None, [module.imported.get(first), rest])).split(".")
+    parts = f"{module.imported.get(first, first)}.{rest}".rstrip(".").split(".")
     for length in range(len(parts), 1, -1):  # the first alone would be the package, as in `kvlib.snapshot`
         inside = ".".join(parts[:length])
         if found := load(inside, root):

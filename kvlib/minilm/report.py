@@ -155,6 +155,6 @@ def report(folder: Path, samples: int, lengths: tuple[int, ...] = LENGTHS) -> di
     (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     windows = heldout_windows("code", min(ATTENTION_LENGTH, model.config.max_position_embeddings))
     windows = windows[:: max(1, len(windows) // ATTENTION_WINDOWS)][:ATTENTION_WINDOWS]
-    report = attention_report(model, load_tokenizer(), windows)
-    report.round(5).to_csv(folder / "attention.csv", index=False, lineterminator="\n")
+    heads = attention_report(model, load_tokenizer(), windows)
+    heads.round(5).to_csv(folder / "attention.csv", index=False, lineterminator="\n")
     return result

@@ -1,16 +1,7 @@
 """The ledger: what papers claim, what was registered to decide it, and what the result tables say.
 
-    python -m kvlib.lab.claims            data/claims.yaml -> data/results/ledger.csv -> the verdict table in README.md
-    python -m kvlib.lab.claims --check    fail if they are not what the result tables say now
-
-A claim says in which region a statistic lies. On each shipped model it *holds* if the 95 % interval lies inside the
-region, and is *contradicted* if it lies outside; everything else is inconclusive. The verdict is that of the models if
-they all agree, and inconclusive if they do not or if one of them has no rows. What the tables cannot answer at all is
-not testable here, with the reason.
-
-Several cells may decide one claim. If *every* cell has to be in the region, "holds" needs no correction, because all
-tests have to succeed (an intersection-union test: Berger, Technometrics 24, 1982), but "contradicted" needs only one of
-them, so these p-values are corrected (Holm). If *some* cell has to be, it is the other way round.
+python -m kvlib.lab.claims            data/claims.yaml -> data/results/ledger.csv -> the verdict table in README.md
+python -m kvlib.lab.claims --check    fail if they are not what the result tables say now
 """
 
 import argparse

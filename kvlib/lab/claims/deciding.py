@@ -1,4 +1,9 @@
-"""The verdict of one model, from the results of its cells."""
+"""The verdict of one model, from the results of its cells.
+
+Several cells may decide one claim. If *every* cell has to be in the region, "holds" needs no correction, because all
+tests have to succeed (an intersection-union test: Berger, Technometrics 24, 1982), but "contradicted" needs only one of
+them, so these p-values are corrected (Holm). If *some* cell has to be, it is the other way round.
+"""
 
 import numpy as np
 

@@ -1,4 +1,10 @@
-"""The ledger: a row per claim, with its verdict and the reason for it."""
+"""The ledger: a row per claim, with its verdict and the reason for it.
+
+A claim says in which region a statistic lies. On each shipped model it *holds* if the 95 % interval lies inside the
+region, and is *contradicted* if it lies outside; everything else is inconclusive. The verdict is that of the models if
+they all agree, and inconclusive if they do not or if one of them has no rows. What the tables cannot answer at all is
+not testable here, with the reason.
+"""
 
 from pathlib import Path
 
