@@ -307,8 +307,8 @@ def test_verification_finds_a_tampered_table(folder):
         verification.verify("study", STUDY, 12)
 
 
-def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch):
-    """And no other cell, no value, no order changes; one row that differs, and nothing does."""
+def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch, capsys):
+    """Those of the tasks that were recomputed, and nothing else of the table changes."""
     monkeypatch.setitem(studies.STUDIES, "study", STUDY)
     plain, file = keys.key, folder / "results" / "study.parquet"
     monkeypatch.setattr(keys, "key", lambda m, t, s, c: plain(m, t, s, c) + ("old" if c.method != "h2o" else ""))
@@ -319,12 +319,14 @@ def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch):
     before = tables.read(file)
     with pytest.raises(ValueError, match="rows of other code, text or models"):
         verification.verify("study", STUDY, 4)
-    assert verification.rekey("study", STUDY, 4, seed=3) == 24
+    assert verification.rekey("study", STUDY, 1, seed=3) == (12, 12 + len(other))  # one task
+    assert verification.rekey("study", STUDY, 4, seed=3) == (12, len(other))
     after, wanted = tables.read(file), keys.keys(STUDY)
     pd.testing.assert_frame_equal(after.drop(columns="key"), before.drop(columns="key"))
     assert len(keys.current(after, wanted)) == 36 and after["key"][36:].tolist() == before["key"][36:].tolist()
     command.main(["study", "--rekey", "0.1"])
     pd.testing.assert_frame_equal(tables.read(file), after)
+    assert "rows of 4 recomputed samples agree; 0 rows have new keys, 2 old ones" in capsys.readouterr().out
 
 
 def test_tables_keep_their_keys_if_one_row_differs(folder):

@@ -2,7 +2,7 @@
 
     python -m kvlib.lab.results [STUDY ...]             make tables, or what is missing of them
     python -m kvlib.lab.results --verify FRACTION       recompute a share of the samples, at least four, and compare
-    python -m kvlib.lab.results --rekey FRACTION        the same, and if every row agrees give all rows today's keys
+    python -m kvlib.lab.results --rekey FRACTION        the same, and if every row agrees give their cells today's keys
     python -m kvlib.lab.results --clean                 delete tables and shards, to make everything anew
 
 Work is cut into blocks of samples, in the same way whatever was done before. A block is a shard, which grows by fifty
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="draws the samples to recompute")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--verify", type=float, metavar="FRACTION", help="recompute this share of the samples instead")
-    instead.add_argument("--rekey", type=float, metavar="FRACTION", help="and give all rows today's keys if they agree")
+    instead.add_argument(
+        "--rekey", type=float, metavar="FRACTION", help="and give their cells today's keys if all rows agree"
+    )
     instead.add_argument("--clean", action="store_true", help="delete instead")
     arguments = parser.parse_args(argv)
     names = arguments.studies or list(STUDIES)
@@ -49,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: {agreement:.1%} of the rows of {count} recomputed samples agree")
         elif arguments.rekey is not None:
             count = samples_to_recompute(study, arguments.rekey)
-            changed = verification.rekey(name, study, count, arguments.seed)
-            print(f"{name}: all rows of {count} recomputed samples agree; {changed} rows have new keys")
+            changed, old = verification.rekey(name, study, count, arguments.seed)
+            print(f"{name}: all rows of {count} recomputed samples agree; {changed} rows have new keys, {old} old ones")
         else:
             print(f"{len(making.make(name, study, arguments.block, arguments.processes))} rows in {name}.parquet")
 

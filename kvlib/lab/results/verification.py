@@ -38,24 +38,28 @@ def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
     return compare(table, recompute(study, draw(study, samples, seed), Loader()))
 
 
-def rekey(name: str, study: Study, samples: int, seed: int = 0) -> int:
-    """Give the rows of a study today's keys, if every row of so many recomputed samples is what the table records.
+def rekey(name: str, study: Study, samples: int, seed: int = 0) -> tuple[int, int]:
+    """Give rows today's keys, if every row of so many recomputed samples is what the table records.
 
     For changes that move keys but no values: of how keys are made, or of code that computes the same in another way.
-    Values stay as they are, and so do rows of cells that the study does not have. Returns how many keys have changed.
+    Only cells that a recomputed sample belongs to get them: all configurations of a model and task at once. Values
+    stay as they are, and so does the order of rows. Returns how many rows got other keys, how many lack today's.
 
     Raises:
         ValueError: if a single row differs, and what `compare` finds; the table is then untouched.
     """
     path = paths.RESULTS / f"{name}.parquet"
     with owner(name):
-        table = read(path)
-        agreement = compare(table, recompute(study, draw(study, samples, seed), Loader()))
+        table, wanted = read(path), keys(study)
+        again = recompute(study, draw(study, samples, seed), Loader())
+        agreement = compare(table, again)
         if agreement < 1:
             raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")
-        today = table[CELL].merge(keys(study), on=CELL, how="left")["key"].fillna(table["key"])
-        write(table.assign(key=today), path)
-    return int((today != table["key"]).sum())
+        confirmed = again[CELL].drop_duplicates().merge(wanted, on=CELL)
+        today = table[CELL].merge(confirmed, on=CELL, how="left")["key"].fillna(table["key"])
+        rekeyed = table.assign(key=today)
+        write(rekeyed, path)
+    return int((today != table["key"]).sum()), len(table) - len(current(rekeyed, wanted))
 
 
 def draw(study: Study, count: int, seed: int) -> list[tuple[str, str, int]]:
