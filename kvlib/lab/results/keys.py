@@ -33,7 +33,8 @@ def heldout() -> str:
 def key(model: str, task: str, study: Study, configuration: Configuration) -> str:
     """What the rows of a cell follow from, sample numbers aside.
 
-    Checkpoint, held-out text, parameters, and the code of evaluator, task and method.
+    Checkpoint, held-out text, parameters, and the code of evaluator, task and method: what they reach by name, in
+    whichever module it stands (`kvlib.lab.definitions`). Recomputed samples vouch for the library under everything.
     """
     reached = (evaluate, tasks.sample, tasks.find(task).make, METHODS[configuration.method])
     code = definitions.digest(*map(definitions.name_of, reached))
