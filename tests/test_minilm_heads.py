@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvlib
-from kvlib.minilm import attention
+from kvlib.minilm import heads
 from kvlib.minilm.heads import FIRST_ROW, KINDS, RECENT
 from kvlib.minilm.report import heldout_windows, load_tokenizer
 from kvlib.minilm.tokenizer import encode
@@ -42,7 +42,7 @@ def uniform() -> torch.Tensor:
 
 
 def measured(probabilities, **at) -> dict[str, float]:
-    return {name: value.item() for name, value in attention.statistics(probabilities, *window(**at)).items()}
+    return {name: value.item() for name, value in heads.statistics(probabilities, *window(**at)).items()}
 
 
 def test_all_on_bos():
@@ -68,7 +68,7 @@ def test_all_on_a_fixed_newline():
     assert (found["top_kind"], found["top_id"]) == (NEWLINE, 109)
     ids, kinds = window(newline=9)
     kinds[5] = NEWLINE  # now 9 is the second newline
-    later = attention.statistics(all_on(9), ids, kinds)
+    later = heads.statistics(all_on(9), ids, kinds)
     assert later["newline"] == 1 and later["first_newline"] == 0
     assert measured(all_on(9))["first_newline"] == 0  # and so it is without any newline
 
@@ -94,7 +94,7 @@ def test_rows_that_see_little_are_not_counted():
     matrix[:, :FIRST_ROW] = torch.eye(N)[:FIRST_ROW]
     assert measured(matrix) == measured(all_on(0))
     with pytest.raises(ValueError, match="a window of 32 tokens has no query row from 32 on"):
-        attention.statistics(matrix[:, :32, :32], torch.arange(32), torch.zeros(32, dtype=torch.long))
+        heads.statistics(matrix[:, :32, :32], torch.arange(32), torch.zeros(32, dtype=torch.long))
 
 
 def literal(matrix: list[list[float]], kinds: list[int]) -> dict[str, float]:
@@ -119,17 +119,17 @@ def literal(matrix: list[list[float]], kinds: list[int]) -> dict[str, float]:
 
 @settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(33, 50), st.sampled_from([0.1, 1.0, 5.0, 30.0]), st.integers(0, 2**31 - 1))
-def test_statistics_against_their_definitions(heads, length, sharpness, seed):
+def test_statistics_against_their_definitions(count, length, sharpness, seed):
     random = torch.Generator().manual_seed(seed)
-    logits = sharpness * torch.randn(heads, length, length, generator=random, dtype=torch.float64)
+    logits = sharpness * torch.randn(count, length, length, generator=random, dtype=torch.float64)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     probabilities = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     ids = torch.arange(length) + 7
     kinds = torch.randint(1, len(KINDS), (length,), generator=random)
     kinds[0] = 0
-    found = attention.statistics(probabilities, ids, kinds)
-    assert all(value.shape == (heads,) for value in found.values())
-    torch.testing.assert_close(sum(found[kind] for kind in KINDS), torch.ones(heads, dtype=torch.float64))
+    found = heads.statistics(probabilities, ids, kinds)
+    assert all(value.shape == (count,) for value in found.values())
+    torch.testing.assert_close(sum(found[kind] for kind in KINDS), torch.ones(count, dtype=torch.float64))
     for name, value in found.items():
         if name not in ("top_kind", "top_id"):
             assert (value > -1e-12).all()
@@ -137,7 +137,7 @@ def test_statistics_against_their_definitions(heads, length, sharpness, seed):
     assert (found["top_one"] <= found["top_four"]).all() and (found["bos"] <= found["first_four"]).all()
     assert (found["top_one"] >= found["bos"]).all() and (found["first_newline"] <= found["newline"]).all()
     assert (found["self"] + found["previous"] <= found["recent"] + 1e-12).all()
-    for head in range(heads):
+    for head in range(count):
         expected = literal(probabilities[head].tolist(), kinds.tolist())
         top = expected.pop("top_position")
         assert (found["top_id"][head], found["top_kind"][head]) == (ids[top], kinds[top])
@@ -159,7 +159,7 @@ def test_statistics_against_their_definitions(heads, length, sharpness, seed):
     }.items(),
 )
 def test_kinds_of_texts(kind, texts):
-    assert {attention.text_kind(text) for text in texts} == {kind}
+    assert {heads.text_kind(text) for text in texts} == {kind}
 
 
 def test_kinds_of_tokens():
@@ -169,7 +169,7 @@ def test_kinds_of_tokens():
     ids = [i for piece in pieces.values() for i in piece]
     inner = [kind for kind, piece in pieces.items() for _ in piece]
     rows = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], [ids[0], *ids, ids[0]]])
-    kinds = [[KINDS[kind] for kind in row] for row in attention.token_kinds(tokenizer, rows).tolist()]
+    kinds = [[KINDS[kind] for kind in row] for row in heads.token_kinds(tokenizer, rows).tolist()]
     assert kinds == [["bos", *inner, "end"], ["bos", *inner, "newline"]]  # position 0 is bos whatever stands there
 
 
@@ -194,14 +194,14 @@ def expected_mass(model, windows, kinds, kind) -> torch.Tensor:
 
 def assert_agrees(model, tokenizer, windows) -> None:
     before = hooks(model), model.config._attn_implementation
-    report = attention.attention_report(model, tokenizer, windows)
+    report = heads.attention_report(model, tokenizer, windows)
     assert (hooks(model), model.config._attn_implementation) == before
     config = model.config
     assert len(report) == config.num_hidden_layers * config.num_attention_heads
     assert report["layer"].is_monotonic_increasing and not report.duplicated(["layer", "head"]).any()
     assert report[list(KINDS)].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
     assert not report.isna().any(axis=None)
-    kinds = attention.token_kinds(tokenizer, windows)
+    kinds = heads.token_kinds(tokenizer, windows)
     for kind in KINDS:
         expected = expected_mass(model, windows, kinds, kind).flatten()
         assert report[kind].to_numpy() == pytest.approx(expected.numpy(), abs=1e-5), kind
@@ -224,10 +224,10 @@ def test_padded_windows_are_left_out():
     padded = windows.clone()
     padded[0, 40:] = tokenizer.pad_token_id
     padded[1, :5] = tokenizer.pad_token_id
-    report = attention.attention_report(model, tokenizer, padded)
-    pd.testing.assert_frame_equal(report, attention.attention_report(model, tokenizer, windows[2:]))
+    report = heads.attention_report(model, tokenizer, padded)
+    pd.testing.assert_frame_equal(report, heads.attention_report(model, tokenizer, windows[2:]))
     with pytest.raises(ValueError, match="no window without padding"):
-        attention.attention_report(model, tokenizer, padded[:2])
+        heads.attention_report(model, tokenizer, padded[:2])
 
 
 def test_the_top_token_is_the_most_frequent_one(monkeypatch):
@@ -235,16 +235,14 @@ def test_the_top_token_is_the_most_frequent_one(monkeypatch):
     rows = []
     for text in texts:
         rows.append([tokenizer.bos_token_id, *encode(tokenizer, [text + "a a a a a a a a a a" * 4])[0]][:40])
-    monkeypatch.setattr(attention, "statistics", lambda p, ids, kinds: all_first(p.shape[0], ids, kinds))
-    report = attention.attention_report(
-        tiny.build("llama-mha", vocab_size=len(tokenizer)), tokenizer, torch.tensor(rows)
-    )
+    monkeypatch.setattr(heads, "statistics", lambda p, ids, kinds: all_first(p.shape[0], ids, kinds))
+    report = heads.attention_report(tiny.build("llama-mha", vocab_size=len(tokenizer)), tokenizer, torch.tensor(rows))
     assert set(report["top_token"]) == {"'='"} and set(report["top_kind"]) == {"punctuation"}
     assert (report["bos"] == 1 / 4).all()
 
 
-def all_first(heads, ids, kinds):
-    return {"bos": torch.full((heads,), 0.25), "top_kind": kinds[1].expand(heads), "top_id": ids[1].expand(heads)}
+def all_first(count, ids, kinds):
+    return {"bos": torch.full((count,), 0.25), "top_kind": kinds[1].expand(count), "top_id": ids[1].expand(count)}
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -252,7 +250,7 @@ def test_an_error_leaves_the_model_as_it_was(implementation):
     model = tiny.build("llama-gqa")
     model.set_attn_implementation(implementation)
     with pytest.raises(ValueError, match="a window of 32 tokens"):
-        attention.attention_report(model, load_tokenizer(), tiny.tokens(1, 32).clamp(min=3))
+        heads.attention_report(model, load_tokenizer(), tiny.tokens(1, 32).clamp(min=3))
     assert model.config._attn_implementation == implementation
     assert not any(hooks(model))
 
@@ -265,7 +263,7 @@ def test_only_one_layer_is_held_at_a_time():
         alive.append(torch.multiprocessing.reductions.StorageWeakRef(probabilities.untyped_storage()))
         assert [ref.expired() for ref in alive[:-1]] == [True] * layer
 
-    with attention.watching(model, look):
+    with heads.watching(model, look):
         model.base_model(input_ids=tiny.tokens(1, 48), use_cache=False)
     assert len(alive) == 2
 
@@ -280,17 +278,17 @@ def a_report(top_four: list[float]) -> pd.DataFrame:
 
 
 def test_sinks():
-    found = attention.sinks(a_report([0.1, 0.4, 0.3, 0.2, 0.9, 0.4]))
+    found = heads.sinks(a_report([0.1, 0.4, 0.3, 0.2, 0.9, 0.4]))
     assert list(zip(found["layer"], found["head"])) == [(2, 0), (0, 1), (2, 1)]  # 0.3 itself is none
-    assert list(attention.sinks(found, 0.5)["top_four"]) == [0.9]
+    assert list(heads.sinks(found, 0.5)["top_four"]) == [0.9]
 
 
 def test_compare():
     reports = {"mha": a_report([0.1, 0.4, 0.3, 0.2, 0.9, 0.5]), "gqa": a_report([0.1, 0.2])}
-    mha, gqa = attention.compare(reports).to_dict("records")
+    mha, gqa = heads.compare(reports).to_dict("records")
     assert mha["model"] == "mha" and mha["sink_heads"] == 3 and mha["sink_layers"] == 2 and mha["layers"] == "0, 2"
     assert mha["sink_share"] == 0.5 and mha["sink_token"] == "'<s>'" and mha["largest_bos"] == 0.9
     assert mha["bos"] == pytest.approx(0.4) and mha["word"] == pytest.approx(0.6)
     assert gqa["sink_heads"] == gqa["sink_layers"] == gqa["sink_share"] == 0
     assert gqa["layers"] == gqa["sink_token"] == ""
-    assert attention.compare(reports, 0.05)["sink_heads"].tolist() == [6, 2]
+    assert heads.compare(reports, 0.05)["sink_heads"].tolist() == [6, 2]
