@@ -15,7 +15,7 @@ BUILD := build/$(PROFILE)
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(BUILD)/%)
 FIGURES := $(if $(filter default,$(PROFILE)),figures,$(BUILD)/figures)
 # As a file, because importing kvlib, and so torch, takes seconds; -P keeps its neighbours from shadowing other modules.
-RUN := $(PYTHON) -P kvlib/lab/notebooks.py
+RUN := $(PYTHON) -P kvlib/lab/notebooks/__main__.py
 
 $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default or paper, not '$(PROFILE)'))
 
@@ -33,7 +33,7 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	PYTHONWARNINGS="ignore:IProgress not found" $(PYTHON) -m jupyter lab --notebook-dir=notebooks
 
 figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
-	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.ledger --check)
+	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.claims --check)
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
@@ -58,10 +58,10 @@ publish: $(INSTALLED)  ## run the default profile and store its outputs in noteb
 
 results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without), then the ledger
 	$(PYTHON) -m kvlib.lab.results
-	$(PYTHON) -m kvlib.lab.ledger
+	$(PYTHON) -m kvlib.lab.claims
 
 ledger: $(INSTALLED)  ## decide the claims of data/claims.yaml by the result tables; writes README's verdict table
-	$(PYTHON) -m kvlib.lab.ledger
+	$(PYTHON) -m kvlib.lab.claims
 
 results-clean:  ## delete the result tables that any machine can make again
 	$(PYTHON) -m kvlib.lab.results --clean
@@ -87,7 +87,8 @@ $(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED)
 	@$(RUN) run $(PROFILE) $<
 
 # Which tables, parameters and kvlib modules each notebook depends on; folders are listed to notice deleted files.
-SOURCES := $(wildcard kvlib kvlib/*.py kvlib/*/*.py data/results data/results/* notebooks/params/$(PROFILE).yaml)
+SOURCES := $(shell find kvlib -name __pycache__ -prune -o \( -type d -o -name '*.py' \) -print) \
+  $(wildcard data/results data/results/* notebooks/params/$(PROFILE).yaml)
 $(BUILD)/dependencies.mk: $(NOTEBOOKS) $(SOURCES) | $(INSTALLED)
 	@mkdir -p $(@D); $(RUN) dependencies $(PROFILE) > $@
 ifneq ($(filter figures $(BUILD)/%,$(MAKECMDGOALS)),)

@@ -25,8 +25,8 @@ from kvlib.lab.tasks import FAMILIES, PROBES, correct, sample
 from kvlib.minilm import HELDOUT, MODEL, PILOTS, SIBLING, card, corpus, overview, tokens
 from kvlib.minilm import tokenizer as minilm_tokenizer
 from kvlib.minilm.__main__ import main
-from kvlib.minilm.evaluate import load_tokenizer
 from kvlib.minilm.recipe import RECIPES
+from kvlib.minilm.report import load_tokenizer
 from kvlib.minilm.tokenizer import BOS, EOS, PAD, PIECES, SIZE, SPECIAL, encode
 from kvlib.paths import DATA, MODELS
 

@@ -5,7 +5,8 @@ import re
 import pandas as pd
 
 import kvlib
-from kvlib.lab import checks, summaries
+from kvlib.lab import checks
+from kvlib.lab.results import summaries
 from kvlib.paths import RESULTS, ROOT
 
 

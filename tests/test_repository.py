@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvlib.lab import notebooks
+from kvlib.lab.notebooks import files as notebooks
 from kvlib.paths import FIGURES, ROOT
 
 MEBIBYTE = 2**20

@@ -26,9 +26,9 @@ from kvlib.lab.tasks import sample, share_of_lines
 from kvlib.minilm import HELDOUT, MODEL, corpus, data, tokens
 from kvlib.minilm.__main__ import main
 from kvlib.minilm.data import PROSE_EVERY, Sequences, loader
-from kvlib.minilm.evaluate import answered, load_tokenizer
 from kvlib.minilm.export import export
 from kvlib.minilm.recipe import RECIPES
+from kvlib.minilm.report import answered, load_tokenizer
 from kvlib.minilm.tokenizer import BOS, EOS, PAD, SIZE, encode
 from kvlib.minilm.train import Run, compile_layers, losses, optimizer, train
 from kvlib.paths import ROOT

@@ -1,1 +1,1 @@
-"""What experiments share: tasks, evaluation, statistics, plotting."""
+"""What experiments share: tasks, evaluation, results, claims, lessons, the notebook tools, statistics, plotting."""

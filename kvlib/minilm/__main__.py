@@ -23,9 +23,9 @@ import torch
 
 from kvlib.minilm import BUILD, MODEL, PILOTS, SIBLING, card, corpus, overview, tokenizer, tokens
 from kvlib.minilm.data import load_sequences
-from kvlib.minilm.evaluate import evaluate
 from kvlib.minilm.export import export
 from kvlib.minilm.recipe import RECIPES
+from kvlib.minilm.report import report
 from kvlib.minilm.train import train
 
 STEPS = ("corpus", "tokenizer", "tokens", "train", "export", "evaluate", "card", "keep", "overview")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         elif step == "export":
             export(run, folder)
         elif step == "evaluate":
-            evaluate(folder, arguments.samples)
+            report(folder, arguments.samples)
         elif step == "card":
             card.write(folder)
         elif step == "keep":

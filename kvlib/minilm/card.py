@@ -12,9 +12,9 @@ import pandas as pd
 
 from kvlib.lab.tasks import CATALOGUE
 from kvlib.minilm import MODEL, checksums
-from kvlib.minilm.attention import SINK, sinks
 from kvlib.minilm.corpus import HELD_OUT
 from kvlib.minilm.data import PROSE_EVERY
+from kvlib.minilm.heads import SINK, sinks
 from kvlib.minilm.tokenizer import SIZE
 
 MANIFEST = "manifest.csv.gz"

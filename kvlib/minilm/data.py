@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from kvlib.lab.fingerprint import fingerprint
+from kvlib.lab import definitions
 from kvlib.lab.tasks import CATALOGUE, SHORTEST, Draw, compose, draft
 from kvlib.minilm import MODEL
 from kvlib.minilm.recipe import Recipe
@@ -56,8 +56,8 @@ class Sequences(Dataset):
 
     def digest(self) -> str:
         """A hash of what the sequences follow from beside the recipe: tokens, tokenizer, and the code of the tasks."""
-        makes = [CATALOGUE[task].make for task in MIX]
-        parts = [fingerprint(Sequences, draft, *makes), json.dumps(MIX), self.tokenizer.backend_tokenizer.to_str()]
+        made_by = map(definitions.name_of, (Sequences, draft, *(CATALOGUE[task].make for task in MIX)))
+        parts = [definitions.digest(*made_by), json.dumps(MIX), self.tokenizer.backend_tokenizer.to_str()]
         digest = hashlib.sha256("\n".join(parts).encode())
         digest.update(self.code.tobytes())
         digest.update(self.prose.tobytes())

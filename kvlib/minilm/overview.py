@@ -10,9 +10,9 @@ import pandas as pd
 
 from kvlib.lab import tasks
 from kvlib.minilm import MODEL, PILOTS, SIBLING
-from kvlib.minilm.attention import KINDS, SINK, compare, sinks
 from kvlib.minilm.card import by_length, cell_size, percent, table
-from kvlib.minilm.evaluate import load_tokenizer
+from kvlib.minilm.heads import KINDS, SINK, compare, sinks
+from kvlib.minilm.report import load_tokenizer
 from kvlib.paths import DATA, MODELS
 
 GUIDE = DATA / "README.md"

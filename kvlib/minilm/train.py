@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from kvlib.minilm.data import Sequences, loader
-from kvlib.minilm.evaluate import heldout_windows, text_targets, token_losses
 from kvlib.minilm.recipe import Recipe
+from kvlib.minilm.report import heldout_windows, text_targets, token_losses
 
 COLUMNS = ("step", "tokens", "loss", "answer_loss", "lr", "tokens_per_second", "heldout_loss")
 HELDOUT_WINDOWS = 16  # enough for a curve; the final evaluation takes all

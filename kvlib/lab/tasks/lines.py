@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import PurePosixPath
 
-from kvlib.lab.metrics import PASSED_OVER
+from kvlib.lab.evaluation.metrics import PASSED_OVER
 from kvlib.lab.tasks.code import heldout_files
 
 SHORTEST_LINE = 10  # characters, indentation not counted

@@ -1,0 +1,1 @@
+"""What papers claim, and what the result tables say about it."""

@@ -1,0 +1,66 @@
+"""A claim, and the cells of a result table that decide it."""
+
+import json
+from dataclasses import dataclass
+from datetime import date
+
+from kvlib.lab.evaluation.configuration import Configuration
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim; what decides it is empty if it is not testable here."""
+
+    id: str
+    paper: str
+    claim: str
+    evidence: str
+    registered: date
+    arxiv: str = ""
+    published: str = ""
+    note: str = ""
+    reason: str = ""  # why it is not testable here
+    table: str = ""
+    sides: tuple[dict, ...] = ()  # method, budget, arguments: first and second, or one alone
+    budgets: tuple = ()
+    tasks: str | tuple[str, ...] = ()
+    length: int = 0
+    statistic: str = ""
+    measure: str = "value"
+    rule: tuple[float, float] = ()  # the open interval that the claim says the statistic lies in
+    primary: str = "mean over tasks"
+    equal_bytes: str = ""
+    protocol: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one test looks at."""
+
+    label: str
+    tasks: tuple[str, ...]
+    configurations: tuple[Configuration, ...]
+
+
+def cells_of(claim: Claim, all_tasks: tuple[str, ...]) -> list[Cell]:
+    """The cells that decide a claim; `all_tasks` are those that its table has."""
+    names = all_tasks if claim.tasks == "all" else claim.tasks
+    if claim.budgets:
+        return [Cell(f"at {budget:g}", names, configurations(claim, budget)) for budget in claim.budgets]
+    made = configurations(claim)
+    if claim.primary.endswith("task"):
+        return [Cell(f"on {name}", (name,), made) for name in names] or [Cell("", (), made)]
+    return [Cell("", names, made)]
+
+
+def configurations(claim: Claim, budget=None) -> tuple[Configuration, ...]:
+    return tuple(
+        Configuration(side["method"], side.get("budget", budget), json.dumps(side.get("arguments") or {}))
+        for side in claim.sides
+    )
+
+
+def named(configuration: Configuration) -> str:
+    arguments = json.loads(configuration.arguments)
+    pairs = ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
+    return f"{configuration.method} ({pairs})" if pairs else configuration.method

@@ -1,0 +1,192 @@
+"""Claims as they are registered in data/claims.yaml, whose first lines say what the fields mean.
+
+A claim names a table, one or two configurations, tasks and a length; a statistic over samples; and a rule, the region
+that the claim says the statistic lies in. `kvlib.lab.claims.ledger` decides it.
+"""
+
+from dataclasses import replace
+from datetime import date
+from math import inf
+from pathlib import Path
+
+import yaml
+
+from kvlib import paths
+from kvlib.lab import tasks
+from kvlib.lab.claims.claim import Claim, cells_of
+from kvlib.lab.results.studies import STUDIES
+from kvlib.nearest import unknown
+
+CLAIMS = paths.DATA / "claims.yaml"
+EVIDENCE = {
+    "paper": "read in the body of the paper",
+    "abstract": "read in the paper's abstract",
+    "authors": "other words of the authors: code, README, blog",
+    "secondary": "somebody else's summary of the paper: likely, not proven",
+    "follow-up": "a later paper or thread that ran the method again",
+    "field": "commonly taken for granted; no single source was read",
+    "ours": "nobody's claim but this project's: a control, or a finding to be tested",
+}
+STATISTICS = ("mean", "mean_difference", "ratio", "win_count")
+MEASURES = ("value", "stored", "read", "prefill")
+PRIMARY = ("mean over tasks", "every task", "some task", "every budget", "some budget")
+REQUIRED = ("id", "paper", "claim", "evidence", "registered")
+DESCRIBING = (*REQUIRED, "arxiv", "published", "note")
+DECIDING = ("table", "tasks", "length", "statistic", "rule")  # and `compare` or `value`
+OPTIONAL = ("compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol")
+
+
+def read(path: Path = CLAIMS, results: Path = paths.RESULTS) -> list[Claim]:
+    """The claims of a file, in its order.
+
+    Raises:
+        ValueError: naming everything that is wrong with every claim.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name} is not YAML: {error}") from None
+    require(isinstance(entries, list), f"{path.name} is not a list of claims")
+    known, claims, problems = known_tables(results), [], []
+    for place, entry in enumerate(entries, start=1):
+        name = entry.get("id", f"claim {place}") if isinstance(entry, dict) else f"claim {place}"
+        try:
+            claims.append(parse(entry, known))
+        except (ValueError, TypeError) as error:
+            problems.append(f"{name}: {error}")
+    ids = [claim.id for claim in claims]
+    problems += [f"{name}: this id is used {ids.count(name)} times" for name in sorted(set(ids)) if ids.count(name) > 1]
+    if problems:
+        raise ValueError("\n".join([f"{path.name}:", *problems]))
+    return claims
+
+
+def known_tables(results: Path) -> set[str]:
+    """Names of result tables: those of the studies, made or not, and those that are there."""
+    return set(STUDIES) | {file.stem for file in results.glob("*.parquet")}
+
+
+def parse(entry: dict, known: set[str]) -> Claim:
+    """A claim from its entry.
+
+    Raises:
+        ValueError: for what is missing, unknown or contradictory.
+    """
+    require(isinstance(entry, dict), f"not a claim with fields: {entry!r}")
+    testable = entry.get("testable", True)
+    require(isinstance(testable, bool), f"testable is true or false, not {testable!r}")
+    allowed = (*DESCRIBING, "testable", *((*DECIDING, *OPTIONAL) if testable else ("reason",)))
+    for field in entry:
+        one_of("field", field, allowed)
+    missing = [name for name in (*REQUIRED, *(DECIDING if testable else ("reason",))) if entry.get(name) in (None, "")]
+    require(not missing, f"lacks {', '.join(missing)}")
+    for name in ("id", "paper", "claim", "note", "arxiv", "reason", "protocol"):
+        require(isinstance(entry.get(name, ""), str), f"{name} is {entry.get(name)!r}, not a text: put it in quotes")
+    one_of("evidence", entry["evidence"], EVIDENCE)
+    registered = entry["registered"]
+    require(isinstance(registered, date), f"registered is {registered!r}, not a date like 2026-11-21")
+    described = {name: entry[name] for name in DESCRIBING if name in entry} | {"published": theirs(entry)}
+    if not testable:
+        return Claim(**described, reason=entry["reason"])
+    return parse_test(entry, Claim(**described), known)
+
+
+def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
+    """The claim with what decides it."""
+    one_of("table", entry["table"], known)
+    one_of("statistic", entry["statistic"], STATISTICS)
+    length, measure = entry["length"], one_of("measure", entry.get("measure", "value"), MEASURES)
+    require(isinstance(length, int) and length > 0, f"length is {length!r}, not a number of tokens")
+    primary = one_of("primary", entry.get("primary", "mean over tasks"), PRIMARY)
+    equal = entry.get("equal_bytes", "")
+    require(equal in ("", "stored", "read"), f"equal_bytes is stored or read, not {equal!r}")
+    budgets = entry.get("budgets", [])
+    require(isinstance(budgets, list) and all(map(number, budgets)), f"budgets is a list of budgets, not {budgets!r}")
+    require(bool(budgets) == primary.endswith("budget"), "`budgets` and a primary of every or some budget go together")
+    compared = sides(entry)
+    require(not equal or len(compared) == 2, "equal_bytes compares two sides")
+    if entry["statistic"] == "win_count":
+        require(primary == "mean over tasks", "win_count counts over all tasks; primary is for the other statistics")
+    claim = replace(
+        claim, table=entry["table"], sides=compared, budgets=tuple(budgets), length=length, measure=measure,
+        statistic=entry["statistic"], rule=region(entry["rule"], entry["statistic"]), tasks=task_names(entry["tasks"]),
+        primary=primary, equal_bytes=equal, protocol=entry.get("protocol", ""),
+    )  # fmt: skip
+    for cell in cells_of(claim, ()):  # methods say themselves what can never work
+        for configuration in cell.configurations:
+            configuration.make()
+    return claim
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def number(value) -> bool:
+    """Is `value` a number? YAML reads 1e-3 as a text."""
+    return type(value) in (int, float)
+
+
+def one_of(what: str, value, allowed):
+    """`value` if it is allowed; the error names the nearest one that is."""
+    if value not in allowed:
+        raise unknown(what, value, sorted(allowed))
+    return value
+
+
+def theirs(entry: dict) -> str:
+    """The published number with its source, or an empty text."""
+    published = entry.get("published")
+    if published is None:
+        return ""
+    good = isinstance(published, dict) and set(published) == {"value", "source"}
+    require(good and not {None, ""} & set(published.values()), "published holds a value and a source")
+    return f"{published['value']} ({published['source']})"
+
+
+def sides(entry: dict) -> tuple[dict, ...]:
+    """The configurations that a claim is about: one for a mean, two for everything else."""
+    compare, value = entry.get("compare"), entry.get("value")
+    require((compare is None) != (value is None), "needs either `compare` (first and second) or `value`")
+    alone = entry["statistic"] == "mean"
+    require(alone == (compare is None), f"{entry['statistic']} needs {'`value`' if alone else '`compare`'}")
+    if compare is not None:
+        require(isinstance(compare, dict) and set(compare) == {"first", "second"}, "compare holds first and second")
+    found = (value,) if alone else (compare["first"], compare["second"])
+    open_budget = str(entry.get("primary", "")).endswith("budget")
+    for side in found:
+        require(isinstance(side, dict) and "method" in side, f"a side needs a method: {side!r}")
+        for field in side:
+            one_of("field", field, ("method", "budget", "arguments"))
+        require("budget" in side or open_budget, f"{side['method']} needs a budget")
+    require(not open_budget or any("budget" not in side for side in found), "no side leaves its budget to `budgets`")
+    return found
+
+
+def task_names(given) -> str | tuple[str, ...]:
+    """Task names of a list, a group of the catalogue or "families", the sixteen; "all" is left to the table."""
+    if given == "all":
+        return given
+    if given == "families":
+        return tuple(sorted(tasks.FAMILIES))
+    if given in tasks.GROUPS:
+        return tuple(sorted(name for name, family in tasks.FAMILIES.items() if family.group == given))
+    require(isinstance(given, list) and bool(given), f"tasks is a list, all, families or a group, not {given!r}")
+    require(len(set(given)) == len(given), f"tasks names one twice: {given}")
+    return tuple(sorted(tasks.find(name).name for name in given))
+
+
+def region(rule, statistic: str) -> tuple[float, float]:
+    """The open interval of {above: a}, {below: b} or {within: [a, b]}."""
+    require(isinstance(rule, dict) and len(rule) == 1, f"a rule is one of above, below, within, not {rule!r}")
+    ((kind, bound),) = rule.items()
+    one_of("rule", kind, ("above", "below", "within"))
+    bounds = bound if kind == "within" else [bound]
+    numbers = isinstance(bounds, list) and all(map(number, bounds))
+    require(numbers and len(bounds) == (2 if kind == "within" else 1), f"{kind}: {bound!r} is not what it needs")
+    require(bounds == sorted(set(bounds)), f"within: {bound!r} is empty")
+    if statistic == "win_count":
+        require(all(0 < b < 1 for b in bounds), "a win_count is decided by the share of wins, between 0 and 1")
+    low = -inf if kind == "below" else float(bounds[0])
+    return low, inf if kind == "above" else float(bounds[-1])

@@ -1,0 +1,1 @@
+"""Evaluation of cache methods: on the tasks, by perplexity, and with real data sets and their metrics."""

@@ -1,0 +1,1 @@
+"""What the lessons compute beside the library, and the checks of their exercises."""

@@ -1,0 +1,47 @@
+"""Excerpts of held-out text and of prompts that lessons read, and tokens as they can be shown."""
+
+import json
+import re
+
+import kvlib
+from kvlib import paths
+from kvlib.lab.tasks import Sample
+
+
+def heldout_code(file: str) -> str:
+    """The text of one file of the shipped held-out code, which the models were not trained on."""
+    with (paths.DATA / "heldout" / "code.jsonl").open(encoding="utf-8") as lines:
+        texts = {entry["file"]: entry["text"] for entry in map(json.loads, lines)}
+    if file not in texts:
+        raise ValueError(f"no held-out file {file!r}; there are: {', '.join(sorted(texts))}")
+    return texts[file]
+
+
+def read_code(model, tokenizer, file: str, scored: int, later: int):
+    """Snapshots of the first `scored` tokens of a held-out file, and of these and the `later` tokens behind them.
+
+    The file is read from its first function on.
+
+    Raises:
+        ValueError: for a file with fewer tokens.
+    """
+    text = heldout_code(file)
+    text = text[max(text.find("def "), 0) :]
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=scored + later).input_ids.to(model.device)
+    if ids.shape[1] < scored + later:
+        raise ValueError(f"{file} has {ids.shape[1]} tokens from its first function on, {scored + later} are needed")
+    return kvlib.snapshot(model, ids[:, :scored]), kvlib.snapshot(model, ids)
+
+
+def token_labels(tokenizer, ids) -> list[str]:
+    r"""Tokens as they can be written beside an axis: a space is `·`, a newline `\n`."""
+    return [tokenizer.decode([i]).replace("\n", r"\n").replace(" ", "·") for i in ids]
+
+
+def answer_at_start(sample: Sample, tokenizer, tokens: int) -> bool:
+    """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
+    ids = tokenizer(sample.prompt[: 40 * tokens]).input_ids[:tokens]  # the rest need not be read
+    start, answer = (
+        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), sample.answer)
+    )
+    return bool(start & answer)

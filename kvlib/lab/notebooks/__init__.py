@@ -1,0 +1,1 @@
+"""Tools that run the notebooks, store their outputs, and tell whether stored outputs are still true."""

@@ -1,0 +1,48 @@
+"""Run the notebooks, store their outputs, and tell whether stored outputs are still true.
+
+    python -m kvlib.lab.notebooks dependencies PROFILE    what executed notebooks depend on, as makefile rules
+    python -m kvlib.lab.notebooks run PROFILE NOTEBOOK    execute into build/PROFILE, figures included
+    python -m kvlib.lab.notebooks publish                 store the outputs of build/default in notebooks/
+    python -m kvlib.lab.notebooks check                   fail if stored outputs are stale, missing or wrong
+    python -m kvlib.lab.notebooks compare MANIFEST        fail if figures drawn from tables differ from these
+
+A notebook is a path <root>/notebooks/NN_name.ipynb; its parameters are in <root>/notebooks/params/PROFILE.yaml under
+NN_name, its result tables those of <root>/data/results that its code names. Its outputs are stale once these, its
+cells or what they reach in kvlib have changed (`kvlib.lab.notebooks.dependencies`).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kvlib.lab.notebooks.dependencies import makefile
+from kvlib.lab.notebooks.figures import compare
+from kvlib.lab.notebooks.outputs import check, publish
+from kvlib.lab.notebooks.running import run
+from kvlib.paths import ROOT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("dependencies", "run"):
+        commands.add_parser(command).add_argument("profile", choices=("smoke", "default", "paper"))
+    commands.choices["run"].add_argument("notebook", type=Path)
+    commands.add_parser("publish")
+    commands.add_parser("check")
+    commands.add_parser("compare").add_argument("manifest", type=Path)
+    arguments = parser.parse_args()
+    try:
+        match arguments.command:
+            case "dependencies":
+                print(makefile(ROOT, arguments.profile), end="")
+            case "run":
+                run(arguments.notebook, arguments.profile)
+            case "publish":
+                publish()
+            case "check":
+                check()
+            case "compare":
+                compare(arguments.manifest)
+    except ValueError as error:
+        sys.exit(str(error))

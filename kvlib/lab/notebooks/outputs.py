@@ -1,0 +1,106 @@
+"""Stored outputs: which may be stored, what they follow from, and whether they still do."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import struct
+from pathlib import Path
+
+from kvlib.lab import definitions
+from kvlib.lab.notebooks.dependencies import reached, tables
+from kvlib.lab.notebooks.files import all_notebooks, code_cells, normalise, read, root_of, to_text
+from kvlib.lab.notebooks.parameters import parameters
+from kvlib.lab.notebooks.sources import current_source, shown
+from kvlib.paths import ROOT
+
+MAX_FOLDER_BYTES = 6 * 2**20
+MAX_IMAGE_WIDTH = 1000  # pixels: ten inches at 100 dpi
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|var|mnt|opt|srv|usr)/\w|" + re.escape(str(ROOT)))
+MEMORY_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+
+
+def basis(path: Path, notebook: dict) -> str:
+    """sha256 over everything that the outputs of `notebook` follow from."""
+    root = root_of(path)
+    parts = {
+        "cells": [cell["source"] for cell in code_cells(notebook)],
+        "parameters": parameters(path, "default"),
+        "tables": {table.name: hashlib.sha256(table.read_bytes()).hexdigest() for table in tables(path)},
+        "definitions": definitions.as_text(reached(path)),
+        "sources": {name.partition(":")[2]: current_source(root, name) for name in shown(notebook)},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def problems(notebook: dict) -> list[str]:
+    """What keeps outputs from being stored: errors, noise, and whatever would differ on another machine."""
+    found = []
+    for cell in code_cells(notebook):
+        name = f"cell {cell['id']}"
+        if cell["source"].strip() and cell["execution_count"] is None:
+            found.append(f"{name} was never run")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            text = output.get("text", "") + "\n".join(str(data[kind]) for kind in data if kind != "image/png")
+            if output["output_type"] == "error":
+                found.append(f"{name} fails with {output['ename']}: {output['evalue']}")
+            elif output.get("name") == "stderr":
+                found.append(f"{name} writes to stderr: {text.strip()[:200]}")
+            elif match := MACHINE_PATH.search(text) or MEMORY_ADDRESS.search(text):
+                found.append(f"{name} shows {text[match.start() :][:60]!r}, which another machine would not")
+            elif "image/png" in data:
+                width = struct.unpack(">I", base64.b64decode(data["image/png"])[16:20])[0]  # from the PNG header
+                if width > MAX_IMAGE_WIDTH:
+                    found.append(f"{name} shows an image of {width} pixels, more than {MAX_IMAGE_WIDTH}")
+    return found
+
+
+def fail_if(found: dict[str, list[str]]) -> None:
+    """Raise one error that lists all problems of all files."""
+    lines = [f"{name}: {problem}" for name, problems_ in found.items() for problem in problems_]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def publish(root: Path = ROOT) -> None:
+    """Store the outputs of the executed default profile in notebooks/, or nothing if anything is wrong."""
+    published, found = {}, {}
+    for path in all_notebooks(root):
+        executed = root / "build" / "default" / path.name
+        if not executed.exists():
+            raise ValueError(f"{path.name} has not been run: make figures")
+        notebook, ran = read(path), {cell["id"]: cell for cell in read(executed)["cells"]}
+        for cell in code_cells(notebook):  # taking outputs only leaves out the cell of injected parameters
+            if cell["source"] != ran.get(cell["id"], {}).get("source"):
+                raise ValueError(f"{path.name}: cell {cell['id']} has changed since it was run: make figures")
+            cell |= {name: ran[cell["id"]][name] for name in ("outputs", "execution_count")}
+        notebook["metadata"].setdefault("kvlib", {})["hash"] = basis(path, notebook)
+        published[path], found[path.name] = to_text(normalise(notebook)), problems(notebook)
+    fail_if(found)
+    for path, text in published.items():
+        changed = text != path.read_text()
+        if changed:
+            path.write_text(text)
+            os.utime(root / "build" / "default" / path.name)  # new outputs are no reason to run it again
+        print(f"{path.name}: {'stored' if changed else 'as before'}")
+
+
+def check(root: Path = ROOT) -> None:
+    """Raise unless every notebook holds complete outputs that still follow from code, parameters and tables."""
+    found = {}
+    for path in all_notebooks(root):
+        notebook = read(path)
+        wrong = found[path.name] = problems(notebook)
+        if notebook["metadata"].get("kvlib", {}).get("hash") != basis(path, notebook):
+            wrong.append("its outputs are stale, something they follow from has changed: make publish")
+        if to_text(normalise(notebook)) != path.read_text():
+            wrong.append("it is not in normal form: make publish")
+    count = len(found)
+    files = [file for file in (root / "notebooks").rglob("*") if ".ipynb_checkpoints" not in file.parts]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if size > MAX_FOLDER_BYTES:
+        found["notebooks"] = [f"{size} bytes, more than {MAX_FOLDER_BYTES}"]
+    fail_if(found)
+    print(f"{count} notebooks hold fresh outputs")

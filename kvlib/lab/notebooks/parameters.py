@@ -1,0 +1,47 @@
+"""The parameters of a notebook: its own defaults, and what a profile sets instead."""
+
+import ast
+from pathlib import Path
+
+import yaml
+
+from kvlib.lab.notebooks.files import all_notebooks, code_cells, parse, read, root_of
+
+
+def defaults(notebook: dict) -> dict:
+    """The literals assigned in the cell tagged `parameters`."""
+    cells = [cell for cell in code_cells(notebook) if "parameters" in cell["metadata"].get("tags", [])]
+    assignments = [line for cell in cells for line in parse(cell).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
+
+
+def parameters(path: Path, profile: str) -> dict:
+    """What the profile sets for this notebook, checked against the notebook's own defaults.
+
+    Papermill only warns about unknown names, and YAML reads 1e-3 as a string: either way the notebook would run with
+    other values than those written down.
+    """
+    file = path.parent / "params" / f"{profile}.yaml"
+    profiles = yaml.safe_load(file.read_text()) or {}
+    if strangers := profiles.keys() - {notebook.stem for notebook in all_notebooks(root_of(path))}:
+        raise ValueError(f"{file.name}: there is no notebook {', '.join(sorted(strangers))}")
+    values, known = profiles.get(path.stem) or {}, defaults(read(path))
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{file.name}: {path.stem} has no parameter {name!r}; it has {', '.join(known) or 'none'}")
+        default = known[name]
+        if default is None or type(value) is type(default) or (type(value), type(default)) == (int, float):
+            continue
+        kind = type(default).__name__
+        raise ValueError(f"{file.name}: {path.stem}.{name} is {value!r}, not a value of type {kind} like {default!r}")
+    return values
+
+
+def write_parameters(path: Path, profile: str) -> Path:
+    """The notebook's own parameter file, rewritten only when its content changes: make looks at its date."""
+    file = root_of(path) / "build" / profile / f"{path.stem}.parameters.yaml"
+    text = yaml.safe_dump(parameters(path, profile))
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return file

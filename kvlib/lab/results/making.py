@@ -1,0 +1,170 @@
+"""Making tables, or what is missing of them, in blocks of samples that processes share."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import kvlib
+from kvlib import paths
+from kvlib.lab import tasks
+from kvlib.lab.evaluation import evaluate
+from kvlib.lab.evaluation.evaluate import BLOCK, CELL, check_window
+from kvlib.lab.results import tables
+from kvlib.lab.results.keys import current, keys
+from kvlib.lab.results.studies import Study, samples_of
+from kvlib.lab.results.summaries import summarise
+from kvlib.lab.results.tables import owner, read, together, write
+
+PORTION = 50  # configurations of a block between two writes
+SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples that are prefilled together, for every configuration of a study."""
+
+    model: str
+    task: str
+    samples: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.model}-{self.task}-{self.samples[0]:05}-{len(self.samples)}.parquet"
+
+
+def blocks(study: Study, size: int) -> list[Block]:
+    """All of a study, in the order in which it is made."""
+    return [
+        Block(model, task, tuple(range(start, min(start + size, samples))))
+        for (model, samples), task in product(study.models.items(), study.tasks)
+        for start in range(0, samples, size)
+    ]
+
+
+def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wanted: pd.DataFrame, load) -> int:
+    """Compute what is missing of a block and write its shard; returns the number of new rows.
+
+    Args:
+        table: the rows of the block's model and task that are known and current. wanted: as `keys` gives them.
+    """
+    path = folder / block.file
+    known = together(current(read(path), wanted), table)
+    known = known[known["sample"].isin(block.samples)]
+    done = set(known["key"].value_counts()[lambda n: n == len(block.samples)].index)
+    cells = wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
+    missing = [c for c, k in zip(study.configurations, cells["key"]) if k not in done]
+    if not missing:
+        return 0
+    model, tokenizer = load(block.model)
+    size, rows = len(block.samples), known[known["key"].isin(done)]
+    for start in range(0, len(missing), PORTION):
+        new = evaluate.evaluate(
+            model, tokenizer, missing[start : start + PORTION], block.task, study.length, block.samples,
+            name=block.model, protocol=study.protocol, block=size,
+        ).merge(cells, on=CELL)  # fmt: skip
+        rows = together(rows, new)
+        write(rows, path)
+    return len(missing) * size
+
+
+class Loader:
+    """The model of the last block, on the GPU if there is one."""
+
+    def __init__(self):
+        self.name, self.pair = None, None
+
+    def __call__(self, name: str):
+        if name != self.name:
+            model, tokenizer = kvlib.load(name)
+            self.name, self.pair = name, (model.cuda() if torch.cuda.is_available() else model, tokenizer)
+        return self.pair
+
+
+def turns(todo: list[Block], counter) -> Iterator[tuple[int, Block]]:
+    """Blocks with their numbers, as long as there are any that no other process with the same counter has taken."""
+    while True:
+        with counter.get_lock():
+            number, counter.value = counter.value, counter.value + 1
+        if number >= len(todo):
+            return
+        yield number, todo[number]
+
+
+def one_pass(block: Block) -> bool:
+    """Whether one pass can answer a block for most methods; the others take longest and come first."""
+    return tasks.find(block.task).metric == "exact"
+
+
+def work(name: str, study: Study, size: int, part: int, parts: int, counter, parent: int | None = None) -> None:
+    """Make blocks in turn with the other processes, the longest first; stops when the parent is gone."""
+    if parts > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(part % torch.cuda.device_count())
+    torch.set_float32_matmul_precision("highest")
+    folder, wanted, load, made, started = tables.BUILD / name, keys(study), Loader(), 0, time.monotonic()
+    table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=one_pass)
+    cells = dict(list(table.groupby(["model", "task"])))  # filtering the whole table takes longer than few rows
+    with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
+        for number, block in turns(todo, counter):
+            if parent not in (None, os.getppid()):
+                raise RuntimeError("the process that owns the table is gone")
+            known = cells.get((block.model, block.task), table[:0])
+            made += make_block(block, study, folder, known, wanted, load)
+            bar.update(number + 1 - bar.n)
+    seconds = time.monotonic() - started
+    print(
+        f"{name}, process {part + 1} of {parts}: {made} rows in {seconds:.0f} s, {made / seconds:.1f} rows/s",
+        flush=True,
+    )
+
+
+def make(name: str, study: Study, size: int = BLOCK, processes: int = 1) -> pd.DataFrame:
+    """Make the table of a study, or what is missing of it, and write it to data/results.
+
+    Raises:
+        RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged or foreign shard, or
+            a length above a model's window.
+    """
+    for model in study.models:
+        window = json.loads((paths.MODELS / model / "config.json").read_text())["max_position_embeddings"]
+        check_window(window, study.length)
+    with owner(name):
+        context = multiprocessing.get_context("spawn")
+        counter = context.Value("i", 0)
+        if processes == 1:
+            work(name, study, size, 0, 1, counter)
+        else:
+            arguments = [(name, study, size, part, processes, counter, os.getpid()) for part in range(processes)]
+            running = [context.Process(target=work, args=each) for each in arguments]
+            for process in running:
+                process.start()
+            for process in running:
+                process.join()
+            if failed := [process.exitcode for process in running if process.exitcode]:
+                raise RuntimeError(f"{len(failed)} of {processes} processes failed; what they finished is kept")
+        return merge(name, study, size)
+
+
+def merge(name: str, study: Study, size: int) -> pd.DataFrame:
+    """Put the table together from its shards and its older self, and write it and its summary."""
+    wanted = keys(study)
+    files = [*(tables.BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
+    rows = together(*(current(read(file), wanted) for file in files))
+    rows = rows[rows["sample"] < rows["model"].map(study.models)].sort_values(SORTED, ignore_index=True)
+    if len(rows) != (count := samples_of(study) * len(study.configurations)):
+        raise ValueError(f"{name}: {len(rows)} of {count} rows; shards of another block size?")
+    write(rows, paths.RESULTS / f"{name}.parquet")
+    part = tables.BUILD / f"{name}.csv.part"
+    summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")
+    part.replace(paths.RESULTS / f"{name}.csv")
+    return rows

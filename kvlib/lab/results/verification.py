@@ -1,0 +1,131 @@
+"""Recomputing whole samples of a result table, drawn by seed, and comparing them with what it records.
+
+A sample is that of one model and task, with all configurations of the study, which share its prefill.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from kvlib import paths
+from kvlib.lab import tasks
+from kvlib.lab.evaluation import evaluate
+from kvlib.lab.evaluation.evaluate import CELL, MEASURED
+from kvlib.lab.results.keys import current, keys
+from kvlib.lab.results.making import Loader
+from kvlib.lab.results.studies import Study
+from kvlib.lab.results.tables import owner, read, write
+from kvlib.lab.statistics import paired_difference
+
+LEAST = 4  # samples
+ROUNDING = 2e-4  # of bits per character, which another CPU or a GPU adds up in another order: that moved them by 2e-5
+AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
+
+
+def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
+    """Recompute so many samples, with all configurations; the share of rows that agree.
+
+    They are drawn by seed from those of all models and tasks (`draw`).
+
+    Raises:
+        ValueError: for rows of other code, text or models, and what `compare` finds.
+    """
+    table = read(paths.RESULTS / f"{name}.parquet")
+    if len(current(table, keys(study))) < len(table):
+        raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
+    return compare(table, recompute(study, draw(study, samples, seed), Loader()))
+
+
+def rekey(name: str, study: Study, samples: int, seed: int = 0) -> tuple[int, int]:
+    """Give rows today's keys, if every row of so many recomputed samples is what the table records.
+
+    For changes that move keys but no values: of how keys are made, or of code that computes the same in another way.
+    Only cells that a recomputed sample belongs to get them: all configurations of a model and task at once. Values
+    stay as they are, and so does the order of rows. Returns how many rows got other keys, how many lack today's.
+
+    Raises:
+        ValueError: if a single row differs, and what `compare` finds; the table is then untouched.
+    """
+    path = paths.RESULTS / f"{name}.parquet"
+    with owner(name):
+        table, wanted = read(path), keys(study)
+        again = recompute(study, draw(study, samples, seed), Loader())
+        agreement = compare(table, again)
+        if agreement < 1:
+            raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")
+        confirmed = again[CELL].drop_duplicates().merge(wanted, on=CELL)
+        today = table[CELL].merge(confirmed, on=CELL, how="left")["key"].fillna(table["key"])
+        rekeyed = table.assign(key=today)
+        write(rekeyed, path)
+    return int((today != table["key"]).sum()), len(table) - len(current(rekeyed, wanted))
+
+
+def draw(study: Study, count: int, seed: int) -> list[tuple[str, str, int]]:
+    """`count` different (model, task, sample) in random order, or all if there are fewer.
+
+    They come in rounds: each has every task once, and the next one has it on the next model. A model with fewer
+    samples drops out when all of them are drawn.
+    """
+    rng = np.random.default_rng(seed)
+    models, names = rng.permutation(list(study.models)).tolist(), rng.permutation(study.tasks).tolist()
+    cells = [(models[(i + turn) % len(models)], task) for turn in range(len(models)) for i, task in enumerate(names)]
+    orders = [rng.permutation(study.models[model]).tolist() for model, _ in cells]
+    rounds = range(max(study.models.values()))
+    drawn = [(*cell, order[i]) for i in rounds for cell, order in zip(cells, orders) if i < len(order)]
+    return drawn[:count]
+
+
+def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable) -> pd.DataFrame:
+    """The rows of these samples; `load(model)` gives a model and its tokenizer, and is called once after another."""
+    numbers = defaultdict(list)
+    for model, task, sample in sorted(drawn):
+        numbers[model, task].append(sample)
+    return pd.concat(
+        evaluate.evaluate(
+            *load(model), study.configurations, task, study.length, samples, name=model, protocol=study.protocol
+        )
+        for (model, task), samples in numbers.items()
+    )
+
+
+def compare(table: pd.DataFrame, again: pd.DataFrame) -> float:
+    """The share of recomputed rows whose value is that of the table, in bits but for rounding.
+
+    Raises:
+        ValueError: if a row is missing, if fewer than 97 % agree, if the recomputed values are all in all higher or
+            lower, or if another column differs.
+    """
+    both = again.merge(table, on=[*CELL, "sample"], suffixes=("", "_recorded"), validate="one_to_one")
+    if len(both) != len(again):
+        raise ValueError(f"the table lacks {len(again) - len(both)} of {len(again)} recomputed rows")
+    for column in MEASURED[1:]:
+        found, recorded = both[column], both[f"{column}_recorded"]
+        if not (found.eq(recorded) | (found.isna() & recorded.isna())).all():
+            raise ValueError(f"{column} differs from what the table records")
+    in_bits = both["task"].map(lambda task: tasks.find(task).metric == "bits")
+    allowed = (ROUNDING * both["value_recorded"].abs()).where(in_bits, 1e-9)
+    same = (both["value"] - both["value_recorded"]).abs() <= allowed
+    both["value"] = both["value"].mask(same, both["value_recorded"])  # rounding may point one way
+    agreement = float(same.mean())
+    if agreement < AGREEMENT:
+        raise ValueError(f"only {agreement:.1%} of {len(both)} recomputed rows agree with the table")
+    check_mean(both)
+    return agreement
+
+
+def check_mean(both: pd.DataFrame) -> None:
+    """Raise ValueError if the 95 % bootstrap interval of the mean of `value - value_recorded` excludes 0.
+
+    What is resampled are samples, in whose shared prefill one close choice may tip for many configurations. Among
+    `LEAST` or more, one or two that changed never exclude 0, by however much: a resample has neither of them with a
+    probability of (1 - 2 / LEAST) ** LEAST, 6 %, or more. Three or four that all went up do, as does a configuration
+    that went up a little in every sample, though 97 % of the rows agree. Fewer samples tell nothing about a mean.
+    """
+    means = both.groupby(["model", "task", "sample"])[["value", "value_recorded"]].mean()
+    if len(means) < LEAST:
+        return
+    gap = paired_difference([means["value"]], [means["value_recorded"]])
+    if gap.low > 0 or gap.high < 0:
+        raise ValueError(f"recomputed values differ by {gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}] on average")

@@ -1,0 +1,648 @@
+"""The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvlib.core import method as registry
+from kvlib.lab import statistics, tasks
+from kvlib.lab.claims import __main__ as command
+from kvlib.lab.claims import examining, ledger
+from kvlib.lab.claims.claim import Claim, cells_of
+from kvlib.lab.claims.deciding import conclude, deciding
+from kvlib.lab.claims.examining import Result
+from kvlib.lab.claims.ledger import MODELS, VERDICTS
+from kvlib.lab.claims.registered import EVIDENCE, PRIMARY, read
+from kvlib.lab.claims.writing import write
+from kvlib.lab.results.studies import STUDIES
+
+CLAIM = {
+    "id": "one",
+    "paper": "Paper",
+    "arxiv": "2306.14040",
+    "claim": "H2O beats random tokens.",
+    "evidence": "ours",
+    "registered": pd.Timestamp("2026-11-21").date(),
+    "table": "small",
+    "compare": {"first": {"method": "h2o", "budget": 0.2}, "second": {"method": "random", "budget": 0.2}},
+    "tasks": ["needle", "label"],
+    "length": 512,
+    "statistic": "mean_difference",
+    "rule": {"above": 0},
+}
+MARKED = "# Title\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
+
+
+def rows(method, right, *, model="minilm", budget=0.2, task="needle", samples=40, arguments="{}", **columns):
+    """The rows of a cell in which the first `right` samples are right."""
+    fixed = {"model": model, "method": method, "budget": budget, "arguments": arguments, "task": task, "length": 512}
+    bytes_ = {"stored_bytes": int(1000 * budget), "full_bytes": 1000}
+    sample = np.arange(samples)
+    table = pd.DataFrame({"sample": sample, "value": (sample < right).astype(float)})
+    return table.assign(**(fixed | bytes_ | {"clamped": False, "protocol": "prompt"} | columns))
+
+
+def both_models(*cells):
+    """Cells `(method, right)` or `(method, right, columns)` on two tasks of both shipped models."""
+    cells = [(*cell, {})[:3] for cell in cells]
+    return pd.concat(
+        rows(method, right, model=model, task=task, **more)
+        for method, right, more in cells
+        for model in MODELS
+        for task in ("needle", "label")
+    )
+
+
+WINS = both_models(("h2o", 30), ("random", 10))
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """What the ledger says about one claim, `CLAIM` with changes, given the rows of its table."""
+
+    def judge(table, **changes):
+        if table is not None:
+            table.to_parquet(tmp_path / "small.parquet")
+        (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | changes]))
+        return ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).iloc[0]
+
+    return judge
+
+
+@pytest.fixture(autouse=True)
+def a_table_to_come(monkeypatch):
+    monkeypatch.setattr("kvlib.lab.claims.registered.STUDIES", {"small": None})
+
+
+# Verdicts
+
+
+def test_both_models_have_to_agree(judged):
+    row = judged(WINS)
+    assert row["verdict"] == "holds" and row["models"] == "minilm; minilm-gqa" and row["n"] == "80; 80"
+    assert row["ours"].startswith("minilm: +0.500 [0.") and "; minilm-gqa: +0.500 [0." in row["ours"]
+    assert row["reason"] == "the mean difference is above 0 on minilm and minilm-gqa"
+    assert (row["length"], row["protocol"], row["theirs"]) == ("512", "prompt", "")
+    turned = WINS.assign(method=WINS["method"].map({"h2o": "random", "random": "h2o"}))
+    assert judged(turned)["verdict"] == "contradicted"
+    assert judged(turned)["reason"] == "the mean difference is below 0 on minilm and minilm-gqa"
+    mixed = pd.concat([WINS[WINS["model"] == "minilm"], turned[turned["model"] == "minilm-gqa"]])
+    row = judged(mixed)
+    assert row["verdict"] == "inconclusive"
+    assert row["reason"] == ("the mean difference is above 0 on minilm; the mean difference is below 0 on minilm-gqa")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_model_is_not_enough(judged, model):
+    row = judged(WINS[WINS["model"] == model])
+    (other,) = set(MODELS) - {model}
+    assert row["verdict"] == "inconclusive" and row["models"] == model
+    expected = f"the mean difference is above 0 on {model}; {other}: no rows of h2o at 0.2, length 512"
+    assert row["reason"] == expected
+
+
+def test_models_may_have_different_numbers_of_samples(judged):
+    """What can be shown is then what the one with fewer can show; without enough of it nothing is decided."""
+    alone = {n: judged(both_models(("h2o", 3 * n // 4, {"samples": n}), ("random", n // 4, {"samples": n})))
+             for n in (4, 40, 200)}  # fmt: skip
+    for fewer, verdict in ((40, "holds"), (4, "inconclusive")):
+        sides = [rows(m, right * n // 4, samples=n, model=model, task=task) for model, n in zip(MODELS, (200, fewer))
+                 for task in CLAIM["tasks"] for m, right in (("h2o", 3), ("random", 1))]  # fmt: skip
+        row = judged(pd.concat(sides))
+        assert row["verdict"] == verdict and row["models"] == "minilm; minilm-gqa"
+        assert row["n"] == "; ".join(alone[n]["n"].split("; ")[0] for n in (200, fewer))
+        assert row["ours"].split("; ") == [alone[n]["ours"].split("; ")[i] for i, n in enumerate((200, fewer))]
+        assert row["detectable"] == alone[fewer]["detectable"]
+
+
+def test_other_models_do_not_count(judged):
+    strangers = both_models(("h2o", 0), ("random", 40)).assign(model="seed1")
+    assert judged(pd.concat([WINS, strangers]))["ours"] == judged(WINS)["ours"]
+
+
+def test_few_differences_decide_nothing(judged):
+    row = judged(both_models(("h2o", 12), ("random", 10)))
+    assert row["verdict"] == "inconclusive"
+    assert row["reason"] == "the interval does not tell whether the mean difference is above 0 on minilm and minilm-gqa"
+    assert float(row["detectable"]) > 2 / 40  # and that is why
+
+
+@given(st.lists(st.integers(0, 1), min_size=5, max_size=60), st.integers(1, 4))
+def test_answers_never_vary_too_little_to_tell(right, tasks_):
+    """No sample makes a mean so certain that a shift of less than an answer shows, not even one without a mistake."""
+    claim = Claim("id", "paper", "claim", "ours", CLAIM["registered"], statistic="mean")
+    values = np.array(right, dtype=float)
+    samples = len(right) * tasks_
+    found, turned, scores = (examining.smallest(claim, [[x] * tasks_]) for x in (values, 1 - values, 0.25 + values / 2))
+    plain = statistics.detectable_shift(samples, values.std())
+    assert found == pytest.approx(turned) and found > 1 / samples
+    assert found > plain or values.mean() == 0.5  # as if a few were right and wrong by halves, which varies most
+    assert scores == pytest.approx(plain / 2)  # other values tell how they vary
+
+
+@pytest.mark.parametrize(
+    ("rule", "verdict"),
+    [
+        ({"above": 0.3}, "holds"),
+        ({"above": 0.7}, "contradicted"),
+        ({"above": 0.5}, "inconclusive"),
+        ({"below": 0.7}, "holds"),
+        ({"below": 0.3}, "contradicted"),
+        ({"within": [0.3, 0.7]}, "holds"),
+        ({"within": [0.3, 0.5]}, "inconclusive"),
+        ({"within": [-0.1, 0.1]}, "contradicted"),
+        ({"within": [0.8, 0.9]}, "contradicted"),
+    ],
+)
+def test_rules(judged, rule, verdict):
+    row = judged(WINS, rule=rule)
+    assert row["verdict"] == verdict
+    low, high = (float(x) for x in row["ours"].split("[")[1].split("]")[0].split(", "))
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_the_same_answers_are_equivalent_only_with_enough_samples(judged):
+    same = {"statistic": "mean_difference", "rule": {"within": [-0.05, 0.05]}}
+    assert judged(both_models(("h2o", 9), ("random", 9)), **same)["verdict"] == "holds"
+    few = both_models(("h2o", 9, {"samples": 15}), ("random", 9, {"samples": 15}))
+    assert judged(few, **same)["verdict"] == "inconclusive"
+
+
+def test_a_mean_of_one_side(judged):
+    alone = {"compare": None, "value": {"method": "h2o", "budget": 0.2}, "statistic": "mean"}
+    row = judged(WINS, **alone, rule={"above": 0.6})
+    assert row["verdict"] == "holds" and row["ours"].startswith("minilm: 0.750 [0.")
+    assert judged(WINS, **alone, rule={"below": 0.6})["verdict"] == "contradicted"
+
+
+def test_tasks_weigh_the_same(judged):
+    longer = pd.concat([rows(m, r, samples=400, model=model, task="label") for model in MODELS for m, r in
+                        (("h2o", 0), ("random", 0))])  # fmt: skip
+    row = judged(pd.concat([WINS[WINS["task"] == "needle"], longer]))
+    assert row["ours"].startswith("minilm: +0.250") and row["n"] == "440; 440"
+
+
+# Several cells
+
+
+def result(support, against):
+    return Result("", support, against, 0.1, label=f"{support}/{against}")
+
+
+def test_where_every_cell_has_to_agree_only_the_opposite_is_corrected():
+    assert conclude([result(0.04, 1), result(0.03, 1), result(0.02, 1)], "every task") == "holds"
+    assert conclude([result(0.001, 1), result(0.06, 1)], "every task") == "inconclusive"
+    assert conclude([result(1, 0.04), result(0.001, 1)], "every task") == "inconclusive"
+    assert conclude([result(1, 0.02), result(0.001, 1)], "every task") == "contradicted"
+
+
+def test_where_one_cell_is_enough_it_is_the_other_way_round():
+    assert conclude([result(0.04, 1), result(1, 1)], "some budget") == "inconclusive"
+    assert conclude([result(0.02, 1), result(1, 0.001)], "some budget") == "holds"
+    assert conclude([result(1, 0.04), result(1, 0.03)], "some budget") == "contradicted"
+    assert conclude([result(1, 0.04), result(1, 0.06)], "some budget") == "inconclusive"
+
+
+def test_the_cell_that_is_shown_is_the_one_that_decides():
+    weak, strong = result(0.04, 0.9), result(0.001, 0.99)
+    assert deciding([strong, weak], "holds", "every task") is weak
+    assert deciding([weak, strong], "holds", "some task") is strong
+    weak, strong = result(0.9, 0.04), result(0.99, 0.001)
+    assert deciding([weak, strong], "contradicted", "every task") is strong
+    assert deciding([strong, weak], "contradicted", "some task") is weak
+
+
+BY_BUDGET = both_models(
+    *((method, right, {"budget": budget}) for budget, pair in ((0.2, (30, 10)), (0.4, (30, 29)), (0.8, (10, 30)))
+      for method, right in zip(("h2o", "random"), pair))
+)  # fmt: skip
+OPEN = {"compare": {"first": {"method": "h2o"}, "second": {"method": "random"}}}
+
+
+def test_budgets(judged):
+    row = judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4, 0.8], primary="every budget")
+    assert row["verdict"] == "contradicted" and row["ours"].startswith("minilm at 0.8: -0.500")
+    assert row["reason"].endswith("minilm-gqa: of 3 cells 1 inside, 1 outside")
+    assert judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4], primary="every budget")["verdict"] == "inconclusive"
+    assert judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4, 0.8], primary="some budget")["verdict"] == "holds"
+    row = judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.1], primary="every budget")
+    assert row["verdict"] == "not testable here"
+    assert row["reason"] == "no rows of h2o at 0.1, length 512 (budgets there: 0.2, 0.4, 0.8)"
+
+
+def test_tasks_one_by_one(judged):
+    lost = WINS.copy()
+    lost.loc[(lost["task"] == "label") & (lost["method"] == "h2o"), "value"] = 0.0
+    assert judged(lost)["verdict"] == "holds"  # +0.25 over both
+    row = judged(lost, primary="every task", tasks="all")
+    assert row["verdict"] == "contradicted" and row["ours"].startswith("minilm on label: -0.250")
+    assert judged(lost, primary="some task")["verdict"] == "holds"
+
+
+# Win counts
+
+
+def by_family(wins: int, ties: int = 0) -> pd.DataFrame:
+    """The sixteen families: the first side wins so many, ties some and loses the rest."""
+    outcome = ["win"] * wins + ["tie"] * ties + ["lose"] * (16 - wins - ties)
+    right = {"win": (3, 2), "tie": (2, 2), "lose": (2, 3)}
+    return pd.concat(
+        rows(method, right[how][side], model=model, task=task, samples=4)
+        for model in MODELS
+        for task, how in zip(sorted(tasks.FAMILIES), outcome)
+        for side, method in enumerate(("h2o", "random"))
+    )
+
+
+def test_what_a_win_count_is_worth(judged):
+    counted = {"statistic": "win_count", "rule": {"above": 0.5}, "tasks": "families"}
+    row = judged(by_family(12), **counted)
+    assert row["verdict"] == "inconclusive" and row["ours"].startswith("minilm: 12 of 16 won (p = 0.077)")
+    assert row["detectable"] == "13 of 16"
+    assert judged(by_family(13), **counted)["verdict"] == "holds"
+    assert judged(by_family(3), **counted)["verdict"] == "contradicted"
+    row = judged(by_family(11, ties=4), **counted)
+    assert row["verdict"] == "holds" and "11 of 16 won, 4 tied (p = 0.0063)" in row["ours"]
+    assert judged(by_family(0, ties=16), **counted)["verdict"] == "inconclusive"
+    row = judged(WINS, **counted | {"tasks": ["needle", "label"]})
+    assert row["verdict"] == "inconclusive" and row["detectable"] == "none of 2"
+
+
+# Guards
+
+
+def test_equal_bytes(judged):
+    equal = {"equal_bytes": "stored"}
+    assert judged(WINS, **equal)["verdict"] == "holds"
+    near = WINS.assign(stored_bytes=np.where(WINS["method"] == "h2o", 204, 200))
+    assert judged(near, **equal)["verdict"] == "holds"
+    far = WINS.assign(stored_bytes=np.where(WINS["method"] == "h2o", 205, 200))
+    row = judged(far, **equal)
+    assert row["verdict"] == "not testable here" and row["ours"] == ""
+    assert row["reason"] == "stored bytes are not equal: 205 and 200"
+    assert judged(far)["verdict"] == "holds"  # only where the claim asks for it
+    assert judged(WINS, equal_bytes="read")["reason"] == "the table has no column read_bytes"
+    assert judged(far.assign(read_bytes=7), equal_bytes="read")["verdict"] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t[t["method"] != "random"], "no rows of random at 0.2, length 512"),
+        (lambda t: t[(t["task"] != "label") | (t["method"] == "h2o")], "no rows of random at 0.2, length 512 on label"),
+        (lambda t: t.assign(length=256), "no rows of h2o at 0.2, length 512"),
+        (lambda t: t.assign(budget=0.3), "no rows of h2o at 0.2, length 512 (budgets there: 0.3)"),
+        (lambda t: t.assign(arguments='{"kernel": 9}'), "no rows of h2o at 0.2, length 512"),
+        (lambda t: t.drop(columns="arguments"), "small.parquet has no column arguments"),
+        (lambda t: t.assign(arguments="?"), "small.parquet holds values of another type than results have"),
+        (lambda t: t.assign(value="yes"), "small.parquet holds values of another type than results have"),
+        (lambda t: pd.concat([t, t.head(1)]), "minilm: the table has rows twice"),
+        (lambda t: t.assign(value=t["value"].where(t["sample"] != 3)), "the table has rows without a value"),
+        (lambda t: t[(t["sample"] != 3) | (t["method"] == "h2o")], "the two sides do not have the same samples"),
+        (
+            lambda t: t.assign(protocol=t["method"]),
+            "there are rows of several protocols, and the claim names none",
+        ),
+        (lambda t: t.head(0), "no rows of h2o at 0.2, length 512"),
+    ],
+)
+def test_what_a_table_lacks_is_said_and_never_raised(judged, change, reason):
+    row = judged(change(WINS))
+    assert reason in row["reason"]
+    if not row["reason"].startswith("the mean"):
+        assert row["verdict"] == "not testable here"
+
+
+def test_no_table_or_a_broken_one(judged, tmp_path):
+    assert judged(None)["reason"] == "there is no table small.parquet yet"
+    (tmp_path / "small.parquet").write_text("version https://git-lfs.github.com/spec/v1")
+    assert judged(None)["reason"] == "small.parquet is not a readable table"
+    assert judged(None)["verdict"] == "not testable here"
+
+
+def test_text_where_bytes_belong(judged):
+    assert "holds no numbers" in judged(WINS.assign(stored_bytes="many"), equal_bytes="stored")["reason"]
+
+
+def test_protocols_are_never_pooled(judged):
+    decoded = both_models(("h2o", 10), ("random", 30)).assign(protocol="decoded")
+    table = pd.concat([WINS, decoded])
+    assert judged(table)["verdict"] == "not testable here"
+    assert judged(table, protocol="prompt")["verdict"] == "holds"
+    row = judged(table, protocol="decoded")
+    assert row["verdict"] == "contradicted" and row["protocol"] == "decoded"
+
+
+def test_seeds_are_averaged_within_their_sample(judged):
+    row = judged(pd.concat([WINS.assign(seed=0), WINS.assign(seed=1)]))
+    assert row["n"] == "80; 80" and row["verdict"] == "holds"
+
+
+def test_arguments_match_whatever_their_order(judged):
+    wide = rows("snapkv", 30, arguments='{"window": 16, "kernel": 15}')
+    table = pd.concat([WINS, *(wide.assign(model=m, task=t) for m in MODELS for t in ("needle", "label"))])
+    first = {"method": "snapkv", "budget": 0.2, "arguments": {"kernel": 15, "window": 16}}
+    assert judged(table, compare=CLAIM["compare"] | {"first": first})["verdict"] == "holds"
+    first = first | {"arguments": {"kernel": 15}}
+    assert (
+        "no rows of snapkv (kernel=15) at 0.2" in judged(table, compare=CLAIM["compare"] | {"first": first})["reason"]
+    )
+
+
+def test_clamped_rows_are_mentioned(judged):
+    row = judged(WINS.assign(clamped=WINS["sample"] < 10))
+    assert row["reason"].endswith("minilm: 25% of rows clamped; minilm-gqa: 25% of rows clamped")
+
+
+# What the papers claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosted(registry.METHODS["h2o"]):
+    host: str = "h2o"
+
+
+def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
+    """A win count, a small loss, bytes and work, equal reads at every budget, an equivalence, a wall clock."""
+    for name in ("vatp", "uncomp", "tidaldecode", "anchorcoder"):
+        monkeypatch.setitem(registry.METHODS, name, Hosted)
+    base = {name: CLAIM[name] for name in ("registered", "table", "length")} | {"evidence": "secondary"}
+    said = lambda **more: base | {"paper": more["id"], "claim": f"{more['id']} wins."} | more  # noqa: E731
+    full = {"method": "full", "budget": 1.0}
+    claims = [
+        said(
+            id="vatp-12-of-16", statistic="win_count", rule={"above": 0.5}, tasks="families", equal_bytes="stored",
+            compare={"first": {"method": "vatp", "budget": 0.5, "arguments": {"host": "h2o"}},
+                     "second": {"method": "h2o", "budget": 0.5}},
+            published={"value": "12 of 16 tasks", "source": "Table 1 by a reading note, LLaMA2-7B-chat"},
+        ),
+        said(
+            id="uncomp-loss", statistic="mean_difference", rule={"above": -0.0141}, tasks="code",
+            compare={"first": {"method": "uncomp", "budget": 0.05}, "second": full},
+            published={"value": "1.41 points", "source": "abstract"},
+        ),
+        said(id="uncomp-bytes", statistic="mean", measure="stored", rule={"below": 0.06}, tasks="code",
+             value={"method": "uncomp", "budget": 0.05}),
+        said(id="uncomp-prefill", statistic="ratio", measure="prefill", rule={"below": 1 / 1.6}, tasks="code",
+             compare={"first": {"method": "uncomp", "budget": 0.05}, "second": full}),
+        said(
+            id="tidaldecode-every-budget", statistic="mean_difference", rule={"above": 0}, tasks=["needle"],
+            equal_bytes="read", primary="every budget", budgets=[32, 64],
+            compare={"first": {"method": "tidaldecode"}, "second": {"method": "h2o"}},
+        ),
+        said(id="tidaldecode-lossless", statistic="mean_difference", rule={"within": [-0.02, 0.02]}, tasks="code",
+             compare={"first": {"method": "tidaldecode", "budget": 64}, "second": full}),
+        {name: value for name, value in base.items() if name not in ("table", "length")}
+        | {"id": "tidaldecode-latency", "paper": "TidalDecode", "claim": "Decoding is 2.1 times faster.",
+           "testable": False, "reason": "a wall clock"},
+        said(id="anchorcoder-bytes", statistic="mean", measure="stored", rule={"below": 0.3}, tasks="code",
+             value={"method": "anchorcoder", "budget": 0.5}),
+    ]  # fmt: skip
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(claims))
+    few = ["completion", "cross_file", "needle"]
+
+    def cell(method, right, budget, stored, names=few, **more):
+        more = {"budget": budget, "stored_bytes": stored, "read_bytes": stored, "samples": 200, **more}
+        return [rows(method, right, model=model, task=task, **more) for model in MODELS for task in names]
+
+    table = pd.concat(
+        [
+            *cell("full", 190, 1.0, 1000, prefill_flops=200),
+            *cell("uncomp", 190, 0.05, 50, prefill_flops=100),
+            *cell("vatp", 150, 0.5, 500, tasks.FAMILIES, arguments='{"host": "h2o"}'),
+            *cell("h2o", 140, 0.5, 500, tasks.FAMILIES),
+            *(table for budget in (32, 64) for table in cell("tidaldecode", 190, budget, budget)),
+            *(table for budget in (32, 64) for table in cell("h2o", 100, budget, budget)),
+        ]
+    )
+    table.to_parquet(tmp_path / "small.parquet")
+    made = ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).set_index("id")
+    assert made["verdict"].to_dict() == {
+        "anchorcoder-bytes": "not testable here",
+        "tidaldecode-every-budget": "holds",
+        "tidaldecode-latency": "not testable here",
+        "tidaldecode-lossless": "holds",
+        "uncomp-bytes": "holds",
+        "uncomp-loss": "holds",
+        "uncomp-prefill": "holds",
+        "vatp-12-of-16": "holds",
+    }
+    assert made.loc["vatp-12-of-16", "theirs"] == "12 of 16 tasks (Table 1 by a reading note, LLaMA2-7B-chat)"
+    assert made.loc["uncomp-prefill", "ours"].startswith("minilm: 0.500 [0.500, 0.500]")
+    assert made.loc["tidaldecode-latency", "reason"] == "a wall clock"
+
+
+# Claims that are not well formed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tabel": "x"}, "one: unknown field 'tabel'; did you mean 'table'?"),
+        ({"table": "smal"}, "unknown table 'smal'; did you mean 'small'?"),
+        ({"tasks": ["nedle"]}, "unknown task 'nedle'; did you mean 'needle'?"),
+        ({"tasks": "everything"}, "tasks is a list, all, families or a group"),
+        ({"tasks": ["needle", "needle"]}, "tasks names one twice"),
+        ({"tasks": []}, "tasks is a list"),
+        ({"rule": {"over": 0}}, "unknown rule 'over'"),
+        ({"rule": 0}, "a rule is one of above, below, within, not 0"),
+        ({"rule": {"above": 0, "below": 1}}, "a rule is one of"),
+        ({"rule": {"above": "1e-3"}}, "above: '1e-3' is not what it needs"),
+        ({"rule": {"within": 0.1}}, "within: 0.1 is not what it needs"),
+        ({"rule": {"within": [0.1, -0.1]}}, "within: [0.1, -0.1] is empty"),
+        ({"evidence": None}, "lacks evidence"),
+        ({"evidence": "rumour"}, "unknown evidence 'rumour'"),
+        ({"claim": ""}, "lacks claim"),
+        ({"registered": "soon"}, "registered is 'soon', not a date"),
+        ({"arxiv": 2306.1404}, "arxiv is 2306.1404, not a text: put it in quotes"),
+        ({"published": 12}, "published holds a value and a source"),
+        ({"published": {"value": 12}}, "published holds a value and a source"),
+        ({"published": {"value": 12, "source": ""}}, "published holds a value and a source"),
+        ({"statistic": "median"}, "unknown statistic 'median'"),
+        ({"statistic": "mean"}, "mean needs `value`"),
+        ({"statistic": "win_count"}, "decided by the share of wins, between 0 and 1"),
+        ({"statistic": "win_count", "primary": "every task"}, "win_count counts over all tasks"),
+        ({"measure": "speed"}, "unknown measure 'speed'"),
+        ({"primary": "each task"}, "unknown primary 'each task'"),
+        ({"primary": "every budget"}, "go together"),
+        ({"budgets": [0.2]}, "go together"),
+        ({"primary": "every budget", "budgets": [0.2]}, "no side leaves its budget to `budgets`"),
+        ({"primary": "every budget", "budgets": 0.2}, "budgets is a list of budgets, not 0.2"),
+        ({"value": {"method": "h2o", "budget": 0.2}}, "needs either `compare`"),
+        ({"compare": {"first": {"method": "h2o", "budget": 0.2}}}, "compare holds first and second"),
+        ({"equal_bytes": True}, "equal_bytes is stored or read, not True"),
+        ({"length": 0.5}, "length is 0.5, not a number of tokens"),
+        ({"reason": "because"}, "unknown field 'reason'"),
+        ({"testable": "no"}, "testable is true or false, not 'no'"),
+    ],
+)
+def test_what_is_wrong_with_a_claim(tmp_path, change, message):
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | change]))
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "claims.yaml", tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        ({"method": "h20", "budget": 0.2}, "unknown method 'h20'; did you mean 'h2o'?"),
+        ({"method": "h2o", "budget": 2.5}, "budget=2.5"),
+        ({"method": "h2o"}, "h2o needs a budget"),
+        ({"budget": 0.2}, "a side needs a method"),
+        ({"method": "h2o", "budget": 0.2, "kernel": 3}, "unknown field 'kernel'"),
+        ({"method": "snapkv", "budget": 0.2, "arguments": {"kernel": 4}}, "kernel=4: an odd number"),
+        ({"method": "snapkv", "budget": 0.2, "arguments": {"colonel": 5}}, "colonel"),
+    ],
+)
+def test_what_is_wrong_with_a_side(tmp_path, side, message):
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | {"compare": CLAIM["compare"] | {"first": side}}]))
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "claims.yaml", tmp_path)
+    assert message in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    file = tmp_path / "claims.yaml"
+    file.write_text(yaml.safe_dump([CLAIM, CLAIM, CLAIM | {"id": "two", "table": "none"}, "text", {"id": "three"}]))
+    with pytest.raises(ValueError) as error:
+        read(file, tmp_path)
+    assert str(error.value).splitlines() == [
+        "claims.yaml:",
+        "two: unknown table 'none'; known: small",
+        "claim 4: not a claim with fields: 'text'",
+        "three: lacks paper, claim, evidence, registered, table, tasks, length, statistic, rule",
+        "one: this id is used 2 times",
+    ]
+    file.write_text("- id: [")
+    with pytest.raises(ValueError, match="claims.yaml is not YAML"):
+        read(file, tmp_path)
+    file.write_text("id: one")
+    with pytest.raises(ValueError, match="not a list of claims"):
+        read(file, tmp_path)
+    described = {name: CLAIM[name] for name in ("id", "paper", "claim", "evidence", "registered")}
+    file.write_text(yaml.safe_dump([described | {"testable": False}]))
+    with pytest.raises(ValueError, match="one: lacks reason"):
+        read(file, tmp_path)
+
+
+# Files
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Claims, results and a README, as arguments of `write`."""
+    WINS.to_parquet(tmp_path / "small.parquet")
+    later = CLAIM | {"id": "another", "claim": "a | b", "table": "small", "rule": {"above": 0.9}}
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM, later]))
+    (tmp_path / "README.md").write_text(MARKED)
+    return {"claims": tmp_path / "claims.yaml", "results": tmp_path, "readme": tmp_path / "README.md"}
+
+
+def stale(place):
+    return write(**place, dry=True)[1]
+
+
+def test_written_files_are_fresh_until_something_changes(place):
+    assert stale(place)
+    write(**place)
+    assert not stale(place)
+    readme, table = place["readme"].read_text(), place["results"] / "ledger.csv"
+    assert readme.startswith("# Title\n\n<!-- verdicts -->\nScore: 1 holds, 1 contradicted, 0 inconclusive, ")
+    assert readme.endswith("<!-- end of verdicts -->\n\nThe rest.\n") and "anything" not in readme
+    assert "| [Paper](https://arxiv.org/abs/2306.14040) (ours) | H2O beats random tokens. | – | minilm: +0.5" in readme
+    assert r"| a \| b |" in readme and "**contradicted**: the mean difference is below 0.9" in readme
+    assert pd.read_csv(table)["id"].tolist() == ["another", "one"]
+
+    place["readme"].write_text(readme.replace("1 holds", "2 holds"))
+    assert stale(place)
+    write(**place)
+    assert place["readme"].read_text() == readme
+    table.write_text(table.read_text().replace("contradicted", "holds"))
+    assert stale(place)
+    write(**place)
+    WINS.assign(value=1 - WINS["value"]).to_parquet(place["results"] / "small.parquet")
+    assert stale(place)
+
+
+def test_the_ledger_is_the_same_each_time(place):
+    """Neither the order of claims and rows nor other claims change a line."""
+    write(**place)
+    first = (place["results"] / "ledger.csv").read_bytes()
+    claims = yaml.safe_load(place["claims"].read_text())
+    place["claims"].write_text(yaml.safe_dump([*claims[::-1], CLAIM | {"id": "third", "rule": {"below": 0.2}}]))
+    WINS.sample(frac=1, random_state=0).to_parquet(place["results"] / "small.parquet")
+    write(**place)
+    again = (place["results"] / "ledger.csv").read_bytes()
+    assert [line for line in again.splitlines() if not line.startswith(b"third")] == first.splitlines()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no markers",
+        "<!-- verdicts -->",
+        "<!-- end of verdicts -->\n<!-- verdicts -->",
+        MARKED + MARKED,
+    ],
+)
+def test_a_readme_without_its_markers_is_left_alone(place, text):
+    place["readme"].write_text(text)
+    with pytest.raises(ValueError, match="README.md needs a line <!-- verdicts --> and, after it"):
+        write(**place)
+    assert place["readme"].read_text() == text and not (place["results"] / "ledger.csv").exists()
+
+
+def test_the_command(place, monkeypatch, capsys):
+    for name in ("CLAIMS", "README"):
+        monkeypatch.setattr(command, name, place["claims" if name == "CLAIMS" else "readme"])
+    monkeypatch.setattr(ledger.paths, "RESULTS", place["results"])
+    monkeypatch.setattr("sys.argv", ["ledger", "--check"])
+    with pytest.raises(SystemExit, match="ledger.csv, README.md: not what claims and tables say now: make ledger"):
+        command.main()
+    monkeypatch.setattr("sys.argv", ["ledger"])
+    command.main()
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert printed == [
+        "holds              H2O beats random tokens.",
+        "contradicted       a | b",
+        "1 holds, 1 contradicted, 0 inconclusive, 0 not testable here (2 claims); README.md has the numbers",
+    ]
+    monkeypatch.setattr("sys.argv", ["ledger", "--check"])
+    command.main()
+    assert capsys.readouterr().out.splitlines() == printed
+    place["readme"].write_text("no markers")
+    with pytest.raises(SystemExit, match="README.md needs"):
+        command.main()
+
+
+# What is registered
+
+
+def test_registered_claims(monkeypatch):
+    """They are well formed whatever tables there are, and each gets a verdict with a reason."""
+    monkeypatch.undo()
+    claims = read()
+    assert len(claims) >= 15 and {claim.evidence for claim in claims} <= set(EVIDENCE)
+    assert all(claim.primary in PRIMARY and (claim.reason or cells_of(claim, ("needle",))) for claim in claims)
+    table = ledger.ledger(claims)
+    assert set(table["verdict"]) <= set(VERDICTS) and (table["reason"] != "").all()
+
+
+def test_studies_have_the_cells_of_registered_claims(monkeypatch):
+    """Or a claim waits for rows that nobody makes."""
+    monkeypatch.undo()
+    for claim in (claim for claim in read() if claim.table):
+        study = STUDIES[claim.table]
+        made = {(c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in study.configurations}
+        for cell in cells_of(claim, study.tasks):
+            wanted = {
+                (c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in cell.configurations
+            }
+            assert wanted <= made and set(cell.tasks) <= set(study.tasks) and claim.length == study.length, claim.id

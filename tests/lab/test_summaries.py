@@ -1,0 +1,141 @@
+"""Summaries of a table small enough to count by hand."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kvlib.lab import statistics
+from kvlib.lab.results import summaries
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.tasks import FAMILIES
+from kvlib.paths import RESULTS
+
+BOTH = {"both": ["needle", "dict_lookup"], "needle": ["needle"]}
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """Two tasks, ten samples: the full cache is always right, snapkv in eight needles and two dictionaries, its variant
+    always; a second model, whose name comes first, is always wrong."""
+    right = {("full", "{}", 1.0): (10, 10), ("snapkv", "{}", 0.2): (8, 2), ("snapkv", '{"kernel": 15}', 0.2): (10, 10)}
+    return pd.DataFrame(
+        [
+            {"model": model, "task": task, "method": method, "arguments": arguments, "budget": budget, "sample": sample}
+            | {"value": float(model == "one" and sample < count), "stored_bytes": 1000 * budget, "full_bytes": 1000}
+            for model in ("one", "before one")
+            for (method, arguments, budget), counts in right.items()
+            for task, count in zip(("needle", "dict_lookup"), counts)
+            for sample in range(10)
+        ]
+    )
+
+
+@pytest.fixture
+def one(table) -> pd.DataFrame:
+    return table[table["model"] == "one"]
+
+
+def test_configurations_have_readable_names(table):
+    assert list(summaries.named(table)["configuration"].unique()) == ["full", "snapkv", "snapkv (kernel=15)"]
+
+
+def test_summaries_by_hand(table):
+    summary = summaries.summarise(table.sample(frac=1, random_state=0), BOTH)
+    rows = summary.set_index(["model", "tasks", "configuration"])
+    assert len(rows) == 2 * 2 * 3
+    both, needle = rows.loc["one", "both", "snapkv"], rows.loc["one", "needle", "snapkv"]
+    assert (both["stored"], both["mean"], both["samples"]) == (0.2, 0.5, 20)
+    assert (needle["mean"], needle["samples"]) == (0.8, 10)
+    assert 0.4 < needle["low"] < 0.8 < needle["high"] <= 1
+    assert summary.loc[summary["model"] == "before one", "mean"].eq(0).all()
+    wanted = statistics.mean([[1.0] * 8 + [0.0] * 2, [1.0] * 2 + [0.0] * 8])
+    assert (both["low"], both["high"]) == (wanted.low, wanted.high)
+
+
+def test_stored_is_a_share_of_all_bytes(one):
+    longer = one["task"] == "needle"
+    one = one.assign(
+        full_bytes=one["full_bytes"].where(~longer, 3000), stored_bytes=one["stored_bytes"].where(~longer, 600)
+    )
+    rows = summaries.summarise(one, BOTH).set_index(["tasks", "configuration"])["stored"]
+    assert rows["needle", "snapkv"] == 0.2 and rows["both", "snapkv"] == (600 + 200) / (3000 + 1000)
+
+
+def test_families_are_summarised_together_if_all_are_there(one):
+    assert summaries.task_sets(one) == {"needle": ["needle"], "dict_lookup": ["dict_lookup"]}
+    every = pd.DataFrame({"task": [*FAMILIES, "next_line"]})
+    sets = summaries.task_sets(every)
+    assert sets.pop("families") == list(FAMILIES) and list(sets) == [*FAMILIES, "next_line"]
+
+
+def test_percentages(table):
+    wide = summaries.percentages(summaries.summarise(table, {"needle": ["needle"]}))
+    assert wide.columns.tolist() == [(model, kept) for model in ("one", "before one") for kept in ("20%", "100%")]
+    assert wide.loc["snapkv"].tolist() == ["80.0", "", "0.0", ""]
+    assert wide.index.tolist() == ["full", "snapkv", "snapkv (kernel=15)"]
+
+
+def test_pairs_are_those_of_a_sample(one):
+    """In whatever order rows come: ten samples of which both sides miss the same differ nowhere."""
+    half = one["value"].where(one["method"] != "full", one["sample"] < 8).where(one["task"] == "needle", 1.0)
+    shuffled = one.assign(value=half.astype(float)).sample(frac=1, random_state=1)
+    row = summaries.differences(shuffled, [(("snapkv", 0.2), ("full", 1.0))], {"needle": ["needle"]}).iloc[0]
+    assert row.tolist() == ["+0.0 [-30.0, 30.0]", "0 of 10"]
+
+
+def test_differences_are_paired(one):
+    pairs = [(("snapkv", 0.2), ("full", 1.0)), (("snapkv (kernel=15)", 0.2), ("full", 1.0))]
+    rows = summaries.differences(one, pairs, BOTH)
+    assert rows.index.tolist() == ["snapkv 20% − full 100%", "snapkv (kernel=15) 20% − full 100%"]
+    assert re.fullmatch(r"-50\.0 \[-\d+\.0, -\d+\.0\]", rows.loc[rows.index[0], "both"])
+    assert rows.iloc[1].tolist()[1:] == ["+0.0 [-30.0, 30.0]", "0 of 20"]  # ten samples that agree prove little
+    assert rows["samples that differ"].tolist() == ["10 of 20", "0 of 20"]
+    nearly = one.assign(value=one["value"].where(one["method"] == "full", 0.99999))
+    assert summaries.differences(nearly, pairs, BOTH).iloc[0, 0] == "+0.0 [0.0, 0.0]"  # and not -0.0
+    with pytest.raises(ValueError, match=r"no rows for needle, h2o at 0.2; configurations: full, snapkv, snapkv"):
+        summaries.differences(one, [(("h2o", 0.2), ("full", 1.0))], BOTH)
+
+
+def test_values_side_by_side_are_those_of_a_sample(table):
+    wide = summaries.by_sample(table.sample(frac=1, random_state=0))
+    assert len(wide) * wide.shape[1] == len(table)
+    for (model, configuration, budget, task), column in wide.items():
+        alone = summaries.values(table[table["model"] == model], task, configuration, budget)
+        assert column.to_dict() == alone.to_dict()
+
+
+def test_gains_are_paired(one):
+    wide = summaries.by_sample(one)["one"]
+    first, second = wide["snapkv", 0.2], wide["snapkv (kernel=15)", 0.2]
+    found = statistics.paired_difference(*([side[task] for task in first] for side in (first, second)))
+    assert summaries.gain(first, second) == [100 * found.value, 100 * found.low, 100 * found.high]
+    assert summaries.gain(first, second)[0] == pytest.approx(100 * (first.mean() - second.mean()).mean())
+
+
+def test_models_are_never_pooled(table):
+    with pytest.raises(ValueError, match="rows of one, before one: choose one model"):
+        summaries.values(table, "needle", "snapkv", 0.2)
+
+
+def test_committed_summaries_are_those_of_the_tables():
+    """Of a few cells of each, to save time; the intervals follow from them."""
+    for study in STUDIES:
+        table, summary = pd.read_parquet(RESULTS / f"{study}.parquet"), pd.read_csv(RESULTS / f"{study}.csv")
+        sets = summaries.task_sets(table)
+        assert len(summary) == len(sets) * len(table[["model", "method", "arguments", "budget"]].drop_duplicates())
+        table = summaries.named(table)
+        means = table.groupby(["model", "task", "configuration", "budget"])["value"].mean()
+        for row in summary.to_dict("records"):
+            mean = np.mean(
+                [means[row["model"], task, row["configuration"], row["budget"]] for task in sets[row["tasks"]]]
+            )
+            assert row["mean"] == pytest.approx(mean, abs=1e-5) and row["low"] <= row["mean"] <= row["high"]
+        some = table[(table["budget"] == 0.2) & (table["method"] == "h2o")]
+        again = summaries.summarise(some, dict([next(iter(sets.items()))])).round(5)
+        recorded = summary.merge(again[summaries.SUMMARY[:4]])
+        order = summaries.SUMMARY[:4]
+        pd.testing.assert_frame_equal(
+            *(rows.sort_values(order, ignore_index=True) for rows in (recorded, again)), atol=2e-5, rtol=0
+        )
