@@ -75,9 +75,10 @@ class StreamingLLM(Evictor):
         sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view) - 1)
         return view.protect(view.positions.float(), first=sinks)
 
-    def observe(self, view):
+    def encode(self, run, layer, key, value, positions):
         if self.renumber:
-            note_first(view, self.sinks)
+            note_first(run.step, layer, key, positions, self.sinks)
+        return super().encode(run, layer, key, value, positions)
 
     def attend(self, view):
         if self.renumber:
@@ -85,17 +86,15 @@ class StreamingLLM(Evictor):
         return super().attend(view)
 
 
-def note_first(view, count: int) -> None:
+def note_first(step, layer, key, positions, count: int) -> None:
     """Put the keys of the row's first tokens into `rows["first"]`, by their positions, when they arrive."""
-    if not bool((view.tokens - view.step.counts < count).any()):
+    if not bool((step.tokens - step.counts < count).any()):
         return
-    wanted = torch.arange(count, device=view.key.device)
-    new, keys = view.new_key.shape[2], view.new_key.to(torch.promote_types(view.new_key.dtype, torch.float32))
-    ends = view.per_row(view.step.ends)
-    column = (wanted - ends + new).clamp(0, new - 1).expand(*keys.shape[:2], -1)[..., None]
-    arrived = (wanted < ends) & (wanted >= ends - view.per_row(view.step.counts))
-    fresh = keys.gather(2, column.expand(*column.shape[:3], keys.shape[-1]))
-    view.layer.rows["first"] = fresh.where(arrived[..., None], view.layer.rows.get("first", 0.0))
+    arrived = positions[:, :, None] == torch.arange(count, device=key.device)  # (batch, new, count)
+    key = key.to(torch.promote_types(key.dtype, torch.float32))
+    old = layer.rows.get("first", torch.zeros((), device=key.device))
+    fresh = arrived.mT[:, None].to(key.dtype) @ key
+    layer.rows["first"] = fresh.where(arrived.any(1)[:, None, :, None], old)
 
 
 def move_first(view, count: int) -> None:
