@@ -50,7 +50,7 @@ lint: $(INSTALLED)  ## check style and format of modules and notebooks
 	$(PYTHON) -m ruff format --check .
 
 bench: $(INSTALLED)  ## measure decoding speed on this machine against stock transformers (minutes; best on an idle machine)
-	$(PYTHON) -m kvlib.lab.decoding_speed
+	$(PYTHON) -m kvlib.lab.speed.decoding
 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default

@@ -119,6 +119,10 @@ class Part:
         """Keys and values of one entry."""
         return sum(x.element_size() * x.shape[1:].numel() for x in self.fields.values())
 
+    def row_bytes(self) -> torch.Tensor:
+        """`(batch,)` on the CPU, keys and values of the entries held."""
+        return self.lengths.sum(1) * self.entry_bytes
+
     def _plan(self, function: Callable, *arguments: torch.Tensor | int):
         """`function(*arguments, device)` for CPU tensors and numbers, worked out when first asked for in a pass."""
         device = self.positions.device  # of a large model's layers each may have another

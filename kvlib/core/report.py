@@ -33,7 +33,7 @@ class Report:
 
     def stored_bytes(self) -> int:
         """Bytes of K and V of the tokens held, in whatever form; a part that two layers share is counted once."""
-        return sum(int(part.lengths.sum()) * part.entry_bytes for part in self._filled().parts())
+        return sum(int(part.row_bytes().sum()) for part in self._filled().parts())
 
     def allocated_bytes(self) -> int:
         """Bytes of the storages that hold K and V: what is stored, and room for the next tokens.
@@ -58,9 +58,7 @@ class Report:
     def read_bytes(self) -> int:
         """Bytes of K and V read in the last decode step: what is stored, unless the method reads sparsely."""
         return sum(
-            sum(int(part.lengths.sum()) * part.entry_bytes for part in layer.parts)
-            if layer.reads is None
-            else int(layer.reads.sum())
+            sum(int(part.row_bytes().sum()) for part in layer.parts) if layer.reads is None else int(layer.reads.sum())
             for layer in self._filled().layers
         )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kvlib.core.run import attention_modules
+from kvlib.core.support import attention_modules
 
 KINDS = ("bos", "newline", "end", "punctuation", "blank", "digit", "word")
 FIRST_ROW = 32  # rows that see few tokens say nothing about where attention goes

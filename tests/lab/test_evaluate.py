@@ -342,7 +342,7 @@ def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     class Sparse(Full):
         def attend(self, view):
             if view.step.decoding:
-                view.reads = 100 * view.step.index * (1 + view.tokens)
+                view.note_read(100 * view.step.index * (1 + view.tokens))
             return super().attend(view)
 
     registered(Sparse)

@@ -72,30 +72,25 @@ def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
             logits = snapshot.logits
             run.fork(snapshot)
         stored, full = stored_per_row(run.cache), full_per_row(run.cache)
-        if sum(stored) != run.stored_bytes():
-            raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.stored_bytes()}")
+        if sum(stored) != run.allocated_bytes():
+            raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.allocated_bytes()}")
         yield Compressed(run, logits, stored, full, run.clamped_rows.tolist())
 
 
 def stored_per_row(cache) -> list[int]:
     """Bytes of K and V of each row."""
-    return sum(layer.lengths.sum(1) * token_bytes(layer) for layer in cache.layers).tolist()
+    return sum(part.row_bytes() for part in cache.parts()).tolist()
 
 
 def read_per_row(cache) -> list[int]:
     """Bytes of K and V read in the last pass: what is stored, unless the method reads sparsely."""
-    stored = (layer.lengths.sum(1) * token_bytes(layer) for layer in cache.layers)
-    return sum(s if layer.reads is None else layer.reads for s, layer in zip(stored, cache.layers)).tolist()
+    stored = (sum(part.row_bytes() for part in layer.parts) for layer in cache.layers)
+    return sum(s if layer.reads is None else layer.reads.cpu() for s, layer in zip(stored, cache.layers)).tolist()
 
 
 def full_per_row(cache) -> list[int]:
     """Bytes of K and V of everything seen."""
-    return sum(layer.tokens * layer.lengths.shape[1] * token_bytes(layer) for layer in cache.layers).tolist()
-
-
-def token_bytes(layer) -> int:
-    """K and V of one token in one head."""
-    return sum(x.shape[1] * x.element_size() for x in (layer.keys, layer.values))
+    return (cache.tokens * sum(layer.lengths.shape[1] * layer.token_bytes for layer in cache.layers)).tolist()
 
 
 def prefill_flops(model, tokens: int) -> int:

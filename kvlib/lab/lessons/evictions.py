@@ -5,7 +5,7 @@ import itertools
 import pandas as pd
 import torch
 
-from kvlib.core.run import attention_modules
+from kvlib.core.support import attention_modules
 from kvlib.lab import statistics
 from kvlib.lab.lessons.attention_maps import attention_map, expanded
 from kvlib.lab.lessons.scoring import best

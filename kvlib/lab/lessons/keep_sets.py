@@ -10,7 +10,7 @@ from kvlib.lab import tasks
 def kept_mask(run) -> torch.Tensor:
     """Which tokens of the first row each head keeps, `(layers, kv_heads, tokens)` bool."""
     layers = [run.kept(layer)[0].cpu() for layer in range(len(run.cache.layers))]
-    mask = torch.zeros(len(layers), len(layers[0]), int(run.cache.layers[0].tokens[0]), dtype=torch.bool)
+    mask = torch.zeros(len(layers), len(layers[0]), int(run.cache.tokens[0]), dtype=torch.bool)
     for layer, kept in enumerate(layers):
         for head, tokens in enumerate(kept):
             mask[layer, head, tokens[tokens >= 0]] = True

@@ -23,7 +23,7 @@ def importance(model, snapshot, method: str, **arguments) -> torch.Tensor:
     tokens = snapshot.positions.shape[1]
     with kvlib.method(method, budget=tokens, host="h2o", **arguments)(model) as run:  # the whole prompt: nothing goes
         run.fork(snapshot)
-    return torch.stack([layer.rectangles(layer.state["attention"])[0][0] for layer in run.cache.layers]).cpu()
+    return torch.stack([layer.tail.rectangle(layer.tail.state["attention"])[0] for layer in run.cache.layers]).cpu()
 
 
 def forced(score: torch.Tensor, sinks: int) -> torch.Tensor:

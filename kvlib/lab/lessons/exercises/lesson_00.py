@@ -89,7 +89,8 @@ def check_long_keys(long: str, spared: str) -> None:
     model, ids = tiny_model(layers=4), torch.randperm(64, generator=torch.Generator().manual_seed(2))[None, :40]
     with kvlib.method("full")(model) as run:
         model(ids)
-    norms = [layer.rectangles(layer.keys)[0][0].norm(dim=-1) for layer in run.cache.layers]  # (kv_heads, tokens) each
+    keys = [layer.tail.rectangle(layer.tail.fields["key"])[0] for layer in run.cache.layers]
+    norms = [key.norm(dim=-1) for key in keys]  # (kv_heads, tokens) each
     for name, sign in ((long, 1), (spared, -1)):
         with kvlib.method(name, budget=0.5)(model) as run:
             model(ids)

@@ -3,7 +3,7 @@
 import torch
 
 import kvlib
-from kvlib.core.run import attention_modules
+from kvlib.core.support import attention_modules
 from kvlib.lab.checks import expect, number, tiny_model
 from kvlib.lab.lessons.attention_maps import attention_map
 from kvlib.lab.lessons.scoring import importance

@@ -1,4 +1,4 @@
-"""What `kvlib.lab.decoding_speed` measures: models with random weights, prompts, methods, and the ratios hoped for."""
+"""What `kvlib.lab.speed.decoding` measures: models with random weights, prompts, methods, and the ratios hoped for."""
 
 import platform
 from dataclasses import dataclass, replace

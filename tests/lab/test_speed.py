@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import kvlib
-from kvlib.lab import decoding_speed
-from kvlib.lab.decoding_settings import FULL, SAME, SETTINGS, STOCK, WANTED
-from kvlib.lab.decoding_speed import Contestant, compared, main, measure, take_turns, write
+from kvlib.lab.speed import decoding
+from kvlib.lab.speed.decoding import Contestant, compared, main, measure, take_turns, write
+from kvlib.lab.speed.settings import FULL, SAME, SETTINGS, STOCK, WANTED
 
 TINY = SETTINGS["tiny"]
 
@@ -112,8 +112,8 @@ def test_blocks_decode_what_one_block_would(model, name):
 
 def test_all_have_decoded_as_much_and_the_short_cache_is_as_long_as_the_compressed(model, monkeypatch):
     made = []
-    monkeypatch.setattr(decoding_speed, "Contestant", lambda *a: made.append(Contestant(*a)) or made[-1])
-    rows = decoding_speed.contest(replace(TINY, pairs=4), model, ("full", "h2o", "snapkv"), Clock())
+    monkeypatch.setattr(decoding, "Contestant", lambda *a: made.append(Contestant(*a)) or made[-1])
+    rows = decoding.contest(replace(TINY, pairs=4), model, ("full", "h2o", "snapkv"), Clock())
     stock, full, h2o, snapkv, *short = made
     steps = 5 * 3  # a block that is not counted and four that are, of two tokens and one that is not timed
     assert [c.seen - c.ids.shape[1] for c in made] == [steps] * 6
@@ -150,7 +150,7 @@ def test_the_tiny_profile_writes_its_table_and_nothing_on_the_error_stream(tmp_p
         *((method, baseline) for method in ("pyramidkv", "vatp") for baseline in (FULL, STOCK, SAME)),
     ]
     assert {row["command"] for row in rows} == {
-        f"python -m kvlib.lab.decoding_speed --tiny --methods full vatp pyramidkv --pairs 1 --out {out}"
+        f"python -m kvlib.lab.speed.decoding --tiny --methods full vatp pyramidkv --pairs 1 --out {out}"
     }
     assert all(len(row[key].strip("0").replace(".", "")) <= 8 for row in rows for key in ("ratio", "ms_per_token"))
 

@@ -1,7 +1,7 @@
 """Milliseconds per decoded token of kvlib's methods against stock transformers, on models with random weights.
 
-    python -m kvlib.lab.decoding_speed                      what fits this machine -> data/results/decoding_speed.csv
-    python -m kvlib.lab.decoding_speed --settings smollm2-1.8k --methods full h2o --pairs 20 --out FILE
+    python -m kvlib.lab.speed.decoding                      what fits this machine -> data/results/decoding_speed.csv
+    python -m kvlib.lab.speed.decoding --settings smollm2-1.8k --methods full h2o --pairs 20 --out FILE
 
 Contestants share a model, and each has a cache: stock with all of the prompt, stock with as many tokens as a compressed
 cache holds halfway through, and one for each method. All read their prompt, decode a block that is not counted, and
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.decoding_settings import DEFAULT, FULL, SAME, SETTINGS, STOCK, WANTED, Setting
+from kvlib.lab.speed.settings import DEFAULT, FULL, SAME, SETTINGS, STOCK, WANTED, Setting
 
 LIMIT = 30.0  # seconds of decoding for each method; later turns are left out, but for the first two
 IDENTITY = ("setting", "device", "method")  # a measurement replaces the rows of an earlier one with the same
@@ -190,7 +190,7 @@ def readable(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m kvlib.lab.decoding_speed", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "python -m kvlib.lab.speed.decoding", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=DEFAULT[device], help="default: %(default)s")

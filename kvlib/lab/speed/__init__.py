@@ -1,0 +1,1 @@
+"""Measurements of time, which depend on the machine: `make bench`."""
