@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import kvlib
-from kvlib.core import attention, cache
+from kvlib.core import attention, part
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -43,12 +43,12 @@ def test_taking_rows_is_indexing(rows, count, dim, dtype):
     flat = (100 * torch.randn(rows, 2 * dim, device="cuda")).to(dtype)
     index = torch.randint(rows, (2 * count,), device="cuda")[::2]
     for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
-        assert torch.equal(cache.take(source, index), source[index])
+        assert torch.equal(part.take(source, index), source[index])
 
 
 def test_taking_rows_keeps_gradients():
     flat = torch.randn(5, 4, device="cuda", requires_grad=True)
-    cache.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
+    part.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
     assert flat.grad.sum(1).tolist() == [4, 0, 0, 8, 0]
 
 

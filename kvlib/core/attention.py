@@ -67,12 +67,15 @@ def weights(query, key, key_positions=None, scaling=None) -> torch.Tensor:
         key_positions: `(batch, kv_heads, slots)`, -1 for empty slots; None: there are none.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = key.shape[-1] ** -0.5 if scaling is None else scaling
     query, keys = query.reshape(len(key) * key.shape[1], -1, key.shape[-1]), key.flatten(0, 1).mT
     if query.is_cuda and query.dtype != dtype:
-        logits = torch.bmm(query, keys, out_dtype=dtype)  # products of halves are exact in float32
+        exact = {"out_dtype": dtype}  # products of halves are exact in float32, and no key is converted
     else:
-        logits = torch.bmm(query.to(dtype), keys.to(dtype))
-    logits = logits.view(*key.shape[:2], -1, key.shape[2]) * (key.shape[-1] ** -0.5 if scaling is None else scaling)
+        query, keys, exact = query.to(dtype), keys.to(dtype), {}
+    nothing = torch.empty(1, 1, 1, dtype=dtype, device=query.device)
+    logits = torch.baddbmm(nothing, query, keys, beta=0, alpha=scaling, **exact)
+    logits = logits.view(*key.shape[:2], -1, key.shape[2])
     if key_positions is not None:
         logits = logits.masked_fill(key_positions[:, :, None] < 0, -torch.inf)
     return logits.softmax(-1)

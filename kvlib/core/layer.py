@@ -72,18 +72,23 @@ class Layer(DynamicLayer):
         """`(batch, kv_heads)` on the CPU, tokens that are stored or stand for stored ones."""
         return self.tail.tokens if self.body is None else self.body.tokens + self.tail.tokens
 
-    def append(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, counts: torch.Tensor, heads: int) -> None:
+    def append(
+        self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, counts: torch.Tensor | None, heads: int
+    ) -> None:
         """Add the real tokens of a pass.
 
         Args:
             chunk: field -> `(batch, kv_heads, new, ...)`; nothing, if another layer is read instead.
             positions: `(batch, new)`, index among the row's real tokens, -1 for padding, which must come first.
-            counts: `(batch,)` on the CPU, real tokens of the pass.
+            counts: `(batch,)` on the CPU, real tokens of the pass; None if every row has one.
         """
         if self.tail is None:
             self.tail = Part(len(positions), heads, positions.device, memo=self.memo)
             self.is_initialized = True
-        self.tail.append(chunk, positions[:, None], counts[:, None].expand(-1, heads))
+        if counts is None:
+            self.tail.append_one(chunk, positions[:, None])
+        else:
+            self.tail.append(chunk, positions[:, None], counts[:, None].expand(-1, heads))
 
     def keep(self, mask: torch.Tensor, lengths: torch.Tensor) -> None:
         """Evict from the tail all but `mask` `(batch, kv_heads, slots)`, `lengths` `(batch, kv_heads)` tokens."""
@@ -91,6 +96,8 @@ class Layer(DynamicLayer):
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions of all parts, `(batch, kv_heads, slots)`, -1 in empty slots."""
+        if self.body is None:
+            return self.tail.position_rectangle()
         return torch.cat([part.position_rectangle().flatten(2) for part in self.parts], dim=-1)
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -106,6 +113,7 @@ class Layer(DynamicLayer):
 
     def tensors(self) -> list[torch.Tensor]:
         """Everything held beside keys and values."""
-        inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.lengths, part.capacity)]
-        inside += [x for part in self.parts for x in (part.hole, part.slot, part._starts) if x is not None]
+        inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.capacity)]
+        more = (x for part in self.parts for x in (part._lengths, part.hole, part.slot, part._starts))
+        inside += [x for x in more if x is not None]
         return [*inside, *self.rows.values(), *(self.queries or ()), *([] if self.reads is None else [self.reads])]

@@ -143,12 +143,9 @@ class Budgeted(Method):
 
     def tokens(self, view: View, share: float | int) -> torch.Tensor:
         """`share` in tokens per row, `(batch,)` on the CPU: the number itself, or int(share x prompt tokens), >= 1."""
-        notes = view.run.cache.notes
-        if ("tokens", share) not in notes:
-            counts = view.prompt_tokens.tolist()
-            counts = [share if isinstance(share, int) else int(share * n) for n in counts]
-            notes["tokens", share] = view.clamp("budget", torch.tensor(counts), low=1)
-        return notes["tokens", share]
+        if isinstance(share, int):
+            return torch.full_like(view.prompt_tokens, share)
+        return view.clamp("budget", torch.tensor([int(share * n) for n in view.prompt_tokens.tolist()]), low=1)
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,10 @@ class Evictor(Budgeted):
         return view.column_sums(last)
 
     def budgets(self, view: View) -> torch.Tensor:
-        """Tokens to keep `(batch, kv_heads)` on the CPU; by default `tokens(view, budget)` for every head."""
+        """Tokens to keep `(batch, kv_heads)` on the CPU; by default `tokens(view, budget)` for every head.
+
+        Asked once for a prompt: they stay the same for the tokens decoded after it.
+        """
         return self.tokens(view, self.budget)[:, None].expand_as(view.lengths)
 
     def choose(self, view: View) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +189,7 @@ class Evictor(Budgeted):
 
         Replace it for lengths that follow from scores; knowing them costs one wait for the device.
         """
-        lengths = torch.minimum(self.budgets(view), view.lengths)
+        lengths = torch.minimum(view.per_prompt("budgets", self.budgets), view.lengths)
         return strongest(self.score(view), view.positions, lengths), lengths
 
     def compress(self, view: View) -> None:
@@ -197,11 +197,14 @@ class Evictor(Budgeted):
         if not self.evicts:
             return
         if type(self).choose is Evictor.choose:  # lengths follow from budgets alone
-            lengths = torch.minimum(self.budgets(view), view.lengths)
+            lengths = torch.minimum(view.per_prompt("budgets", self.budgets), view.lengths)
             if torch.equal(lengths, view.lengths):
                 return
             if view.step.decoding and torch.equal(lengths + 1, view.lengths):
-                view.layer.tail.retire(weakest(self.score(view), view.positions))
+                score = self.score(view)
+                if not view.uniform:
+                    score = score.masked_fill(view.positions < 0, torch.inf)
+                view.layer.tail.retire(weakest(score, view.positions))
                 return
         view.layer.keep(*self.choose(view))
 
@@ -255,11 +258,10 @@ def highest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -
 
 
 def weakest(score: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The slot of the lowest score of a real token in each segment, `(batch, heads)`; ties go to the later one.
+    """The slot of the lowest score in each segment, `(batch, heads)`; of equal ones that of the latest token.
 
-    Slots may be in any order.
+    Slots may be in any order. Empty ones have to have a score of infinity.
     """
-    score = score.masked_fill(positions < 0, torch.inf)
     lowest = score <= score.amin(-1, keepdim=True)
     return positions.where(lowest, -1).argmax(-1)
 

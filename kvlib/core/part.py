@@ -41,8 +41,9 @@ class Part:
         positions: flat int32 `(allocated,)`, for groups `(allocated, size)`: index among the row's real tokens, -1 in
             the hole and in room that is not yet used.
         lengths, capacity: `(batch, kv_heads)` int64 on the CPU, entries held and entries there is memory for.
+        shape: (batch, kv_heads).
         uniform: all segments have the same length and capacity.
-        hole: `(batch, kv_heads)` the slot of each segment from which an entry was evicted last. vacant: it is still
+        hole: `(segments,)` where in the flat tensors the last entry was evicted from each segment. vacant: it is still
             empty, and the next entry will be written there.
         ordered: slots are in text order, without a hole.
         intact: nothing has been evicted since the latest entries were added.
@@ -52,7 +53,7 @@ class Part:
     """
 
     def __init__(self, batch: int, kv_heads: int, device, size: int = 1, memo: "Memo | None" = None):
-        self.size, self.memo = size, Memo() if memo is None else memo
+        self.size, self.shape, self.memo = size, (batch, kv_heads), Memo() if memo is None else memo
         self.fields: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
         self.positions = torch.empty((0, size) if size > 1 else 0, dtype=torch.int32, device=device)
@@ -63,8 +64,9 @@ class Part:
 
     def _resize(self, lengths: torch.Tensor, capacity: torch.Tensor | None = None) -> None:
         """Note new lengths and a new capacity, by default one without room."""
-        self.lengths = lengths
+        self._lengths = lengths
         self.capacity = lengths if capacity is None else capacity
+        self.shape = tuple(lengths.shape)
         self._starts = None
         # as numbers, because looking into tensors takes longer than a small step allows
         self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
@@ -73,9 +75,15 @@ class Part:
     # Reading
 
     @property
+    def lengths(self) -> torch.Tensor:
+        if self._lengths is None:  # equal ones, counted as a number
+            self._lengths = torch.full(self.shape, self._held)
+        return self._lengths
+
+    @property
     def tokens(self) -> torch.Tensor:
         """`(batch, kv_heads)` on the CPU, tokens held."""
-        return self.lengths * self.size
+        return self.lengths if self.size == 1 else self.lengths * self.size
 
     @property
     def dense(self) -> bool:
@@ -93,13 +101,13 @@ class Part:
         """A flat tensor as a rectangle; no copy if segments are equal."""
         if self.uniform:
             whole, used = self._whole(flat), self._used
-            return whole if used == self._size else whole[:, :, :used]
+            return whole if used == self._size else whole.narrow(2, 0, used)
         index, _ = self._plan(slots, self.extent, self.capacity)
         return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
-        return flat.view(*self.lengths.shape, self._size, *flat.shape[1:])
+        return flat.view(*self.shape, self._size, *flat.shape[1:])
 
     @property
     def _used(self) -> int:
@@ -118,6 +126,10 @@ class Part:
     def entry_bytes(self) -> int:
         """Keys and values of one entry."""
         return sum(x.element_size() * x.shape[1:].numel() for x in self.fields.values())
+
+    def holds_less(self, tokens: torch.Tensor, most: int) -> bool:
+        """Does a segment hold less than the `tokens` `(batch,)` of its row, `most` in the longest?"""
+        return self._held * self.size < most if self.uniform else bool((self.tokens < tokens[:, None]).any())
 
     def row_bytes(self) -> torch.Tensor:
         """`(batch,)` on the CPU, keys and values of the entries held."""
@@ -145,16 +157,18 @@ class Part:
             skip: `(batch, kv_heads)` on the CPU, entries of the chunk before the first real one; by default padding
                 comes first, `new - counts`.
         """
-        (batch, heads), new = self.lengths.shape, positions.shape[2]
+        if positions.shape[2] == 1 and bool((counts == 1).all()):
+            self.append_one(chunk, positions)
+        else:
+            self._append(chunk, positions, counts, skip)
+
+    def _append(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, counts: torch.Tensor, skip=None) -> None:
+        (batch, heads), new = self.shape, positions.shape[2]
         positions = positions.to(self.positions.device, torch.int32).expand(batch, heads, *positions.shape[2:])
         if not len(self.positions):
             self.fields = {name: x.new_empty(0, *x.shape[3:]) for name, x in chunk.items()}
-        self.intact = True
-        # Writing in place would break the graph of a pass with gradients.
-        if new == 1 and bool((counts == 1).all()) and not any(x.requires_grad for x in chunk.values()):
-            self._append_in_place(chunk, positions)
-            return
         self.restore_order()
+        self.intact = True
         merge = self._merge(new, counts, new - counts if skip is None else skip)
         self.fields = {name: merge(self.fields[name], x) for name, x in chunk.items()}
         for name, flat in self.state.items():
@@ -163,25 +177,40 @@ class Part:
         self._resize(self.lengths + counts)
         self._room = 0
 
-    def _append_in_place(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
-        """One entry for every segment."""
+    def append_one(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+        """`append` of one entry for every segment, in place."""
+        if not len(self.positions) or any(x.requires_grad for x in chunk.values()):
+            # there is no form yet, or writing in place would break the graph of a pass with gradients
+            self._append(chunk, positions, torch.ones(self.shape, dtype=torch.int64))
+            return
+        self.intact = True
         full = self._held == self._size if self.uniform else bool((self.lengths == self.capacity).any())
         if full and not self.vacant and self.slot is None:
             self._room = min(ROOM, 2 * self._room or 1)
             self.reserve(self._room)
+        index = None
         if self.uniform and not self.vacant and self.slot is None:
 
             def write(flat, x):
-                self._whole(flat)[:, :, self._held : self._held + 1].copy_(x)
+                self._whole(flat).narrow(2, self._held, 1).copy_(x)
         else:
-            place = self.hole if self.vacant else self.slot
-            write = self._writer(self._plan(on_device, self.lengths) if place is None else place)
-            self.ordered = self.ordered and not self.vacant
+            if self.vacant:
+                index, self.ordered = self.hole, False
+            else:
+                index = self._flat(self._plan(on_device, self.lengths) if self.slot is None else self.slot)
+
+            def write(flat, x):
+                flat.index_copy_(0, index, x.flatten(0, 2))
+
+            positions = positions.to(self.positions.device, torch.int32).expand(*self.shape, *positions.shape[2:])
         for name, x in chunk.items():
             write(self.fields[name], x)
-        for flat in self.state.values():
-            write(flat, flat.new_zeros(()).expand(*self.lengths.shape, 1, *flat.shape[1:]))
         write(self.positions, positions)
+        for flat in self.state.values():
+            if index is None:
+                self._whole(flat).narrow(2, self._held, 1).zero_()
+            else:
+                flat.index_fill_(0, index, 0)
         if self.slot is not None and not self.vacant:
             self.slot.add_(1)
         self.vacant = False
@@ -189,15 +218,18 @@ class Part:
 
     def count(self, change: int) -> None:
         """Every segment holds so many entries more."""
-        self.lengths = self.lengths + change  # of equal length they stay
         self._held += change
+        self._lengths = None if self.uniform else self._lengths + change
 
-    def _writer(self, place: torch.Tensor) -> Callable:
-        """A function (flat, chunk of one entry) that writes at `place`, `(batch, kv_heads)` or `(1,)`, of segments."""
+    def _flat(self, place: torch.Tensor) -> torch.Tensor:
+        """Where `place`, `(batch, kv_heads)` or `(1,)`, of each segment is in the flat tensors, `(segments,)`."""
+        return (self._flat_starts() + place).flatten()
+
+    def _flat_starts(self) -> torch.Tensor:
+        """Where each segment begins, `(batch, kv_heads)` on the device."""
         if self._starts is None:
             self._starts = starts(self.capacity).to(self.positions.device)
-        index = (self._starts + place).flatten()
-        return lambda flat, x: flat.index_copy_(0, index, x.flatten(0, 2))
+        return self._starts
 
     def _merge(self, new: int, counts: torch.Tensor, skip: torch.Tensor) -> Callable:
         """A function (flat, chunk) -> flat without room that puts each segment's new entries behind its old ones."""
@@ -213,7 +245,7 @@ class Part:
             used, size = self._used, self._used + room
 
             def wider(flat):
-                target = flat.new_empty(*extent.shape, size, *flat.shape[1:])
+                target = flat.new_empty(*self.shape, size, *flat.shape[1:])
                 target[:, :, :used] = self.rectangle(flat)
                 target[:, :, used:] = 0  # a weight of 0 does not hide what is not a number
                 return target.flatten(0, 2)
@@ -275,8 +307,9 @@ class Part:
         """Evict the entry in `slot` `(batch, kv_heads)` of every segment: the next one appended takes its place."""
         if self.vacant:
             raise RuntimeError("one entry at a time: nothing was appended since the last one was evicted")
-        self._writer(slot)(self.positions, self.positions.new_full((), -1).expand(*slot.shape, 1))
-        self.hole = slot if self.slot is None or self.hole is None else self.hole.copy_(slot)
+        index = self._flat(slot)
+        self.positions.index_fill_(0, index, -1)
+        self.hole = index if self.slot is None else self.hole.copy_(index)  # captured, it stays where it is
         self.vacant, self.intact, self.ordered = True, False, False
         self.count(-1)
 
@@ -309,10 +342,12 @@ class Part:
         """Keep the batch rows `rows`, a CPU tensor, in that order, repeats allowed; each gets memory of its own."""
         segment, place = self._plan(segments, self.capacity[rows])
         index = starts(self.capacity)[rows].flatten().to(place.device)[segment] + place
+        place = None
+        if self.vacant:
+            place = (self.hole.view(self.capacity.shape) - self._flat_starts())[rows.to(self.hole.device)]
         self._change(lambda flat: take(flat, index))
         self._resize(self.lengths[rows], self.capacity[rows])
-        if self.vacant:
-            self.hole = self.hole[rows.to(self.hole.device)]
+        self.hole = None if place is None else self._flat(place)
 
 
 # Where things are

@@ -14,6 +14,7 @@ def shorten(run, layer_idx: int):
             keep = keep.to(hidden.device)
             hidden = hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[-1]))
             step.positions = step.positions.gather(1, keep.to(step.positions.device))
+            step.stored = step.positions.to(step.stored.dtype)
             step.counts = (step.positions >= 0).sum(1).cpu()
             step.complete = bool((step.counts == keep.shape[1]).all())
             step.columns = keep if step.columns is None else step.columns.gather(1, keep)

@@ -234,19 +234,21 @@ class Run(Report):
             layer.token_bytes = sum(x.shape[-1] * x.element_size() for x in (key, value))
         elif not step.decoding or method.text_order:
             layer.tail.restore_order()
-        positions = step.positions.to(key.device)
-        chunk = method.encode(self, layer, key, value, positions)
-        layer.append(chunk, positions, step.counts, key.shape[1])
+        chunk = method.encode(self, layer, key, value, step.positions.to(key.device))
+        one = step.complete and key.shape[2] == 1
+        layer.append(chunk, step.stored.to(key.device), None if one else step.counts, key.shape[1])
         layer.reads = None
         step.view = View(self, layer, module, query, key, value, scaling, dropout)
         return step.view
 
-    @torch.no_grad()
     def settle(self, view: View) -> None:
         """After attention: let the method observe, compress if it is time, keep the queries an unfinished prompt needs.
 
         Choosing has no gradient, and a graph through the scores would hold on to the whole attention matrix.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.settle(view)
         method, layer, step = self.method, view.layer, view.step
         method.observe(view)
         view.save_state()

@@ -21,6 +21,7 @@ class Step:
         ends_prompt: this pass brings the last tokens of the prompt.
         seen: columns seen after this pass, padding included.
         positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding.
+        stored: `positions` as they are stored, int32.
         counts: `(batch,)` on the CPU, real tokens of this pass. complete: none of its columns is padding.
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
             (while a prompt is read: so far).
@@ -30,6 +31,7 @@ class Step:
         shared: free space for what a method carries from layer to layer. Slots of one layer mean nothing in another
             unless both store the same tokens in the same order; positions do.
         sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
+        starts: where the last tokens of each row begin, by their number.
         view: the latest layer's view.
     """
 
@@ -46,7 +48,11 @@ class Step:
     columns: torch.Tensor | None = None
     shared: dict = field(default_factory=dict)
     sums: dict = field(default_factory=dict)
+    starts: dict = field(default_factory=dict)
     view: "object | None" = None
+
+    def __post_init__(self):
+        self.stored = self.positions.to(torch.int32)
 
     @property
     def decoding(self) -> bool:

@@ -41,19 +41,25 @@ class View:
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
         self._open(layer)
-        asked = run.step.decoding and run.method.weighs
-        self.weighing = asked and bool((self.lengths < self.tokens[:, None]).any())
+        self.weighing = run.method.weighs and run.step.decoding and self.incomplete
 
     def _open(self, layer: Layer) -> None:
-        self.layer, self.layer_idx, self.lengths = layer, layer.index, layer.lengths
+        self.layer, self.layer_idx = layer, layer.index
         self.waiting = layer.queries
         self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
-        dense = all(part.dense for part in layer.parts)
+        dense = layer.tail.dense and (layer.body is None or layer.body.dense)
         self.uniform = self.intact and self.step.complete and dense
-        for name in ("key", "value", "positions", "state", "arrived", "weights", "_decoded"):
-            self.__dict__.pop(name, None)
+
+    @property
+    def incomplete(self) -> bool:
+        """Does the tail hold less than all tokens of some row?"""
+        return self.layer.tail.holds_less(self.tokens, self.run.longest)
 
     # What is stored
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        return self.layer.lengths
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -64,6 +70,13 @@ class View:
         tail = self.layer.tail
         return {name: tail.rectangle(flat) for name, flat in tail.state.items()}
 
+    def accumulate(self, name: str, values: torch.Tensor) -> None:
+        """Add `values` `(batch, kv_heads, slots, ...)` to `state[name]`, which begins at 0."""
+        if name in self.state:
+            self.state[name] += values
+        else:
+            self.state[name] = values
+
     def save_state(self) -> None:
         """Put what the method has left in `state` where it stays with its tokens."""
         for name, rectangle in self.__dict__.get("state", {}).items():
@@ -71,8 +84,10 @@ class View:
 
     @cached_property
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layer.body is None:
+            return self.run.method.decode(self, self.layer.tail)
         pairs = [self.run.method.decode(self, part) for part in self.layer.parts]
-        return pairs[0] if len(pairs) == 1 else tuple(torch.cat(x, dim=2) for x in zip(*pairs))
+        return tuple(torch.cat(x, dim=2) for x in zip(*pairs))
 
     @cached_property
     def key(self) -> torch.Tensor:
@@ -114,6 +129,8 @@ class View:
     def other(self, layer_idx: int) -> "View":
         """This view with what another layer stores, which has already run in this pass."""
         view = copy.copy(self)
+        for name in ("lengths", "key", "value", "positions", "state", "arrived", "weights", "_decoded"):
+            view.__dict__.pop(name, None)
         view._open(self.run.cache.layers[layer_idx])
         return view
 
@@ -222,6 +239,13 @@ class View:
 
     # Numbers per row
 
+    def per_prompt(self, name: str, function):
+        """`function(view)`, which follows from the prompt and the layer: worked out once, until the next prompt."""
+        notes, place = self.run.cache.notes, (name, self.layer_idx)
+        if place not in notes:
+            notes[place] = function(self)
+        return notes[place]
+
     def on_device(self, x: torch.Tensor) -> torch.Tensor:
         """A small CPU tensor that follows from the prompt, on the view's device: copied there once per prompt."""
         device = self.query_positions.device
@@ -247,12 +271,19 @@ class View:
         """
         inside = None
         if torch.is_tensor(last) or last:
-            ends = self.per_row(self.step.ends)
-            inside = self.positions >= ends - (self.per_row(last) if torch.is_tensor(last) else last)
+            inside = self.positions >= self._start(last)
         if torch.is_tensor(first) or first:
             start = self.positions < (self.per_row(first) if torch.is_tensor(first) else first)
             inside = start if inside is None else inside | start
         return score if inside is None else score.masked_fill(inside, torch.inf)
+
+    def _start(self, last) -> torch.Tensor:
+        """The position of the first of the `last` tokens, to be compared with slots; the same for many layers."""
+        place = (self.query_positions.device, last.numpy().tobytes() if torch.is_tensor(last) else last)
+        if place not in self.step.starts:
+            ends = self.per_row(self.step.ends)
+            self.step.starts[place] = ends - (self.per_row(last) if torch.is_tensor(last) else last)
+        return self.step.starts[place]
 
     def clamp(self, name: str, value, low=None, high=None) -> torch.Tensor:
         """`value` brought into what this prompt allows; a change is noted in `run.clamped`.

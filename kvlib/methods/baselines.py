@@ -71,9 +71,11 @@ class StreamingLLM(Evictor):
         super().__post_init__()
         require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
 
+    def first(self, view):
+        return view.clamp("sinks", self.sinks, 0, self.budgets(view) - 1)
+
     def score(self, view):
-        sinks = view.clamp("sinks", self.sinks, 0, self.budgets(view) - 1)
-        return view.protect(view.positions.float(), first=sinks)
+        return view.protect(view.positions.float(), first=view.per_prompt("sinks", self.first))
 
     def encode(self, run, layer, key, value, positions):
         if self.renumber:
@@ -100,17 +102,21 @@ def note_first(step, layer, key, positions, count: int) -> None:
 def move_first(view, count: int) -> None:
     """Rotate the row's first tokens, which stand in the first slots, up to what is left of those behind them."""
     frequencies = view.run.inverse_frequencies(view.key.shape[-1])
-    if not (count and bool((view.lengths < view.tokens[:, None]).any())):
+    if not (count and view.incomplete):
         return
     shared = view.step.shared
     if "turn" not in shared:
         missing = view.step.ends - view.on_device(view.lengths[:, 0])  # the same for every head
         shared["turn"] = attention.rotation(missing, frequencies)[:, None]
-    at = view.positions[..., :count]
-    first, slots = view.key[:, :, : at.shape[-1]], torch.arange(at.shape[-1], device=at.device)
-    unmoved = (at == slots).cummin(-1).values  # the first one missing ends the row's first tokens
-    turned = (view.layer.rows["first"][:, :, : at.shape[-1]] @ shared["turn"].to(at.device)).to(first.dtype)
-    first.copy_(turned.where(unmoved[..., None], first))  # in the store, if segments are equal
+    notes, place, first = view.run.cache.notes, ("first", view.layer_idx), view.key[:, :, :count]
+    unmoved = notes.get(place)
+    if unmoved is None:  # the first one that is missing ends the row's first tokens
+        at = view.positions[..., :count]
+        unmoved = (at == torch.arange(at.shape[-1], device=at.device)).cummin(-1).values[..., None]
+        if view.step.decoding and bool((view.lengths < view.tokens[:, None]).all()):
+            notes[place] = unmoved  # until the next prompt they stay what they are
+    turned = (view.layer.rows["first"][:, :, : first.shape[2]] @ shared["turn"].to(first.device)).to(first.dtype)
+    first.copy_(turned.where(unmoved, first))  # in the store, if segments are equal
 
 
 @register("h2o")
@@ -136,7 +142,7 @@ class H2O(Evictor):
         require("budget", self.budget, enough, "room for a heavy and a recent token, >= 2")
 
     def observe(self, view):
-        view.state["attention"] = view.state.get("attention", 0) + view.importance().sum(2)
+        view.accumulate("attention", view.importance().sum(2))
 
     def budgets(self, view):
         if isinstance(self.budget, int):
@@ -147,7 +153,7 @@ class H2O(Evictor):
         return self.budgets(view) // 2
 
     def score(self, view):
-        return view.protect(view.state["attention"], last=self.recent(view))
+        return view.protect(view.state["attention"], last=view.per_prompt("recent", self.recent))
 
 
 @register("scissorhands")

@@ -67,10 +67,13 @@ class ForcedSinks(Evictor):
     def budgets(self, view):
         return self.hosted.budgets(view)
 
-    def score(self, view):
+    def first(self, view):
         recent, budgets = self.hosted.recent(view), self.budgets(view)
         room = budgets - (recent if recent.ndim == 2 else recent[:, None]) - 1
-        return view.protect(self.hosted.score(view), first=view.clamp("sinks", self.sinks, 0, room))
+        return view.clamp("sinks", self.sinks, 0, room)
+
+    def score(self, view):
+        return view.protect(self.hosted.score(view), first=view.per_prompt("sinks", self.first))
 
 
 @register("vatp")

@@ -222,14 +222,14 @@ class Projected(vatp.OutputNorm):
 class Lifted(vatp.OutputNorm):
     def observe(self, view):
         norm = torch.linalg.vector_norm(view.new_value, 1, dim=-1)
-        vatp.remember(view, "norm", norm[..., None].expand(*norm.shape, view.groups))
+        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
         vatp.ForcedSinks.observe(self, view)
 
 
 class OtherNorm(vatp.OutputNorm):
     def observe(self, view):
         norm = torch.linalg.vector_norm(view.new_value, 2, dim=-1)
-        vatp.remember(view, "norm", norm[..., None].expand(*norm.shape, view.groups))
+        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
         vatp.ForcedSinks.observe(self, view)
 
 

@@ -8,6 +8,8 @@ cache holds halfway through, and one for each method. All read their prompt, dec
 then decode blocks in turn, A B C A B C ..., so that a drift of the machine hits all alike and all have decoded as much.
 A ratio is taken turn by turn: given are the median, the least and the greatest of these pairs.
 
+On a GPU attention runs without cuDNN, for all contestants: while a cache grows it is by far the slowest there is.
+
 A block is greedy calls of the model, the first of them not timed. The clock is the host's; on a GPU it waits for the
 device at the ends of a block only, so that launching kernels costs what it costs in use. `wanted` in the printed table
 is what was hoped for, and nothing fails that misses it. A setting's rows are written when it has ended.
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.speed.settings import DEFAULT, FULL, SAME, SETTINGS, STOCK, WANTED, Setting
+from kvlib.lab.speed.settings import DEFAULT, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, Setting, method
 
 LIMIT = 30.0  # seconds of decoding for each method; later turns are left out, but for the first two
 IDENTITY = ("setting", "device", "method")  # a measurement replaces the rows of an earlier one with the same
@@ -44,8 +46,8 @@ class Contestant:
     can take turns on one model.
     """
 
-    def __init__(self, model, ids: torch.Tensor, clock: Callable[[], float], method=None):
-        self.model, self.ids, self.clock, self.method = model, ids, clock, method
+    def __init__(self, model, ids: torch.Tensor, clock: Callable[[], float], method=None, mask=None):
+        self.model, self.ids, self.clock, self.method, self.padding = model, ids, clock, method, mask
         self.run = self.cache = None
 
     @property
@@ -55,7 +57,7 @@ class Contestant:
 
     def read(self) -> float:
         """Seconds to read the prompt into a new cache."""
-        self.run, self.cache, self.seen = None, None, 0  # frees the old cache first
+        self.run, self.cache, self.seen, self.mask = None, None, 0, self.padding  # frees the old cache first
         with self._applied():
             begin = self.clock()
             self._step(self.ids)
@@ -76,7 +78,9 @@ class Contestant:
             yield
 
     def _step(self, ids: torch.Tensor) -> None:
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        if self.mask is not None and self.seen:
+            self.mask = torch.cat([self.mask, self.mask[:, -1:]], dim=1)
+        output = self.model(ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.next = output.past_key_values, output.logits[:, -1:].argmax(-1)
         self.seen += ids.shape[1]
 
@@ -84,8 +88,9 @@ class Contestant:
 def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[], float]) -> list[dict]:
     """Rows of the methods `names`, measured in turn with each other and with their baselines."""
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), device=setting.device)
-    methods = {name: kvlib.method(name, budget=1.0 if name == FULL else setting.budget) for name in names}
-    contestants = {name: Contestant(model, ids, clock, method) for name, method in ({STOCK: None} | methods).items()}
+    mask = left_padding(setting).to(ids.device) if setting.padded else None
+    methods = {name: method(name, 1.0 if name == FULL else setting.budget) for name in names}
+    contestants = {name: Contestant(model, ids, clock, x, mask) for name, x in ({STOCK: None} | methods).items()}
     prefills = [{name: x.read() for name, x in contestants.items()} for _ in range(setting.prefills)]
     held = {name: x.length for name, x in contestants.items()}
     for contestant in contestants.values():
@@ -93,7 +98,7 @@ def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[],
 
     baselines = {name: {x: x for x in (STOCK, FULL) if x in contestants and x != name} for name in names}
     for name in names:
-        if held[name] < setting.prompt:
+        if held[name] < setting.prompt and not setting.padded:
             length = short_prompt(setting, held[name], contestants[name].length)
             baselines[name][SAME] = key = f"{STOCK}, {length} tokens"
             if key not in contestants:
@@ -111,6 +116,12 @@ def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[],
         for name in names
         for baseline, key in baselines[name].items()
     ]
+
+
+def left_padding(setting: Setting) -> torch.Tensor:
+    """A mask `(batch, prompt)`, 1 = real, of rows that are half as long as the prompt, up to all of it."""
+    lengths = torch.linspace(setting.prompt / 2, setting.prompt, setting.batch).long()
+    return (torch.arange(setting.prompt) >= setting.prompt - lengths[:, None]).long()
 
 
 def short_prompt(setting: Setting, held: float, later: float) -> int:
@@ -152,6 +163,8 @@ def sizes(run) -> dict:
 def measure(name: str, setting: Setting, clock: Callable[[], float], **more) -> list[dict]:
     """All rows of a setting, numbers to four digits. more: columns to add."""
     torch.set_num_threads(setting.threads or torch.get_num_threads())
+    if setting.device == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: 5 ms a call while a cache grows
     model, names, size = setting.build(), setting.methods, setting.together
     shared = {"setting": name} | setting.facts()
     groups = [names[i : i + size] for i in range(0, len(names), size)]
@@ -194,7 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=DEFAULT[device], help="default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=kvlib.METHODS, metavar="METHOD", help="default: the setting's")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*kvlib.METHODS, *RAGGED], metavar="METHOD", help="default: the setting's"
+    )
     parser.add_argument("--pairs", type=int, help="timed blocks of each contestant; default: the setting's")
     parser.add_argument("--tokens", type=int, help="tokens in a timed block; default: the setting's")
     parser.add_argument("--tiny", action="store_true", help="the setting `tiny`: does everything run? In seconds")

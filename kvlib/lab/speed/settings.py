@@ -9,6 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import kvlib
+from kvlib.lab.speed.ragged import PerHead, Threshold
+
+RAGGED = {cls.name: cls for cls in (PerHead, Threshold)}  # heads of different lengths, beside the registered methods
 STOCK, SAME, FULL = "stock", "stock at the same length", "full"  # the baselines
 AT_THE_END, IN_DECODE = ("snapkv", "pyramidkv"), ("streaming_llm", "h2o", "tova", "vatp")  # when they evict
 WANTED = {  # (method, budget, baseline) -> the largest ratio hoped for
@@ -31,6 +35,7 @@ class Setting:
     """`batch` prompts of `prompt` tokens, of which methods keep the share `budget`.
 
     pairs: timed blocks of each contestant, of `tokens` tokens each. prefills: timed passes over the prompt.
+    padded: rows are of different lengths, from half a prompt to a whole one, with padding on the left.
     together: so many methods take turns with each other, and their caches are in memory. threads: of the CPU.
     """
 
@@ -44,6 +49,7 @@ class Setting:
     pairs: int = 15
     tokens: int = 32
     prefills: int = 3
+    padded: bool = False
     together: int = 9
     threads: int | None = None
 
@@ -76,6 +82,11 @@ class Setting:
         }
 
 
+def method(name: str, budget: float):
+    """A registered method or one of `RAGGED`."""
+    return RAGGED[name](budget) if name in RAGGED else kvlib.method(name, budget=budget)
+
+
 def processor() -> str:
     """The CPU's name, as far as the system tells."""
     info = Path("/proc/cpuinfo")
@@ -90,8 +101,13 @@ SETTINGS = {
     "smollm2-1.8k-bf16": replace(SMOL, dtype="bfloat16"),
     "llama-32k": LLAMA,
     "llama-8k-x8": replace(LLAMA, prompt=8192, batch=8),
+    "llama-8k-x8-ragged": replace(LLAMA, prompt=8192, batch=8, methods=(FULL, "snapkv", *RAGGED)),
+    "llama-8k-x8-padded": replace(LLAMA, prompt=8192, batch=8, padded=True, methods=(FULL, "snapkv", "h2o")),
     "llama-128k": replace(LLAMA, prompt=131_072, methods=(FULL, "streaming_llm", "h2o", "snapkv"), together=1),
     "tiny": Setting("tiny", "cpu", "float32", 64, 0.5, pairs=3, tokens=2, prefills=1, threads=1),
 }
 # On a CPU float32, because bfloat16 took 1.5 times as long to decode where both were tried, with AVX-512 BF16 too.
-DEFAULT = {"cpu": ["smollm2-1.8k"], "cuda": ["llama-32k", "llama-8k-x8", "llama-128k"]}
+DEFAULT = {
+    "cpu": ["smollm2-1.8k"],
+    "cuda": ["llama-32k", "llama-8k-x8", "llama-128k", "llama-8k-x8-ragged", "llama-8k-x8-padded"],
+}
