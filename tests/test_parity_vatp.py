@@ -34,7 +34,7 @@ def watched(name, budget=0.5, **arguments):
 
     class Watched(kvlib.METHODS[name]):
         def score(self, view):
-            view.run.__dict__.setdefault("ranked", []).append((view.state["attention"], view.positions))
+            view.run.__dict__.setdefault("ranked", []).append((view.state["attention"].clone(), view.positions.clone()))
             return super().score(view)
 
     return Watched(budget=budget, **arguments)

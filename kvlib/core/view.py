@@ -13,6 +13,8 @@ from kvlib.core.part import Part
 class View:
     """One layer after the new tokens were stored and before anything is evicted.
 
+    What it shows may lie in the cache itself, and is overwritten by later passes: copy what has to last longer.
+
     Attributes:
         query: `(batch, query_heads, new, head_dim)`, rotated; query_positions: `(batch, new)`, -1 = padding.
         key, value: rectangles `(batch, kv_heads, slots, head_dim)` of everything stored, decoded by the method when

@@ -147,7 +147,7 @@ def test_who_is_fed_token_by_token():
     assert one_by_one(kvlib.method("h2o", budget=0.9)) and not one_by_one(kvlib.method("h2o"))
     assert one_by_one(kvlib.method("streaming_llm", budget=4))
     assert one_by_one(OwnAttention()) and one_by_one(Ids())
-    assert not one_by_one(Full()) and not one_by_one(SnapKV(budget=0.5)) and not one_by_one(Method(1.0))
+    assert not one_by_one(Full()) and not one_by_one(SnapKV(budget=0.5)) and not one_by_one(Method())
 
 
 @pytest.mark.parametrize("name", ["full", "snapkv", "h2o"])

@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         study = STUDIES[name]
         if arguments.verify is not None:
             count = samples_to_recompute(study, arguments.verify)
-            agreement = verification.verify(name, study, count, arguments.seed)
+            agreement = verification.verify(name, study, count, arguments.seed, arguments.processes)
             print(f"{name}: {agreement:.1%} of the rows of {count} recomputed samples agree")
         elif arguments.rekey is not None:
             count = samples_to_recompute(study, arguments.rekey)
-            changed, old = verification.rekey(name, study, count, arguments.seed)
+            changed, old = verification.rekey(name, study, count, arguments.seed, arguments.processes)
             print(f"{name}: all rows of {count} recomputed samples agree; {changed} rows have new keys, {old} old ones")
         else:
             print(f"{len(making.make(name, study, arguments.block, arguments.processes))} rows in {name}.parquet")

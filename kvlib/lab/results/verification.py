@@ -3,6 +3,7 @@
 A sample is that of one model and task, with all configurations of the study, which share its prefill.
 """
 
+import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -24,7 +25,7 @@ ROUNDING = 2e-4  # of bits per character, which another CPU or a GPU adds up in 
 AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
 
 
-def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
+def verify(name: str, study: Study, samples: int, seed: int = 0, processes: int = 1) -> float:
     """Recompute so many samples, with all configurations; the share of rows that agree.
 
     They are drawn by seed from those of all models and tasks (`draw`).
@@ -35,10 +36,10 @@ def verify(name: str, study: Study, samples: int, seed: int = 0) -> float:
     table = read(paths.RESULTS / f"{name}.parquet")
     if len(current(table, keys(study))) < len(table):
         raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
-    return compare(table, recompute(study, draw(study, samples, seed), Loader()))
+    return compare(table, recompute(study, draw(study, samples, seed), Loader(), processes))
 
 
-def rekey(name: str, study: Study, samples: int, seed: int = 0) -> tuple[int, int]:
+def rekey(name: str, study: Study, samples: int, seed: int = 0, processes: int = 1) -> tuple[int, int]:
     """Give rows today's keys, if every row of so many recomputed samples is what the table records.
 
     For changes that move keys but no values: of how keys are made, or of code that computes the same in another way.
@@ -51,7 +52,7 @@ def rekey(name: str, study: Study, samples: int, seed: int = 0) -> tuple[int, in
     path = paths.RESULTS / f"{name}.parquet"
     with owner(name):
         table, wanted = read(path), keys(study)
-        again = recompute(study, draw(study, samples, seed), Loader())
+        again = recompute(study, draw(study, samples, seed), Loader(), processes)
         agreement = compare(table, again)
         if agreement < 1:
             raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")
@@ -77,16 +78,23 @@ def draw(study: Study, count: int, seed: int) -> list[tuple[str, str, int]]:
     return drawn[:count]
 
 
-def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable) -> pd.DataFrame:
+def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable, processes: int = 1) -> pd.DataFrame:
     """The rows of these samples; `load(model)` gives a model and its tokenizer, and is called once after another."""
     numbers = defaultdict(list)
     for model, task, sample in sorted(drawn):
         numbers[model, task].append(sample)
-    return pd.concat(
-        evaluate.evaluate(
-            *load(model), study.configurations, task, study.length, samples, name=model, protocol=study.protocol
-        )
-        for (model, task), samples in numbers.items()
+    cells = [(study, model, task, samples, load) for (model, task), samples in numbers.items()]
+    if processes == 1:
+        return pd.concat(map(recompute_cell, cells))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pd.concat(pool.imap(recompute_cell, sorted(cells, key=lambda c: tasks.find(c[2]).metric == "exact")))
+
+
+def recompute_cell(cell: tuple) -> pd.DataFrame:
+    """The rows of a model and task's samples."""
+    study, model, task, samples, load = cell
+    return evaluate.evaluate(
+        *load(model), study.configurations, task, study.length, samples, name=model, protocol=study.protocol
     )
 
 
