@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: they run on the CPU, slowly
+
 # Timings vary too much on shared machines for deadlines. Examples follow from the test alone, so that a failure in one
 # place is a failure everywhere; the deep tier sets its own numbers of examples.
 hypothesis.settings.register_profile("kvlib", deadline=None, derandomize=True, database=None, print_blob=True)

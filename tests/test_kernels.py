@@ -1,4 +1,4 @@
-"""The GPU paths against their references; all need a CUDA device and are skipped without one."""
+"""The GPU paths against their references: kernels in Triton's interpreter where there is no GPU (`conftest.py`)."""
 
 import pytest
 import tiny
@@ -7,9 +7,53 @@ import torch
 import kvlib
 from kvlib.core import attention, part
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytest.importorskip("triton")
+
+from kvlib.kernels import column_sums, rows
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
 
 
+# Kernels
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of rows of padding, whose sum is not used
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)],  # the interpreter knows no bfloat16 dot
+)
+@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (6, 2, 24)])
+@pytest.mark.parametrize("new, slots", [(2, 2), (63, 63), (64, 130), (70, 70)])
+def test_the_kernel_s_column_sums_are_those_of_the_blocked_pass(new, slots, heads, kv_heads, dim, dtype):
+    torch.manual_seed(new + slots)
+    query = (2 * torch.randn(2, heads, new, dim, device=DEVICE)).to(dtype)
+    key = (2 * torch.randn(2, kv_heads, slots, dim, device=DEVICE)).to(dtype)
+    query_positions = torch.arange(slots - new, slots, device=DEVICE).expand(2, new).clone()
+    query_positions[1, : new // 3] = -1  # padding comes first
+    key_positions = torch.arange(slots, device=DEVICE).expand(2, kv_heads, slots).clone()
+    key_positions[0, -1, : slots // 4] = -1  # and one head has evicted
+    places = query_positions, key_positions
+    exact = attention.column_sums(query.double(), key.double(), *places, 0.3)
+    got = column_sums.column_sums(query, key, *places, 0.3)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("count, taken, dim", [(1, 1, 1), (300, 1000, 24), (70, 33, 128), (9, 0, 64)])
+def test_the_kernel_takes_rows_as_indexing_does(count, taken, dim, dtype):
+    torch.manual_seed(count + dim)
+    flat = (100 * torch.randn(count, 2 * dim, device=DEVICE)).to(dtype)
+    index = torch.randint(count, (2 * taken,), device=DEVICE)[::2]
+    for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
+        assert torch.equal(rows.take(source, index), source[index])
+
+
+# Where they are used
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (8, 2, 64), (6, 2, 24)])
 @pytest.mark.parametrize("new, slots", [(2, 2), (63, 63), (64, 200), (257, 257), (130, 500)])
@@ -21,6 +65,7 @@ def test_column_sums_equal_the_blocked_pass(new, slots, heads, kv_heads, dim, dt
     torch.testing.assert_close(attention.column_sums(query, key).double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@on_gpu
 def test_column_sums_with_padding_and_holes():
     torch.manual_seed(0)
     new, slots = 100, 150
@@ -36,22 +81,25 @@ def test_column_sums_with_padding_and_holes():
     torch.testing.assert_close(got[1].sum(-1), torch.full((2, 2), 30.0, device="cuda"))
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
-@pytest.mark.parametrize("rows, count, dim", [(1, 1, 1), (300, 1000, 24), (5000, 4097, 32), (70, 33, 128), (9, 0, 64)])
-def test_taking_rows_is_indexing(rows, count, dim, dtype):
-    torch.manual_seed(rows + dim)
-    flat = (100 * torch.randn(rows, 2 * dim, device="cuda")).to(dtype)
-    index = torch.randint(rows, (2 * count,), device="cuda")[::2]
+@pytest.mark.parametrize("count, taken, dim", [(300, 1000, 24), (5000, 4097, 32)])
+def test_taking_rows_is_indexing(count, taken, dim, dtype):
+    torch.manual_seed(count + dim)
+    flat = (100 * torch.randn(count, 2 * dim, device="cuda")).to(dtype)
+    index = torch.randint(count, (2 * taken,), device="cuda")[::2]
     for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
         assert torch.equal(part.take(source, index), source[index])
 
 
+@on_gpu
 def test_taking_rows_keeps_gradients():
     flat = torch.randn(5, 4, device="cuda", requires_grad=True)
     part.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
     assert flat.grad.sum(1).tolist() == [4, 0, 0, 8, 0]
 
 
+@on_gpu
 @pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (8, 2, 64)])
 @pytest.mark.parametrize("new, slots", [(1, 200), (257, 257), (130, 500)])
 def test_eviction_errors_equal_those_in_float64(new, slots, heads, kv_heads, dim):
@@ -82,6 +130,7 @@ methods = pytest.mark.parametrize(
 )
 
 
+@on_gpu
 @methods
 def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(method):
     model = tiny.build("llama-gqa", torch.float32)
@@ -89,6 +138,7 @@ def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(method):
     assert outcome(model.cuda(), method, "cuda") == expected
 
 
+@on_gpu
 @methods
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_a_model_spread_over_two_gpus(method):
