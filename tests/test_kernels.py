@@ -5,7 +5,7 @@ import tiny
 import torch
 
 import kvlib
-from kvlib.core import attention, part
+from kvlib.core import attention, layout
 
 pytest.importorskip("triton")
 
@@ -89,13 +89,13 @@ def test_taking_rows_is_indexing(count, taken, dim, dtype):
     flat = (100 * torch.randn(count, 2 * dim, device="cuda")).to(dtype)
     index = torch.randint(count, (2 * taken,), device="cuda")[::2]
     for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
-        assert torch.equal(part.take(source, index), source[index])
+        assert torch.equal(layout.take(source, index), source[index])
 
 
 @on_gpu
 def test_taking_rows_keeps_gradients():
     flat = torch.randn(5, 4, device="cuda", requires_grad=True)
-    part.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
+    layout.take(flat, torch.tensor([3, 3, 0], device="cuda")).sum().backward()
     assert flat.grad.sum(1).tolist() == [4, 0, 0, 8, 0]
 
 

@@ -1,1 +1,1 @@
-"""Optional GPU paths, for CUDA builds of torch, which bring Triton. Each names the reference that it must agree with."""
+"""Optional GPU paths, for CUDA builds of torch, which bring Triton. Each names the reference it must agree with."""

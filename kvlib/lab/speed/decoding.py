@@ -217,7 +217,10 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if any(number is not None and number < 1 for number in (given.pairs, given.tokens)):
         parser.error("--pairs and --tokens are whole numbers >= 1")
-    command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if argv is None else argv)])
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--out" in words:  # where the table went is nobody's business
+        del words[words.index("--out") : words.index("--out") + 2]
+    command = shlex.join([*parser.prog.split(), *words])
     methods = tuple(dict.fromkeys(given.methods)) if given.methods else None
     changes = {"methods": methods, "pairs": given.pairs, "tokens": given.tokens}
     for name in ["tiny"] if given.tiny else given.settings:
