@@ -7,6 +7,7 @@ import tokenize
 from functools import cache
 
 import numpy as np
+import properties
 import pytest
 import tiny
 import torch
@@ -283,6 +284,17 @@ def test_renumbering_is_blind_to_how_far_the_stream_has_come():
                 for ids in (short, long)
             )
         assert torch.allclose(first, second, rtol=0, atol=1e-9) == renumber
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5])
+@pytest.mark.parametrize("first", [1, 2, 9])
+def test_streaming_moves_its_sinks_and_nothing_else(budget, first):
+    """Against rotation of everything to its rank, also where sinks have to give way and slots are used anew."""
+    model, method = tiny.model("llama-gqa"), kvlib.method("streaming_llm", budget=budget, sinks=4)
+    passes = [tiny.tokens(1, length, seed=i) for i, length in enumerate((first, 1, 1, 1, 1, 3, 1, 1))]
+    logits, visible = properties.teacher_forced(model, method, passes)
+    ranked = properties.masked_logits(model, torch.cat(passes, dim=1), visible, properties.frequencies(model, method))
+    torch.testing.assert_close(logits, ranked, rtol=0, atol=1e-10)
 
 
 def test_streaming_keeps_a_recent_token_whatever_the_sinks():
