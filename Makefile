@@ -51,6 +51,7 @@ lint: $(INSTALLED)  ## check style and format of modules and notebooks
 
 bench: $(INSTALLED)  ## measure decoding speed on this machine against stock transformers (minutes; best on an idle machine)
 	$(PYTHON) -m kvlib.lab.speed.decoding
+	$(PYTHON) -m kvlib.lab.speed.summary
 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default

@@ -7,6 +7,7 @@ import pandas as pd
 import kvlib
 from kvlib.lab import checks
 from kvlib.lab.results import summaries
+from kvlib.lab.speed import summary
 from kvlib.paths import RESULTS, ROOT
 
 
@@ -14,6 +15,11 @@ def test_readme_opens_with_what_the_table_says():
     readme = (ROOT / "README.md").read_text()
     finding = summaries.finding(pd.read_parquet(RESULTS / "00_kv_cache.parquet"))
     assert finding in " ".join(readme.split()), f"README should say: {finding}"
+
+
+def test_readme_s_table_of_speed_is_that_of_the_measurements():
+    readme = (ROOT / "README.md").read_text()
+    assert summary.written(readme, pd.read_csv(RESULTS / "decoding_speed.csv")) == readme
 
 
 def test_readme_code_runs(monkeypatch, capsys):
