@@ -8,8 +8,8 @@ import torch
 
 import kvlib
 from kvlib.lab.speed import decoding
-from kvlib.lab.speed.decoding import Contestant, compared, main, measure, take_turns, write
-from kvlib.lab.speed.settings import FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED
+from kvlib.lab.speed.decoding import Captured, Contestant, compared, main, measure, take_turns, write
+from kvlib.lab.speed.settings import CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED
 
 TINY = SETTINGS["tiny"]
 
@@ -185,4 +185,20 @@ def test_arguments_that_cannot_work(arguments, tmp_path, capsys):
 
 def test_targets_are_those_of_methods_that_are_measured():
     methods = {name for setting in SETTINGS.values() for name in setting.methods}
-    assert {method for method, _, _ in WANTED} == methods - {*RAGGED} <= {*kvlib.METHODS}
+    assert {method for method, _, _ in WANTED} <= methods
+    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED}} <= {*kvlib.METHODS}
+
+
+def test_captured_steps_decode_the_same():
+    """A contestant whose steps are captured goes through the same tokens as one whose steps are not."""
+    torch.manual_seed(0)
+    model, ids = TINY.build(), torch.randint(64, (1, 64))
+    for name in ("full", "h2o", "snapkv"):
+        method = kvlib.method(name, budget=1.0 if name == FULL else 0.5)
+        ends = []
+        for cls, steps in ((Contestant, 1 + 8), (Captured, 4 + 5)):
+            contestant = cls(model, ids, Clock(), method)
+            contestant.read()
+            contestant.decode(steps - (1 if cls is Contestant else 4))
+            ends.append((contestant.seen, contestant.next.tolist(), contestant.run.stored_bytes()))
+        assert ends[0] == ends[1]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.speed.settings import DEFAULT, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, Setting, method
+from kvlib.lab.speed.settings import CAPTURED, DEFAULT, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, Setting, method
 
 LIMIT = 30.0  # seconds of decoding for each method; later turns are left out, but for the first two
 IDENTITY = ("setting", "device", "method")  # a measurement replaces the rows of an earlier one with the same
@@ -85,12 +85,32 @@ class Contestant:
         self.seen += ids.shape[1]
 
 
+class Captured(Contestant):
+    """A method whose steps are captured anew for every block; the first four, which make ready, are not timed."""
+
+    def decode(self, tokens: int) -> float:
+        with self._applied():
+            self._step(self.next)
+            with self.run.capture(tokens + 3) as step:
+                for _ in range(3):
+                    self.next = step(self.next).argmax(-1, keepdim=True)
+                begin = self.clock()
+                for _ in range(tokens):
+                    self.next = step(self.next).argmax(-1, keepdim=True)
+                seconds = (self.clock() - begin) / tokens
+        self.seen += tokens + 3
+        return seconds
+
+
 def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[], float]) -> list[dict]:
     """Rows of the methods `names`, measured in turn with each other and with their baselines."""
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), device=setting.device)
     mask = left_padding(setting).to(ids.device) if setting.padded else None
-    methods = {name: method(name, 1.0 if name == FULL else setting.budget) for name in names}
-    contestants = {name: Contestant(model, ids, clock, x, mask) for name, x in ({STOCK: None} | methods).items()}
+    methods = {name: method(name, setting.budget) for name in names}
+    contestants = {
+        name: (Captured if name.endswith(CAPTURED) else Contestant)(model, ids, clock, x, mask)
+        for name, x in ({STOCK: None} | methods).items()
+    }
     prefills = [{name: x.read() for name, x in contestants.items()} for _ in range(setting.prefills)]
     held = {name: x.length for name, x in contestants.items()}
     for contestant in contestants.values():
@@ -208,7 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=DEFAULT[device], help="default: %(default)s")
     parser.add_argument(
-        "--methods", nargs="+", choices=[*kvlib.METHODS, *RAGGED], metavar="METHOD", help="default: the setting's"
+        "--methods",
+        nargs="+",
+        choices=[*kvlib.METHODS, *RAGGED, *(name + CAPTURED for name in kvlib.METHODS)],
+        metavar="METHOD",
+        help="default: the setting's",
     )
     parser.add_argument("--pairs", type=int, help="timed blocks of each contestant; default: the setting's")
     parser.add_argument("--tokens", type=int, help="tokens in a timed block; default: the setting's")

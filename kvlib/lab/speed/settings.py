@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import kvlib
 from kvlib.lab.speed.ragged import PerHead, Threshold
 
+CAPTURED = ", captured"  # behind a method's name: its steps are replayed as a CUDA graph
 RAGGED = {cls.name: cls for cls in (PerHead, Threshold)}  # heads of different lengths, beside the registered methods
 STOCK, SAME, FULL = "stock", "stock at the same length", "full"  # the baselines
 AT_THE_END, IN_DECODE = ("snapkv", "pyramidkv"), ("streaming_llm", "h2o", "tova", "vatp")  # when they evict
@@ -83,8 +84,11 @@ class Setting:
 
 
 def method(name: str, budget: float):
-    """A registered method or one of `RAGGED`."""
-    return RAGGED[name](budget) if name in RAGGED else kvlib.method(name, budget=budget)
+    """A registered method, to be captured or not, or one of `RAGGED`; the full cache whatever the budget."""
+    if name in RAGGED:
+        return RAGGED[name](budget)
+    name = name.removesuffix(CAPTURED)
+    return kvlib.method(name, budget=1.0 if name == FULL else budget)
 
 
 def processor() -> str:
@@ -101,6 +105,9 @@ SETTINGS = {
     "smollm2-1.8k-bf16": replace(SMOL, dtype="bfloat16"),
     "llama-32k": LLAMA,
     "llama-8k-x8": replace(LLAMA, prompt=8192, batch=8),
+    "llama-8k-x8-captured": replace(
+        LLAMA, prompt=8192, batch=8, methods=tuple(name + CAPTURED for name in (FULL, "snapkv", *IN_DECODE))
+    ),
     "llama-8k-x8-ragged": replace(LLAMA, prompt=8192, batch=8, methods=(FULL, "snapkv", *RAGGED)),
     "llama-8k-x8-padded": replace(LLAMA, prompt=8192, batch=8, padded=True, methods=(FULL, "snapkv", "h2o")),
     "llama-128k": replace(LLAMA, prompt=131_072, methods=(FULL, "streaming_llm", "h2o", "snapkv"), together=1),
@@ -109,5 +116,12 @@ SETTINGS = {
 # On a CPU float32, because bfloat16 took 1.5 times as long to decode where both were tried, with AVX-512 BF16 too.
 DEFAULT = {
     "cpu": ["smollm2-1.8k"],
-    "cuda": ["llama-32k", "llama-8k-x8", "llama-128k", "llama-8k-x8-ragged", "llama-8k-x8-padded"],
+    "cuda": [
+        "llama-32k",
+        "llama-8k-x8",
+        "llama-128k",
+        "llama-8k-x8-captured",
+        "llama-8k-x8-ragged",
+        "llama-8k-x8-padded",
+    ],
 }
