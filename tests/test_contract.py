@@ -143,6 +143,26 @@ def test_a_repeated_pass_scores_by_what_it_looks_at():
             assert run.kept(layer)[0, head].tolist() == best.tolist()
 
 
+def test_a_cache_whose_finish_failed_cannot_be_continued():
+    """Half of its layers may be compressed; the error comes through, and the model is as it was."""
+
+    class Failing(throwaway.Repeated):
+        def finish(self, run):
+            super().finish(run)
+            raise ArithmeticError("half-way")
+
+    model, ids = tiny.model(), tiny.tokens(1, 20)
+    with Failing(6)(model) as run:
+        with pytest.raises(ArithmeticError, match="half-way"):
+            model(ids)
+        assert run.step is None and not run.cache.memo.open
+        with pytest.raises(ValueError, match="interrupted half-way"):
+            model(ids[:, :1], past_key_values=run.cache)
+    with throwaway.Repeated(6)(model) as run:
+        model(ids)
+        assert not run.cache.interrupted and run.longest == 20  # of the prompt, not of the pass that was forgotten
+
+
 # Readers
 
 

@@ -46,7 +46,7 @@ class Report:
     def state_bytes(self) -> int:
         """Bytes of everything else the cache holds: positions, scores, norms, waiting queries, counts."""
         cache = self._filled()
-        own = [cache.tokens, cache.prompt_tokens, cache.ends, *cache.notes.values()]
+        own = [cache.tokens, cache.prompt_tokens, cache.ends, *filter(torch.is_tensor, cache.notes.values())]
         return storage_bytes([*own, *(x for layer in cache.layers for x in layer.tensors())])
 
     def full_bytes(self) -> int:

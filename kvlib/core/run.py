@@ -167,14 +167,10 @@ class Run(Report):
         if given is not None and given.ndim != 2:
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
-        on_host = given is not None and given.device.type == "cpu"
-        if (
-            (on_host or not step.decoding)
-            and given is not None
-            and bool(((given != step.positions) & (step.positions >= 0)).any())
-        ):
+        looked_at = given is not None and (given.device.type == "cpu" or not step.decoding)  # as masks are
+        if looked_at and bool(((given != step.positions) & (step.positions >= 0)).any()):
             raise ValueError(POSITIONS)
-        kwargs["position_ids"] = step.positions.clamp(min=0) if not step.complete else step.positions
+        kwargs["position_ids"] = step.positions if step.complete else step.positions.clamp(min=0)
         self._begin(step)
         for layer in cache.layers:
             layer.accepting = True
@@ -194,8 +190,8 @@ class Run(Report):
             step.probing, step.ends_prompt, step.prompt_tokens = True, False, cache.prompt_tokens
         return step
 
-    def _begin(self, step: Step) -> None:
-        if not (step.decoding or step.probing):
+    def _begin(self, step: Step, again: bool = False) -> None:
+        if not (step.decoding or step.probing or again):
             self.cache.notes = {}
         self.cache.memo.open = True
         self.step, self.longest = step, int(step.tokens.max())
@@ -205,9 +201,14 @@ class Run(Report):
             return
         for layer in self.cache.layers:
             layer.accepting = False
-        self.cache.interrupted = output is None  # which is what a hook gets after an exception
-        if output is not None:
-            self._end(self.step)
+        try:
+            if output is not None:  # which is what a hook gets after an exception
+                self._end(self.step)
+                self.cache.interrupted = False
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self.step = None
         self.cache.memo.close()
 
@@ -277,19 +278,19 @@ class Run(Report):
             ids: `(batch, new)`, -1 = padding, which must come first.
         """
         step, cache = self.step, self.cache
-        before = cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps
+        before = cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps, cache.interrupted
         lengths = [layer.tail.lengths for layer in cache.layers]
         mask = ids >= 0
         self._probing, columns, self._prompt_columns = True, self._prompt_columns, None
-        cache.interrupted = False
+        cache.interrupted = False  # but for the method that is finishing
         try:
             self.model(input_ids=ids.clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True)
         finally:
             self._probing, self._prompt_columns = False, columns
         for layer, length in zip(cache.layers, lengths):
             layer.tail.truncate(length)
-        cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps = before
-        self.step, cache.memo.open = step, True
+        cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps, cache.interrupted = before
+        self._begin(step, again=True)
 
     def fork(self, snapshot) -> KVCache:
         """Start from a snapshot instead of a forward pass: a new cache in which this method has read the prompt.
@@ -306,8 +307,7 @@ class Run(Report):
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
             self.settle(self.store(module, query, key, value, scaling, 0.0))
         self._end(self.step)
-        self.step = None
-        self.cache.memo.close()
+        self._close()
         return self.cache
 
     def capture(self, room: int) -> CapturedStep:

@@ -20,7 +20,8 @@ class Step:
         index: 0 while the prompt is read, then 1, 2, ... for the tokens decoded after it.
         ends_prompt: this pass brings the last tokens of the prompt.
         seen: columns seen after this pass, padding included.
-        positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding.
+        positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding. While decoding
+            the next pass overwrites them.
         stored: `positions` as they are stored, int32.
         counts: `(batch,)` on the CPU, real tokens of this pass. complete: none of its columns is padding.
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
