@@ -103,7 +103,7 @@ def well_formed(run) -> None:
         most += part.lengths.numel() * ROOM * entry
         flats = (*part.fields.values(), *part.state.values(), part.positions)
         assert all(len(flat) == part.capacity.sum() for flat in flats)
-        assert (part.positions >= 0).sum() == part.lengths.sum() * part.size  # what is not held has no position
+        assert (part.position_rectangle() >= 0).sum() == part.lengths.sum() * part.size  # nothing else is seen
     kv, everything = tiny.audit(run.cache)
     assert run.stored_bytes() == stored
     assert run.allocated_bytes() == kv <= stored + most

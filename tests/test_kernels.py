@@ -5,11 +5,11 @@ import tiny
 import torch
 
 import kvlib
-from kvlib.core import attention, layout
+from kvlib.core import attention, layout, part
 
 pytest.importorskip("triton")
 
-from kvlib.kernels import column_sums, rows
+from kvlib.kernels import column_sums, rows, weakest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -48,6 +48,27 @@ def test_the_kernel_takes_rows_as_indexing_does(count, taken, dim, dtype):
     index = torch.randint(count, (2 * taken,), device=DEVICE)[::2]
     for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
         assert torch.equal(rows.take(source, index), source[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("batch, heads, slots, size", [(1, 1, 1, 1), (2, 3, 7, 9), (1, 2, 1500, 1564), (2, 1, 2048, 2048)])
+def test_the_kernel_evicts_what_the_reference_does(batch, heads, slots, size, dtype):
+    torch.manual_seed(slots)
+    positions = torch.stack([torch.randperm(size) for _ in range(batch * heads)]).int().to(DEVICE)
+    positions[:, :slots].masked_fill_(torch.rand(batch * heads, slots, device=DEVICE) < 0.1, -1)  # empty slots
+    positions[:, slots - 1] = size  # but not all
+    seen = positions[:, :slots].view(batch, heads, slots)
+    for score in (
+        torch.randint(3, (batch, heads, slots), device=DEVICE).to(dtype),  # ties
+        torch.randn(batch, slots, heads, device=DEVICE, dtype=dtype).mT,
+        torch.randn(batch, 1, slots, device=DEVICE, dtype=dtype).expand(batch, heads, slots),
+        torch.full((batch, heads, slots), torch.inf, device=DEVICE, dtype=dtype),  # all protected
+    ):
+        slot = part.weakest(score.masked_fill(seen < 0, torch.inf), seen).flatten()
+        want = torch.arange(batch * heads, device=DEVICE) * size + slot
+        marked = positions.clone()
+        assert torch.equal(weakest.retire(score, marked.flatten(), size), want)
+        assert torch.equal(marked.flatten(), positions.flatten().index_fill(0, want, -1))
 
 
 # Where they are used

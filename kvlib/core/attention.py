@@ -3,6 +3,7 @@
 Pure mathematics: nothing here stores, evicts or knows of a model.
 """
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -73,12 +74,17 @@ def weights(query, key, key_positions=None, scaling=None) -> torch.Tensor:
         exact = {"out_dtype": dtype}  # products of halves are exact in float32, and no key is converted
     else:
         query, keys, exact = query.to(dtype), keys.to(dtype), {}
-    nothing = torch.empty(1, 1, 1, dtype=dtype, device=query.device)
-    logits = torch.baddbmm(nothing, query, keys, beta=0, alpha=scaling, **exact)
+    logits = torch.baddbmm(nothing(dtype, query.device), query, keys, beta=0, alpha=scaling, **exact)
     logits = logits.view(*key.shape[:2], -1, key.shape[2])
     if key_positions is not None:
         logits = logits.masked_fill(key_positions[:, :, None] < 0, -torch.inf)
     return logits.softmax(-1)
+
+
+@cache
+def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What `baddbmm` asks for and with beta=0 does not look at."""
+    return torch.zeros(1, 1, 1, dtype=dtype, device=device)
 
 
 def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:

@@ -86,7 +86,7 @@ class Layer(DynamicLayer):
             self.tail = Part(len(positions), heads, positions.device, memo=self.memo)
             self.is_initialized = True
         if counts is None:
-            self.tail.append_one(chunk, positions[:, None])
+            self.tail.append_one(chunk, positions)
         else:
             self.tail.append(chunk, positions[:, None], counts[:, None].expand(-1, heads))
 
@@ -114,6 +114,6 @@ class Layer(DynamicLayer):
     def tensors(self) -> list[torch.Tensor]:
         """Everything held beside keys and values."""
         inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.capacity)]
-        more = (x for part in self.parts for x in (part._lengths, part.hole, part.slot, part._starts))
+        more = (x for part in self.parts for x in (part._lengths, part.hole, part.slot, part._starts, part._last))
         inside += [x for x in more if x is not None]
         return [*inside, *self.rows.values(), *(self.queries or ()), *([] if self.reads is None else [self.reads])]

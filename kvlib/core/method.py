@@ -197,14 +197,11 @@ class Evictor(Budgeted):
         if not self.evicts:
             return
         if type(self).choose is Evictor.choose:  # lengths follow from budgets alone
-            lengths = torch.minimum(view.per_prompt("budgets", self.budgets), view.lengths)
-            if torch.equal(lengths, view.lengths):
+            excess = view.excess(view.per_prompt("budgets", self.budgets))
+            if excess == 0:
                 return
-            if view.step.decoding and torch.equal(lengths + 1, view.lengths):
-                score = self.score(view)
-                if not view.uniform:
-                    score = score.masked_fill(view.positions < 0, torch.inf)
-                view.layer.tail.retire(weakest(score, view.positions))
+            if excess == 1 and view.step.decoding:
+                view.layer.tail.retire_weakest(self.score(view))
                 return
         view.layer.keep(*self.choose(view))
 
@@ -255,15 +252,6 @@ def highest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -
     found = positions.expand_as(score).gather(-1, order) >= 0
     inside = torch.arange(order.shape[-1], device=order.device) < count[:, None, None].to(order.device)
     return order.where(found & inside, -1)
-
-
-def weakest(score: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The slot of the lowest score in each segment, `(batch, heads)`; of equal ones that of the latest token.
-
-    Slots may be in any order. Empty ones have to have a score of infinity.
-    """
-    lowest = score <= score.amin(-1, keepdim=True)
-    return positions.where(lowest, -1).argmax(-1)
 
 
 def register(name: str):

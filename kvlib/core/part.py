@@ -61,7 +61,7 @@ class Part:
         self.positions = torch.empty((0, size) if size > 1 else 0, dtype=torch.int32, device=device)
         self.hole = self.slot = None
         self.vacant, self.ordered, self.intact = False, True, True
-        self._room = 0
+        self._room = self._ahead = 0
         self._resize(torch.zeros(batch, kv_heads, dtype=torch.int64))
 
     def _resize(self, lengths: torch.Tensor, capacity: torch.Tensor | None = None) -> None:
@@ -69,7 +69,7 @@ class Part:
         self._lengths = lengths
         self.capacity = lengths if capacity is None else capacity
         self.shape = tuple(lengths.shape)
-        self._starts = None
+        self._starts, self._last, self._ahead, self._coming = None, None, 0, {}
         # as numbers, because looking into tensors takes longer than a small step allows
         self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
         self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
@@ -102,14 +102,23 @@ class Part:
     def rectangle(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor as a rectangle; no copy if segments are equal."""
         if self.uniform:
-            whole, used = self._whole(flat), self._used
-            return whole if used == self._size else whole.narrow(2, 0, used)
+            return self._slots(flat, 0, self._used)
         index, _ = self._plan(slots, self.extent, self.capacity)
         return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
         return flat.view(*self.shape, self._size, *flat.shape[1:])
+
+    def _slots(self, flat: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """`count` slots of every segment of equal ones, `(batch, kv_heads, count, ...)`."""
+        if flat.requires_grad:
+            return self._whole(flat).narrow(2, first, count)
+        (batch, heads), size, (unit, *rest) = self.shape, self._size, flat.stride()
+        start = flat.storage_offset() + first * unit  # in one operation: two take longer than a small step allows
+        return flat.as_strided(
+            (batch, heads, count, *flat.shape[1:]), (heads * size * unit, size * unit, unit, *rest), start
+        )
 
     @property
     def _used(self) -> int:
@@ -147,6 +156,11 @@ class Part:
             self.memo[key] = function(*arguments, device)
         return self.memo[key]
 
+    @property
+    def each(self) -> int | None:
+        """Tokens that every segment holds, if it is the same number."""
+        return self._held * self.size if self.uniform else None
+
     # Writing
 
     def append(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, counts: torch.Tensor, skip=None) -> None:
@@ -159,8 +173,9 @@ class Part:
             skip: `(batch, kv_heads)` on the CPU, entries of the chunk before the first real one; by default padding
                 comes first, `new - counts`.
         """
-        if positions.shape[2] == 1 and bool((counts == 1).all()):
-            self.append_one(chunk, positions)
+        if positions.shape[1:3] == (1, 1) and bool((counts == 1).all()):
+            self._ahead = 0  # these need not be the next of the text
+            self._add(chunk, positions[:, 0], follows=False)
         else:
             self._append(chunk, positions, counts, skip)
 
@@ -180,43 +195,82 @@ class Part:
         self._room = 0
 
     def append_one(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
-        """`append` of one entry for every segment, in place."""
+        """`append` of the next token of every row, in place.
+
+        Args:
+            chunk: field -> `(batch, kv_heads, 1, ...)`.
+            positions: `(batch, 1)`, the same in all heads. While tokens come one at a time each is one more than the
+                last, so that they are written once for all the room there is.
+        """
+        at = self._held - self._size
+        if self._held >= self._ahead or any(x.requires_grad for x in chunk.values()):
+            self._add(chunk, positions, follows=True)
+            return
+        for name, x in chunk.items():
+            self._coming[name][at].copy_(x)
+        self.intact = True
+        self.count(1)
+
+    def _add(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, follows: bool) -> None:
+        """One entry more for every segment, with `positions` `(batch, 1)` or, of groups, `(batch, 1, size)`."""
         if not len(self.positions) or any(x.requires_grad for x in chunk.values()):
             # there is no form yet, or writing in place would break the graph of a pass with gradients
-            self._append(chunk, positions, torch.ones(self.shape, dtype=torch.int64))
+            self._append(chunk, positions[:, None], torch.ones(self.shape, dtype=torch.int64))
             return
         self.intact = True
-        full = self._held == self._size if self.uniform else bool((self.lengths == self.capacity).any())
-        if full and not self.vacant and self.slot is None:
-            self._room = min(ROOM, 2 * self._room or 1)
-            self.reserve(self._room)
-        index = None
-        if self.uniform and not self.vacant and self.slot is None:
-
-            def write(flat, x):
-                self._whole(flat).narrow(2, self._held, 1).copy_(x)
+        if self.vacant or self.slot is not None or not self.uniform:
+            self._last = self._next()
+            self._write_at(self._last, chunk, positions)
         else:
-            if self.vacant:
-                index, self.ordered = self.hole, False
-            else:
-                index = self._flat(self._plan(on_device, self.lengths) if self.slot is None else self.slot)
-
-            def write(flat, x):
-                flat.index_copy_(0, index, x.flatten(0, 2))
-
-            positions = positions.to(self.positions.device, torch.int32).expand(*self.shape, *positions.shape[2:])
-        for name, x in chunk.items():
-            write(self.fields[name], x)
-        write(self.positions, positions)
-        for flat in self.state.values():
-            if index is None:
-                self._whole(flat).narrow(2, self._held, 1).zero_()
-            else:
-                flat.index_fill_(0, index, 0)
+            self._last = None
+            if self._held == self._size:
+                self._grow()
+                if follows:
+                    self._lay_out(positions)
+            for name, x in chunk.items():
+                self._slots(self.fields[name], self._held, 1).copy_(x)
+            for flat in self.state.values():
+                self._slots(flat, self._held, 1).zero_()
+            self._slots(self.positions, self._held, 1).copy_(positions[:, None])
         if self.slot is not None and not self.vacant:
             self.slot.add_(1)
         self.vacant = False
         self.count(1)
+
+    def _grow(self) -> None:
+        """Room for tokens that come one at a time: one entry, then four times as many, up to `ROOM`."""
+        self._room = min(ROOM, 4 * self._room or 1)
+        self.reserve(self._room)
+
+    def _lay_out(self, positions: torch.Tensor) -> None:
+        """Prepare the room for tokens that follow each other: their positions, and where their fields go."""
+        room = self._size - self._held
+        coming = torch.arange(room, dtype=torch.int32, device=positions.device) + positions
+        self._slots(self.positions, self._held, room).copy_(coming[:, None])
+        self._coming = {
+            name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()
+        }
+        self._ahead = self._size
+
+    def _next(self) -> torch.Tensor:
+        """Where in the flat tensors the next entry of each segment goes, `(segments,)`."""
+        if self.vacant:
+            self.ordered = False
+            return self.hole
+        if self.slot is not None:
+            return self._flat(self.slot)
+        if bool((self.lengths == self.capacity).any()):
+            self._grow()
+        return self._flat(self._plan(on_device, self.lengths))
+
+    def _write_at(self, index: torch.Tensor, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+        for name, x in chunk.items():
+            self.fields[name].index_copy_(0, index, x.flatten(0, 2))
+        positions = positions.to(self.positions.device, torch.int32)[:, None]
+        positions = positions.expand(*self.shape, *positions.shape[2:])
+        self.positions.index_copy_(0, index, positions.flatten(0, 2))
+        for flat in self.state.values():
+            flat.index_fill_(0, index, 0)
 
     def count(self, change: int) -> None:
         """Every segment holds so many entries more."""
@@ -266,10 +320,19 @@ class Part:
             unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
             self.positions.masked_fill_(unused, -1)
 
+    def set_last(self, name: str, values: torch.Tensor) -> None:
+        """Set `state[name]` of the entries appended last, `(batch, kv_heads, 1, ...)`, where segments are equal."""
+        flat = self.state[name]
+        if self._last is None:
+            self._slots(flat, self._held - 1, 1).copy_(values)
+        else:
+            flat.index_copy_(0, self._last, values.flatten(0, 2))
+
     def put(self, flats: dict[str, torch.Tensor], name: str, rectangle: torch.Tensor) -> None:
         """Set `flats[name]`, of `fields` or `state`, from a rectangle: in place if its form is as before."""
         flat = flats.get(name)
         if flat is None or flat.shape[1:] != rectangle.shape[3:] or flat.dtype != rectangle.dtype:
+            self._ahead = 0
             flat = flats[name] = rectangle.new_zeros(int(self.capacity.sum()), *rectangle.shape[3:])
         if self.uniform:
             target = self.rectangle(flat)
@@ -305,14 +368,38 @@ class Part:
         self._resize(lengths)
         self.vacant, self.intact, self._room = False, False, 0
 
+    def retire_weakest(self, score: torch.Tensor) -> None:
+        """Evict the entry of the lowest score from every segment: the next one appended takes its place.
+
+        Args:
+            score: `(batch, kv_heads, slots)`; of equal ones the latest goes. Empty slots may hold anything.
+        """
+        if score.is_cuda and self.uniform and self.size == 1:
+            from kvlib.kernels import weakest as kernel  # Triton is there with CUDA builds of torch only
+
+            self._check_hole()
+            self._leave(kernel.retire(score, self.positions, self._size))
+        else:
+            positions = self.position_rectangle()
+            if not self.dense:
+                score = score.masked_fill(positions < 0, torch.inf)
+            self.retire(weakest(score, positions))
+
     def retire(self, slot: torch.Tensor) -> None:
         """Evict the entry in `slot` `(batch, kv_heads)` of every segment: the next one appended takes its place."""
-        if self.vacant:
-            raise RuntimeError("one entry at a time: nothing was appended since the last one was evicted")
+        self._check_hole()
         index = self._flat(slot)
         self.positions.index_fill_(0, index, -1)
+        self._leave(index)
+
+    def _check_hole(self) -> None:
+        if self.vacant:
+            raise RuntimeError("one entry at a time: nothing was appended since the last one was evicted")
+
+    def _leave(self, index: torch.Tensor) -> None:
+        """The entries at `index` `(segments,)` in the flat tensors have gone."""
         self.hole = index if self.slot is None else self.hole.copy_(index)  # captured, it stays where it is
-        self.vacant, self.intact, self.ordered = True, False, False
+        self.vacant, self.intact, self.ordered, self._ahead = True, False, False, 0
         self.count(-1)
 
     def truncate(self, lengths: torch.Tensor) -> None:
@@ -355,3 +442,12 @@ class Part:
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct storages behind `tensors`."""
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def weakest(score: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The slot of the lowest score in each segment, `(batch, heads)`; of equal ones that of the latest token.
+
+    Slots may be in any order. Empty ones have to have a score of infinity.
+    """
+    lowest = score <= score.amin(-1, keepdim=True)
+    return positions.where(lowest, -1).argmax(-1)

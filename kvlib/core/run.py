@@ -9,6 +9,7 @@ import inspect
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvlib.core import support
@@ -38,10 +39,24 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.longest)
+    if run.step.decoding and run.idle:
+        layer = run.cache.layers[module.layer_idx]
+        if layer.tail.dense and layer.body is None:
+            return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
     view = run.store(module, query, key, value, scaling, dropout)
     output = run.method.attend(view)
     run.settle(view)
     return output, None
+
+
+def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Tensor:
+    """What `forward` comes to for a decoded token that the method leaves alone, where no slot is hidden.
+
+    No view is opened, which would take as long as everything else here.
+    """
+    tail.append_one({"key": key, "value": value}, step.positions.to(key.device))
+    key, value = (tail.rectangle(tail.fields[name]) for name in ("key", "value"))
+    return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
 
 
 AttentionInterface.register(NAME, forward)
@@ -55,6 +70,7 @@ class Run(Report):
     Everything is undone when the block ends; what the run reports describes its latest cache and stays valid.
 
     Attributes:
+        idle: the method leaves decoded tokens alone.
         prepared: what the method's `prepare` has made of the model; there as long as the block is open.
         step: the forward pass that is going on, None between passes.
     """
@@ -64,6 +80,8 @@ class Run(Report):
         self.method, self.model = method, model
         self.modules = support.attention_modules(model)
         self.encodes = method.hooks("encode") or method.hooks("decode")
+        looks = any(map(method.hooks, ("encode", "decode", "before_layer", "attend", "observe", "finish")))
+        self.idle = not (looks or method.evicts_in_decode)
         self.prepared = None
         self.step: Step | None = None
         self.longest = 0  # tokens of the longest row in this pass
@@ -152,7 +170,8 @@ class Run(Report):
         use_cache = kwargs.get("use_cache")
         if use_cache is False or (use_cache is None and not model.config.get_text_config().use_cache):
             raise ValueError("use_cache=False leaves nothing to compress")
-        if kwargs.get("output_attentions", model.config.output_attentions):
+        weights = kwargs.get("output_attentions")
+        if model.config.output_attentions if weights is None else weights:
             raise ValueError("output_attentions: inside the block attention weights are never held as a whole")
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
@@ -217,14 +236,14 @@ class Run(Report):
         step.view = None  # it holds keys that were just evicted, and in a cycle they would wait for the collector
         cache = self.cache
         cache.seen, cache.tokens, cache.prompt_tokens = step.seen, step.tokens, step.prompt_tokens
-        if step.decoding:
-            cache.ends.add_(1)  # in place, so that a captured step counts on
-        else:
-            cache.ends = step.ends[:, None].clone()
         if not step.probing and self.method.hooks("finish"):
             with torch.no_grad():
                 self.method.finish(self)
             step.view = None
+        if step.decoding:
+            cache.ends.add_(1)  # in place, so that a captured step counts on; these are the step's positions
+        else:
+            cache.ends = step.ends[:, None].clone()
 
     # In a layer
 

@@ -29,8 +29,8 @@ class Snapshot:
     def step(self) -> Step:
         """The forward pass that read the prompt, to be replayed."""
         seen, counts = self.positions.shape[1], self.counts
-        ends, complete = counts.to(self.positions.device), bool((counts == seen).all())
-        return Step(0, True, seen, self.positions, counts, counts, counts, ends, complete, sums=self.sums)
+        complete = bool((counts == seen).all())
+        return Step(0, True, seen, self.positions, counts, counts, counts, complete, sums=self.sums)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One forward pass: which tokens it brings, and whether they are read or decoded."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -22,11 +23,9 @@ class Step:
         seen: columns seen after this pass, padding included.
         positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding. While decoding
             the next pass overwrites them.
-        stored: `positions` as they are stored, int32.
         counts: `(batch,)` on the CPU, real tokens of this pass. complete: none of its columns is padding.
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
             (while a prompt is read: so far).
-        ends: `(batch,)` on the device: `tokens` once more.
         probing: the tokens of this pass will be forgotten (`Run.probe`).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
         shared: free space for what a method carries from layer to layer. Slots of one layer mean nothing in another
@@ -43,7 +42,6 @@ class Step:
     counts: torch.Tensor
     tokens: torch.Tensor
     prompt_tokens: torch.Tensor
-    ends: torch.Tensor
     complete: bool
     probing: bool = False
     columns: torch.Tensor | None = None
@@ -52,8 +50,15 @@ class Step:
     starts: dict = field(default_factory=dict)
     view: "object | None" = None
 
-    def __post_init__(self):
-        self.stored = self.positions.to(torch.int32)
+    @cached_property
+    def stored(self) -> torch.Tensor:
+        """`positions` as they are stored, int32."""
+        return self.positions.to(torch.int32)
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """`(batch,)` on the device: `tokens` once more."""
+        return self.tokens.to(self.positions.device) if self.index == 0 else self.positions[:, 0] + 1
 
     @property
     def decoding(self) -> bool:
@@ -79,7 +84,6 @@ def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
         counts=torch.ones(batch, dtype=torch.int64),
         tokens=cache.tokens + 1,
         prompt_tokens=cache.prompt_tokens,
-        ends=positions[:, 0] + 1,
         complete=True,
     )
 
@@ -122,7 +126,6 @@ def reading_step(
         counts=real.sum(1),
         tokens=tokens,
         prompt_tokens=tokens,
-        ends=tokens.to(inputs.device),
         complete=bool(real.all()),
     )
 

@@ -38,7 +38,6 @@ class View:
         self.run, self.module, self.step = run, module, run.step
         self.new_key, self.new_value = key, value
         self.query, self.scaling, self.dropout = query, scaling, dropout
-        self.query_positions = run.step.positions.to(key.device)
         self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
@@ -56,6 +55,14 @@ class View:
     def incomplete(self) -> bool:
         """Does the tail hold less than all tokens of some row?"""
         return self.layer.tail.holds_less(self.tokens, self.run.longest)
+
+    @property
+    def device(self) -> torch.device:
+        return self.new_key.device
+
+    @cached_property
+    def query_positions(self) -> torch.Tensor:
+        return self.step.positions.to(self.device)
 
     # What is stored
 
@@ -110,9 +117,8 @@ class View:
 
     def remember(self, name: str, values: torch.Tensor) -> None:
         """Add `values` of this pass's tokens, `(batch, kv_heads, new, ...)` padding included, to `state[name]`."""
-        if self.step.decoding and self.step.complete and name in self.state:
-            fresh = self.arrived.view(*self.positions.shape, *[1] * (values.ndim - 3))
-            self.state[name] = torch.where(fresh, values, self.state[name])
+        if self.step.decoding and self.uniform and name in self.state:
+            self.layer.tail.set_last(name, values)
             return
         new, more = values.shape[2], values.shape[3:]
         column = (self.positions - self.per_row(self.step.ends) + new).clamp(0, new - 1)  # padding comes first
@@ -241,6 +247,13 @@ class View:
 
     # Numbers per row
 
+    def excess(self, budgets: torch.Tensor) -> int | None:
+        """Tokens beyond `budgets` `(batch, kv_heads)`, which follow from the prompt; None if heads differ in it."""
+        held, budget = self.layer.tail.each, self.per_prompt("budget", lambda view: common(budgets))
+        if self.layer.body is None and held is not None and budget is not None:  # no tensor is looked at
+            return max(0, held - budget)
+        return common((self.lengths - budgets).clamp(min=0))
+
     def per_prompt(self, name: str, function):
         """`function(view)`, which follows from the prompt and the layer: worked out once, until the next prompt."""
         notes, place = self.run.cache.notes, (name, self.layer_idx)
@@ -250,18 +263,17 @@ class View:
 
     def on_device(self, x: torch.Tensor) -> torch.Tensor:
         """A small CPU tensor that follows from the prompt, on the view's device: copied there once per prompt."""
-        device = self.query_positions.device
-        if x.device == device:
+        if x.device == self.device:
             return x
-        place = (device, x.dtype, x.shape, x.numpy().tobytes())
+        place = (self.device, x.dtype, x.shape, x.numpy().tobytes())
         notes = self.run.cache.notes
         if place not in notes:
-            notes[place] = x.to(device)
+            notes[place] = x.to(self.device)
         return notes[place]
 
     def per_row(self, x: torch.Tensor) -> torch.Tensor:
         """`x` `(batch,)` or `(batch, kv_heads)` of any device, to be compared with slots: `(batch, heads or 1, 1)`."""
-        x = self.on_device(x) if x.device.type == "cpu" else x.to(self.query_positions.device)
+        x = self.on_device(x) if x.device.type == "cpu" else x.to(self.device)
         return x[:, None, None] if x.ndim == 1 else x[:, :, None]
 
     def protect(self, score: torch.Tensor, first=0, last=0) -> torch.Tensor:
@@ -281,7 +293,13 @@ class View:
 
     def _start(self, last) -> torch.Tensor:
         """The position of the first of the `last` tokens, to be compared with slots; the same for many layers."""
-        place = (self.query_positions.device, last.numpy().tobytes() if torch.is_tensor(last) else last)
+        if torch.is_tensor(last):  # the same object at every step; in most layers the same number for all rows
+            notes = self.run.cache.notes
+            if last not in notes:
+                one = common(last)
+                notes[last] = last if one is None else one
+            last = notes[last]
+        place = (self.device, last)
         if place not in self.step.starts:
             ends = self.per_row(self.step.ends)
             self.step.starts[place] = ends - (self.per_row(last) if torch.is_tensor(last) else last)
@@ -305,3 +323,9 @@ class View:
             self.run.clamped[name] = per_row
             self.run.clamped_rows = self.run.clamped_rows | (changed if changed.ndim == 1 else changed.any(1))
         return inside
+
+
+def common(x: torch.Tensor) -> int | None:
+    """The value that all elements of a CPU tensor have, or None."""
+    first = int(x.flatten()[0])
+    return first if bool((x == first).all()) else None
