@@ -51,7 +51,9 @@ def test_the_kernel_takes_rows_as_indexing_does(count, taken, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("batch, heads, slots, size", [(1, 1, 1, 1), (2, 3, 7, 9), (1, 2, 1500, 1564), (2, 1, 2048, 2048)])
+@pytest.mark.parametrize(
+    "batch, heads, slots, size", [(1, 1, 1, 1), (2, 3, 7, 9), (1, 2, 1500, 1564), (2, 1, 2048, 2048)]
+)
 def test_the_kernel_evicts_what_the_reference_does(batch, heads, slots, size, dtype):
     torch.manual_seed(slots)
     positions = torch.stack([torch.randperm(size) for _ in range(batch * heads)]).int().to(DEVICE)

@@ -247,9 +247,7 @@ class Part:
         room = self._size - self._held
         coming = torch.arange(room, dtype=torch.int32, device=positions.device) + positions
         self._slots(self.positions, self._held, room).copy_(coming[:, None])
-        self._coming = {
-            name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()
-        }
+        self._coming = {name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()}
         self._ahead = self._size
 
     def _next(self) -> torch.Tensor:

@@ -12,9 +12,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _retire(
-    SCORE, POSITIONS, INDEX, heads, slots, size, row_stride, head_stride, slot_stride, BLOCK: tl.constexpr
-):
+def _retire(SCORE, POSITIONS, INDEX, heads, slots, size, row_stride, head_stride, slot_stride, BLOCK: tl.constexpr):
     segment = tl.program_id(0)
     score = SCORE + (segment // heads).to(tl.int64) * row_stride + (segment % heads) * head_stride
     positions = POSITIONS + segment.to(tl.int64) * size
