@@ -114,8 +114,8 @@ class Blocks:
         if frame not in (None, frames[-1]):
             owner = self.runs[frames.index(frame)]
             raise RuntimeError(
-                f"this call comes out of the block of {owner.method!r}, but that of {self.runs[-1].method!r} was opened "
-                "later on the same model and is still open: close it first, or give each a model of its own"
+                f"this call comes out of the block of {owner.method!r}, but that of {self.runs[-1].method!r} was "
+                "opened later on the same model and is still open: close it first, or give each a model of its own"
             )
 
 

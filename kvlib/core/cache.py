@@ -141,8 +141,8 @@ class KVCache(Cache):
         row, column = (int(i) for i in differs.nonzero()[0])
         place = int(real[row, : before + column].sum())
         raise ValueError(
-            f"the text is not the one that the cache holds: token {place} of row {row} was {int(read[row, column])} when "
-            f"it was read and is {int(ids[row, column])} now; start without past_key_values"
+            f"the text is not the one that the cache holds: token {place} of row {row} was {int(read[row, column])} "
+            f"when it was read and is {int(ids[row, column])} now; start without past_key_values"
         )
 
     @classmethod

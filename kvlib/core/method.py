@@ -160,8 +160,8 @@ class Evictor(Budgeted):
         budget: what is kept. A float in (0, 1] is a fraction of the row's real tokens at the end of its latest prompt
             or document, per KV head; an integer is tokens per KV head. 1.0 never evicts.
 
-    With `evicts_in_decode` it returns after every decoded token, and once after a question to a document (`Run.ask`), to
-    the budgets that were fixed by the prompt.
+    With `evicts_in_decode` it returns after every decoded token, and once after a question about a document
+    (`Run.ask`), to the budgets that were fixed by the prompt.
     """
 
     @property

@@ -264,7 +264,7 @@ class Part:
             self._whole(self.positions)[:, :, used:] = -1
         else:
             unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
-            self.positions.masked_fill_(unused, -1)
+            self.positions.T.masked_fill_(unused, -1)  # of groups all places
 
     def put(self, flats: dict[str, torch.Tensor], name: str, rectangle: torch.Tensor) -> None:
         """Set `flats[name]`, of `fields` or `state`, from a rectangle: in place if its form is as before."""

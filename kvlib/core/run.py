@@ -22,6 +22,7 @@ from kvlib.core.residual import shorten
 from kvlib.core.step import Step, check_mask, decode_step, reading_step
 from kvlib.core.view import View
 
+
 def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """The attention function that transformers calls: store, attend, observe, compress.
 
@@ -155,8 +156,9 @@ class Run(Report):
     def ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **arguments):
         """Answer a question about the document that was read, from a copy of its cache.
 
-        The document stays as it is, so that no question knows of another. Nothing is evicted while the question is read;
-        methods that evict while decoding return to the document's budgets after it, and after each token of the answer.
+        The document stays as it is, so that no question knows of another. Nothing is evicted while the question is
+        read; methods that evict while decoding return to the document's budgets after it, and after each token of the
+        answer.
 
         Args:
             input_ids, attention_mask: the question, `(batch, tokens)`, padded on the left: a row for each row of the
@@ -172,14 +174,15 @@ class Run(Report):
         """
         self._require_open()
         if self.document is None:
-            missing = "call `run.read` without `more` for its end" if self._unended is not None else "call `run.read` first"
+            missing = (
+                "call `run.read` without `more` for its end" if self._unended is not None else "call `run.read` first"
+            )
             raise RuntimeError(f"there is no document to ask about: {missing}")
         _check_text("question", input_ids, attention_mask)
         rows, tokens = len(input_ids), self.document.tokens
         if len(tokens) not in (1, rows):
             raise ValueError(
-                f"{rows} questions about {len(tokens)} documents: repeat the rows of one of them, so that each question "
-                "has its document"
+                f"{rows} questions about {len(tokens)} documents: repeat rows, so that each question has its document"
             )
         question = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         before = torch.arange(self.document.seen) >= self.document.seen - tokens[:, None]  # its padding came first
@@ -274,8 +277,8 @@ class Run(Report):
             self._unclamp(len(inputs))
         elif len(inputs) != len(cache.tokens):
             raise ValueError(
-                f"{len(inputs)} rows, but the cache has {len(cache.tokens)}; beams and num_return_sequences repeat rows, "
-                "and those of a cache only by `cache.batch_repeat_interleave(repeats)`"
+                f"{len(inputs)} rows, but the cache has {len(cache.tokens)}; num_beams and num_return_sequences repeat "
+                "those of a prompt, for a cache do it before: `cache.batch_repeat_interleave(repeats)`"
             )
         self.cache = kwargs["past_key_values"] = cache
         check_mask(mask, len(inputs), inputs.shape[1])
@@ -329,8 +332,8 @@ class Run(Report):
             self._compress_early()
         if self._held() + new > window:
             raise ValueError(
-                f"{new} new tokens and {self._held()} that are stored exceed the model's window of {window}: read a prompt "
-                "in smaller chunks (`prefill_chunk_size`), keep less, or ask a shorter question"
+                f"{new} new tokens and {self._held()} that are stored exceed the model's window of {window}: read a "
+                "prompt in smaller chunks (`prefill_chunk_size`), keep less, or ask a shorter question"
             )
 
     def _held(self) -> int:

@@ -167,9 +167,10 @@ class Scissorhands(H2O):
     """Persistence of importance (Liu et al., 2305.17118), in the simplified form of the VATP authors (2406.12335).
 
     Score: attention from the prompt's last 400 queries, divided by 400 however few they are, plus, with weight 1, that
-    from every query since, of questions to a document or decoded; summed over the query heads of a group. The last 10 tokens stay, the other
-    2 x int(budget / 2 x prompt) - 10 (of a whole number b: b - 10) are the highest scores outside them. As in H2O the
-    next query sees all of these and itself, and eviction goes on at every decode step.
+    from every query since, of decoded tokens or of a question about a document; summed over the query heads of a group.
+    The last 10 tokens stay, the other 2 x int(budget / 2 x prompt) - 10 (of a whole number b: b - 10) are the highest
+    scores outside them. As in H2O the next query sees all of these and itself, and eviction goes on at every decode
+    step.
 
     This is their code and not the paper, which counts how often a token falls below average attention. Departures from
     the code: sums per row of the batch, in float32; of budgets of less than 11 tokens one is heavy (theirs fails below
