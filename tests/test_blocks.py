@@ -1,4 +1,4 @@
-"""Several blocks on one model, several threads, copies: right tokens or one clear error, and in the end a stock model."""
+"""Several blocks on one model, threads, copies: right tokens or one clear error, and in the end a stock model."""
 
 import copy
 import pickle
