@@ -66,6 +66,7 @@ class Run(Report):
         super().__init__()
         self.method, self.model = method, model
         self.modules = support.attention_modules(model)
+        self.short_rotation = support.short_rotation(model)
         self.encodes = method.hooks("encode") or method.hooks("decode")
         self.prepared = None
         self.document: KVCache | None = None
@@ -286,6 +287,12 @@ class Run(Report):
         if given is not None and given.ndim != 2:
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
+        if cache is self._answering and self.short_rotation is not None:
+            if int(cache.prompt_tokens.max()) <= self.short_rotation < int(step.tokens.max()):
+                raise ValueError(
+                    f"the model turns all keys anew beyond {self.short_rotation} tokens, and those of a shorter "
+                    "document are stored already: give `generate` the document and the question as one prompt"
+                )
         looked_at = given is not None and (given.device.type == "cpu" or not step.decoding)  # as masks are
         if looked_at and bool(((given != step.positions) & (step.positions >= 0)).any()):
             raise ValueError(POSITIONS)
