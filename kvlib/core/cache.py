@@ -114,18 +114,22 @@ class KVCache(Cache):
         if tokens > self.ids.shape[1]:
             self.ids = F.pad(self.ids, (0, tokens - self.ids.shape[1]), value=-1)
 
-    def check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None, pad: int | None = None) -> None:
         """Compare the text that `generate` is given with the one that was read.
 
         Args:
             ids: `(batch, columns)`, the end of the text if `mask` `(batch, all columns)` is longer. Rows may be fewer
-                than those of the cache, which then holds several of each, as beams do.
+                than those of the cache, which then holds several of each, as beams do. pad: the id that stands for
+                padding if there is no mask.
 
         Raises:
             ValueError: naming the first token that is another one. Nothing is compared if the mask does not have the
                 tokens that were read, which is another error.
         """
-        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+        if mask is None:
+            padded = pad is not None and not bool((self.tokens == self.seen).all())
+            mask = ids != pad if padded else torch.ones_like(ids)
+        mask = mask.to(ids.device)
         if len(self.tokens) % len(ids):
             return
         repeats = len(self.tokens) // len(ids)

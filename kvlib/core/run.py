@@ -226,7 +226,7 @@ class Run(Report):
                 f"{columns} columns, but the cache has seen {seen}: pass all ids, or new ones with a mask over all"
             )
         if isinstance(cache, KVCache) and cache.seen and ids is not None:
-            cache.check_ids(ids, mask)
+            cache.check_ids(ids, mask, option("pad_token_id"))
         with self._blocks.during_generate():
             self._prompt_columns = columns
             try:
