@@ -1,11 +1,10 @@
-"""`python -m kvlib`: a one-minute demonstration, the list of methods, and generation from a file."""
+"""`python -m kvlib`: a one-minute demonstration, the list of methods, and generation from a file or about one."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
 import kvlib
@@ -17,12 +16,20 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("demo", help="a needle found, lost and found again (the default)")
     commands.add_parser("list", help="the registered methods")
-    generate = commands.add_parser("generate", help="continue a prompt with a compressed cache")
+    generate = commands.add_parser(
+        "generate", help="continue a prompt, or ask about a document, with a compressed cache"
+    )
     generate.add_argument("--method", required=True, help="a name from `list`")
     generate.add_argument(
         "--budget", type=number, required=True, help="fraction in (0, 1], e.g. 0.3, or tokens, e.g. 256"
     )
-    generate.add_argument("--prompt-file", type=Path, required=True)
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt-file", metavar="FILE", help="a text to continue; - is standard input")
+    source.add_argument(
+        "--document", metavar="FILE", help="a text to compress once and to ask about; - is standard input"
+    )
+    generate.add_argument("--question", action="append", default=[], help="about the document; may be given repeatedly")
+    generate.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
     generate.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args(arguments)
@@ -70,7 +77,8 @@ def demonstrate() -> None:
     ]:
         method = kvlib.method(name, **arguments)
         with method(model) as run:
-            text = complete(model, tokenizer, inputs, len(tokenizer(task.answer, add_special_tokens=False).input_ids))
+            answer = tokenizer(task.answer, add_special_tokens=False).input_ids
+            text = complete(model.generate, tokenizer, inputs, len(answer))
         label = name + (f" (kernel {method.kernel})" if name == "snapkv" else "")
         verdict = "found" if correct(task, text) else "lost"
         print(f"{label:25} {method.budget:4.0%} {run.stored_bytes() / 2**20:6.2f} MiB   {text!r:9} {verdict}")
@@ -81,33 +89,80 @@ def demonstrate() -> None:
 
 
 def generate_text(options) -> None:
-    """Continue the file's text and report what was kept."""
+    """Continue a text, or answer questions about it, and report what was kept."""
+    if bool(options.document) != bool(options.question):
+        raise ValueError("--document and --question go together")
     method = kvlib.method(options.method, budget=options.budget)
-    prompt = options.prompt_file.read_text(encoding="utf-8")
+    name = options.document or options.prompt_file
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{'standard input' if name == '-' else name} is empty")
     model, tokenizer = kvlib.load(options.model)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if options.chat and tokenizer.chat_template is None:
+        raise ValueError(f"{options.model} has no chat template: leave --chat out")
+
+    def ids(text: str, begins: bool = True):
+        special = begins and not options.chat  # a template has its own
+        return tokenizer(text, add_special_tokens=special, return_tensors="pt").to(model.device)
+
     with method(model) as run:
         start = time.perf_counter()
-        text = complete(model, tokenizer, inputs, options.max_new_tokens)
+        if options.document:
+            document, questions = parts(tokenizer, text, options.question, options.chat)
+            inputs = ids(document)
+            run.read(**inputs)
+            kept = report(run)
+            answers = [complete(run.ask, tokenizer, ids(x, False), options.max_new_tokens) for x in questions]
+        else:
+            inputs = ids(message(tokenizer, text) if options.chat else text)
+            answers = [complete(model.generate, tokenizer, inputs, options.max_new_tokens)]
+            kept = report(run)
         seconds = time.perf_counter() - start
-    print(text)
-    layers = range(len(run.cache.layers))
-    kept = ", ".join(f"{(run.kept(layer) >= 0).sum((0, 2)).float().mean():.0f}" for layer in layers)
-    print(f"\nprompt tokens        {inputs.input_ids.shape[1]}", file=sys.stderr)
-    print(f"kept tokens by layer {kept} (mean over KV heads, generated ones included)", file=sys.stderr)
-    print(f"stored               {run.stored_bytes():,} of {run.full_bytes():,} bytes", file=sys.stderr)
-    if run.clamped:
-        print(
-            f"clamped              {', '.join(run.clamped)}: the prompt is too short for the method's settings",
-            file=sys.stderr,
-        )
+    print("\n\n".join(answers))
+    kind, included = ("document", "question and answer not") if options.document else ("prompt", "generated ones")
+    print(f"\n{kind} tokens".ljust(22) + f"{inputs.input_ids.shape[1]}", file=sys.stderr)
+    print(kept.format(included), file=sys.stderr)
     print(f"time                 {seconds:.2f} s", file=sys.stderr)
 
 
-@torch.no_grad()
-def complete(model, tokenizer, inputs, tokens: int) -> str:
+def report(run) -> str:
+    """What the run's latest cache keeps; what is included in it is left open."""
+    kept = [f"{(run.kept(i) >= 0).sum((0, 2)).float().mean():.0f}" for i in range(len(run.cache.layers))]
+    lines = [
+        f"kept tokens by layer {', '.join(kept)} (mean over KV heads, {{}} included)",
+        f"stored               {run.stored_bytes():,} of {run.full_bytes():,} bytes",
+    ]
+    if run.clamped:
+        too_short = "the text is too short for the method's settings"
+        lines.append(f"clamped              {', '.join(run.clamped)}: {too_short}")
+    return "\n".join(lines)
+
+
+def message(tokenizer, text: str) -> str:
+    """What the user says, in the model's chat template, up to where the answer begins."""
+    said = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+
+
+def parts(tokenizer, document: str, questions: list[str], chat: bool) -> tuple[str, list[str]]:
+    """A document, and each question with what stands before and after it, so that together they are one text.
+
+    Raises:
+        ValueError: for a chat template that puts a question elsewhere.
+    """
+    if not chat:
+        return document, [question if document.endswith("\n") else f"\n{question}" for question in questions]
+    texts = [message(tokenizer, f"{document}\n\n{question.strip()}") for question in questions]
+    cuts = [text.rfind(question.strip()) for text, question in zip(texts, questions, strict=True)]
+    before = texts[0][: cuts[0]]
+    if min(cuts) < 0 or any(not text.startswith(before) for text in texts):
+        raise ValueError("the chat template does not let questions follow one and the same document: leave --chat out")
+    return before, [text[len(before) :] for text in texts]
+
+
+def complete(generate, tokenizer, inputs, tokens: int) -> str:
     """The greedy continuation as text."""
-    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    out = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 

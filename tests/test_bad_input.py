@@ -493,6 +493,34 @@ def test_new_ids_without_a_mask_over_the_past():
             model.generate(tiny.tokens(1, 5), past_key_values=run.cache, **GREEDY)
 
 
+@pytest.mark.parametrize("arguments", [{"num_beams": 3}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_rows_that_a_cache_does_not_have(arguments):
+    """`generate` repeats the rows of a prompt, and leaves those of a cache alone."""
+    model = tiny.model()
+    with KNORM(model) as run:
+        turn = tiny.generate(model, run, [tiny.tokens(9)])
+        options = {"max_new_tokens": 2, "do_sample": False, **arguments}
+        with pytest.raises(ValueError, match="3 rows, but the cache has 1; num_beams and num_return_sequences repeat"):
+            model.generate(turn.ids, past_key_values=run.cache, **options)
+        run.cache.batch_repeat_interleave(3)
+        assert len(model.generate(turn.ids, past_key_values=run.cache, **options)) in (1, 3)
+
+
+def test_gradient_checkpointing():
+    model, ids = tiny.build("llama-gqa").train(), tiny.tokens(1, 9)
+    model.gradient_checkpointing_enable()
+    with KNORM(model) as run:
+        with pytest.raises(
+            ValueError, match="gradient checkpointing runs layers twice, .*gradient_checkpointing_disable"
+        ):
+            model(ids)
+        assert run.cache is None
+        model.eval()
+        model(ids)  # layers run once
+        model.train().gradient_checkpointing_disable()
+        model(ids)
+
+
 # What a prompt makes infeasible gives way, and says so
 
 

@@ -1,5 +1,6 @@
 """`python -m kvlib`: what each command prints, and the errors a user can mend."""
 
+import io
 import re
 import subprocess
 import sys
@@ -70,9 +71,86 @@ def test_what_the_prompt_forced_is_said(model, tmp_path, capsys):
     assert re.search("clamped +window", capsys.readouterr().err)
 
 
+def asked(model, method, document, questions, template=None, tokens=4):
+    """What the command should print: the stock way, by hand."""
+    language_model, tokenizer = kvlib.load(model)
+    read, *asked = [tokenizer(x, add_special_tokens=i == 0 and template is None, return_tensors="pt")
+                    for i, x in enumerate([document, *questions])]  # fmt: skip
+    with method(language_model) as run:
+        run.read(**read)
+        made = [run.ask(**x, max_new_tokens=tokens, do_sample=False)[0, x.input_ids.shape[1] :] for x in asked]
+    return [tokenizer.decode(x, skip_special_tokens=True) for x in made], run, read.input_ids.shape[1]
+
+
+@pytest.mark.parametrize("ends", ["", "\n"], ids=["without newline", "with newline"])
+def test_questions_about_a_document(model, tmp_path, capsys, ends):
+    text = "def half(x):\n    return x / 2\n\n\n" * 5 + "one = 1" + ends
+    (tmp_path / "document.py").write_text(text, encoding="utf-8")
+    options = f"--method snapkv --budget 0.5 --model {model} --max-new-tokens 4 --document {tmp_path}/document.py"
+    main(["generate", *options.split(), "--question", "two =", "--question", "def"])
+    out, err = capsys.readouterr()
+    joint = "" if ends else "\n"
+    made, run, tokens = asked(model, kvlib.method("snapkv", budget=0.5), text, [f"{joint}two =", f"{joint}def"])
+    assert out == "\n\n".join(made) + "\n"
+    assert int(re.search(r"document tokens +(\d+)", err)[1]) == tokens
+    assert f"kept tokens by layer {tokens // 2}, {tokens // 2} " in err  # of the document, whatever was asked
+
+
+CHAT = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}[end]{% endfor %}[answer]"
+
+
+@pytest.fixture
+def chat_model(model, tmp_path) -> str:
+    language_model, tokenizer = kvlib.load(model)
+    tokenizer.chat_template = CHAT
+    for thing in (language_model, tokenizer):
+        thing.save_pretrained(tmp_path / "chat")
+    return str(tmp_path / "chat")
+
+
+def test_questions_in_a_chat_template(chat_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a = 1\nb = 2\n"))
+    options = f"--method full --budget 1.0 --model {chat_model} --max-new-tokens 4 --chat --document -"
+    main(["generate", *options.split(), "--question", "b = ", "--question", "a ="])
+    questions = ["b =[end][answer]", "a =[end][answer]"]
+    made, *_ = asked(chat_model, kvlib.method("full"), "<s>[user]a = 1\nb = 2\n\n\n", questions, CHAT)
+    assert capsys.readouterr().out == "\n\n".join(made) + "\n"
+
+
+def test_a_prompt_in_a_chat_template_from_standard_input(chat_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a = 1\n"))
+    main(f"generate --method full --budget 1.0 --model {chat_model} --max-new-tokens 4 --chat --prompt-file -".split())
+    language_model, tokenizer = kvlib.load(chat_model)
+    inputs = tokenizer("<s>[user]a = 1[end][answer]", add_special_tokens=False, return_tensors="pt")
+    made = language_model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    assert capsys.readouterr().out == tokenizer.decode(made, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content | upper }}", "{{ messages[0].content[::-1] }}"])
+def test_chat_templates_that_a_document_cannot_be_cut_out_of(chat_model, prompt, template):
+    tokenizer = kvlib.load(chat_model)[1]
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(chat_model)
+    options = f"--method full --budget 1.0 --model {chat_model} --chat --document {prompt}"
+    with pytest.raises(SystemExit, match="the chat template does not let questions follow one and the same document"):
+        main(["generate", *options.split(), "--question", "abc", "--question", "bcd"])
+
+
+@pytest.mark.parametrize("source", ["--prompt-file", "--document"])
+def test_an_empty_text_is_named(model, tmp_path, monkeypatch, source):
+    (tmp_path / "empty.txt").touch()
+    question = ["--question", "why"] * (source == "--document")
+    for name, said in ((f"{tmp_path}/empty.txt", f"{tmp_path}/empty.txt"), ("-", "standard input")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        with pytest.raises(SystemExit, match=f"^kvlib: {re.escape(said)} is empty$"):
+            main(["generate", "--method", "knorm", "--budget", "0.5", "--model", model, source, name, *question])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--question why", "--document and --question go together"),
+        ("--chat", "has no chat template: leave --chat out"),
         ("--method snapvk --budget 0.5", "unknown method 'snapvk'; did you mean 'snapkv'?"),
         ("--method snapkv --budget 1.5", "budget=1.5: a fraction in (0, 1] or a whole number of tokens >= 1"),
         ("--method snapkv --budget 0.5 --model minilm-none", "no shipped model 'minilm-none'"),
@@ -81,7 +159,8 @@ def test_what_the_prompt_forced_is_said(model, tmp_path, capsys):
 )
 def test_errors_are_one_line(arguments, message, prompt, model):
     with pytest.raises(SystemExit, match=re.escape(message)) as error:
-        main(["generate", "--prompt-file", prompt, "--model", model, *arguments.split()])
+        common = ["--prompt-file", prompt, "--model", model, "--method", "knorm", "--budget", "0.5"]
+        main(["generate", *common, *arguments.split()])
     assert str(error.value).startswith("kvlib: ") and "\n" not in str(error.value)
 
 

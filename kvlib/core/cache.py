@@ -1,12 +1,14 @@
 """The packed cache: a transformers cache of `Layer`s, filled by one method."""
 
+import copy
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvlib.core.layer import Layer
-from kvlib.core.part import Memo, Part
+from kvlib.core.part import ROOM, Memo, Part
 
 
 class KVCache(Cache):
@@ -18,6 +20,8 @@ class KVCache(Cache):
         tokens: `(batch,)` int64 on the CPU, real tokens seen per row, evicted ones included; None before the first.
         prompt_tokens: the same at the end of the latest prompt.
         ends: `(batch, 1)` int64 on the device: `tokens` once more, the position of the next token.
+        ids: `(batch, >= tokens)` int32 on the device, which token stands at each position, -1 where embeddings were
+            passed and in room that is not yet used. They are never evicted.
         steps: decode passes since the latest prompt.
         memo: what follows from lengths alone, for all layers of a pass.
         interrupted: the latest forward pass did not end, so that layers may hold different tokens.
@@ -32,7 +36,7 @@ class KVCache(Cache):
 
     def _forget(self) -> None:
         self.seen = self.steps = 0
-        self.tokens = self.prompt_tokens = self.ends = None
+        self.tokens = self.prompt_tokens = self.ends = self.ids = None
         self.interrupted = False
         self.notes: dict = {}
 
@@ -77,11 +81,73 @@ class KVCache(Cache):
             return
         rows = rows.cpu()
         self.tokens, self.prompt_tokens = self.tokens[rows], self.prompt_tokens[rows]
-        self.ends, self.notes = self.ends[rows.to(self.ends.device)], {}
+        on_device = rows.to(self.ends.device)
+        self.ends, self.ids, self.notes = self.ends[on_device], self.ids[on_device], {}
         for part in self.parts():
             part.select(rows)
         for layer in self.layers:
             layer.select_rows(rows)
+
+    def copy(self) -> "KVCache":
+        """A cache of its own memory that holds the same; layers that share a body share the copy of it."""
+        return copy.deepcopy(self, {id(self.method): self.method})
+
+    # Which tokens these are
+
+    def note_ids(self, ids: torch.Tensor | None, step) -> None:
+        """Note the ids `(batch, new)` of a pass, None for embeddings. For decoded tokens nothing waits for a device."""
+        if self.ids is None:
+            self.ids = step.stored.new_empty(len(step.stored), 0)
+        longest = int(step.tokens.max())
+        if longest > self.ids.shape[1]:
+            self.reserve_ids(longest + (ROOM if step.decoding else 0))
+        if ids is None:
+            return
+        if step.complete:
+            self.ids.scatter_(1, step.positions, ids.to(torch.int32))
+        else:
+            row, column = (step.positions >= 0).nonzero(as_tuple=True)
+            self.ids[row, step.positions[row, column]] = ids[row, column].to(torch.int32)
+
+    def reserve_ids(self, tokens: int) -> None:
+        """Make room for the ids of so many tokens in all."""
+        if tokens > self.ids.shape[1]:
+            self.ids = F.pad(self.ids, (0, tokens - self.ids.shape[1]), value=-1)
+
+    def check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None, pad: int | None = None) -> None:
+        """Compare the text that `generate` is given with the one that was read.
+
+        Args:
+            ids: `(batch, columns)`, the end of the text if `mask` `(batch, all columns)` is longer. Rows may be fewer
+                than those of the cache, which then holds several of each, as beams do. pad: the id that stands for
+                padding if there is no mask.
+
+        Raises:
+            ValueError: naming the first token that is another one. Nothing is compared if the mask does not have the
+                tokens that were read, which is another error.
+        """
+        if mask is None:
+            padded = pad is not None and not bool((self.tokens == self.seen).all())
+            mask = ids != pad if padded else torch.ones_like(ids)
+        mask = mask.to(ids.device)
+        if len(self.tokens) % len(ids):
+            return
+        repeats = len(self.tokens) // len(ids)
+        before = mask.shape[1] - ids.shape[1]
+        real = mask[:, : self.seen].bool().repeat_interleave(repeats, dim=0)
+        if before >= self.seen or not torch.equal(real.sum(1).cpu(), self.tokens):
+            return
+        ids = ids[:, : self.seen - before].repeat_interleave(repeats, dim=0)
+        read = self.ids.to(ids.device).gather(1, (real.cumsum(1) - 1).clamp(min=0))[:, before:]
+        differs = ((read != ids) & (read >= 0) & real[:, before:]).cpu()
+        if not bool(differs.any()):
+            return
+        row, column = (int(i) for i in differs.nonzero()[0])
+        place = int(real[row, : before + column].sum())
+        raise ValueError(
+            f"the text is not the one that the cache holds: token {place} of row {row} was {int(read[row, column])} "
+            f"when it was read and is {int(ids[row, column])} now; start without past_key_values"
+        )
 
     @classmethod
     def adopt(cls, cache: Cache | None, layers: int, method) -> "KVCache":

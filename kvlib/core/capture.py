@@ -84,7 +84,8 @@ class CapturedStep:
         return all(tail.vacant for tail in self._tails()) if method.evicts and method.evicts_in_decode else True
 
     def _make_static(self) -> None:
-        """Layers that grow get their room, and all a slot that is counted on the device."""
+        """Layers that grow and token ids get their room, and all layers a slot that is counted on the device."""
+        self.cache.reserve_ids(int(self.cache.tokens.max()) + self.room + 1)
         for tail in self._tails():
             if tail.slot is None:
                 if not tail.vacant:

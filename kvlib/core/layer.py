@@ -51,7 +51,8 @@ class Layer(DynamicLayer):
         """
         if not self.accepting:
             raise RuntimeError(
-                "this cache was filled by kvlib and can only be continued inside a `with method(model)` block"
+                "this cache was filled by kvlib and can only be continued inside a `with method(model)` block "
+                "(a streamer, too, has to be read to its end inside)"
             )
         self.accepting = False
         return key_states, value_states

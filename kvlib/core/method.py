@@ -41,6 +41,8 @@ class Method:
         window: how many of the prompt's last queries `view.column_sums(last=...)` may ask for.
         weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
             evicted, attention is then computed from these weights, instead of by a kernel that does not tell them.
+        renumbers: tokens are read by their place among those that are kept, so that the model's window limits what is
+            stored and not how long the text is. Must be able to choose what to keep without queries.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.
     """
 
@@ -48,6 +50,7 @@ class Method:
     text_order = False
     window = 0
     weighs = False
+    renumbers = False
     own_prefill = False
 
     def __call__(self, model) -> Run:
@@ -106,7 +109,8 @@ class Method:
         """Look at every forward pass of every layer after its attention: the place to accumulate `view.state`."""
 
     def compress(self, view: View) -> None:
-        """At the end of a prompt, and after every decoded token if `evicts_in_decode`: make the layer smaller.
+        """At the end of a prompt, and if `evicts_in_decode` after every decoded token and at the end of every question
+        (`Run.ask`): make the layer smaller.
 
         `view.layer` offers `keep`, the parts' `append`, `put` and `retire`, and a `body` beside the `tail`.
         """
@@ -153,10 +157,11 @@ class Evictor(Budgeted):
     """A method that keeps the tokens with the highest scores.
 
     Args:
-        budget: what is kept. A float in (0, 1] is a fraction of the row's real tokens at the end of its latest prompt,
-            per KV head; an integer is tokens per KV head. 1.0 never evicts.
+        budget: what is kept. A float in (0, 1] is a fraction of the row's real tokens at the end of its latest prompt
+            or document, per KV head; an integer is tokens per KV head. 1.0 never evicts.
 
-    With `evicts_in_decode` it returns after every decoded token to the budgets that were fixed by the prompt.
+    With `evicts_in_decode` it returns after every decoded token, and once after a question about a document
+    (`Run.ask`), to the budgets that were fixed by the prompt.
     """
 
     @property

@@ -316,7 +316,7 @@ class Part:
             self._whole(self.positions)[:, :, used:] = -1
         else:
             unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
-            self.positions.masked_fill_(unused, -1)
+            self.positions[unused] = -1  # of groups all places
 
     def set_last(self, name: str, values: torch.Tensor) -> None:
         """Set `state[name]` of the entries appended last, `(batch, kv_heads, 1, ...)`, where segments are equal."""

@@ -13,6 +13,8 @@ class Report:
         cache: the live transformers cache (None before the first forward pass).
         clamped: name -> `(batch,)` values that the prompt forced into range; empty if nothing had to give.
         clamped_rows: `(batch,)` bool, the rows in which something had to.
+        streamed: the prompt did not fit the model's window and was compressed between its chunks, so that what is kept
+            depends on where they were cut.
     """
 
     def __init__(self):
@@ -22,6 +24,7 @@ class Report:
     def _unclamp(self, batch: int) -> None:
         self.clamped: dict[str, torch.Tensor] = {}
         self.clamped_rows = torch.zeros(batch, dtype=torch.bool)
+        self.streamed = False
 
     def kept(self, layer: int) -> torch.Tensor:
         """Which real tokens of each row a layer stores: `(batch, kv_heads, slots)`, ascending, then -1."""
@@ -44,9 +47,9 @@ class Report:
         return storage_bytes(x for part in self._filled().parts() for x in part.fields.values())
 
     def state_bytes(self) -> int:
-        """Bytes of everything else the cache holds: positions, scores, norms, waiting queries, counts."""
+        """Bytes of everything else the cache holds: token ids, positions, scores, norms, waiting queries, counts."""
         cache = self._filled()
-        own = [cache.tokens, cache.prompt_tokens, cache.ends, *filter(torch.is_tensor, cache.notes.values())]
+        own = [cache.tokens, cache.prompt_tokens, cache.ends, cache.ids, *filter(torch.is_tensor, cache.notes.values())]
         return storage_bytes([*own, *(x for layer in cache.layers for x in layer.tensors())])
 
     def full_bytes(self) -> int:

@@ -6,6 +6,8 @@ queries, keys, values and the positions of all of them, so this is where tokens 
 """
 
 import inspect
+import math
+import threading
 
 import torch
 from transformers import AttentionInterface
@@ -13,14 +15,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvlib.core import support
+from kvlib.core.blocks import NAME, Blocks
 from kvlib.core.cache import KVCache
 from kvlib.core.capture import CapturedStep
 from kvlib.core.report import Report
 from kvlib.core.residual import shorten
 from kvlib.core.step import Step, check_mask, decode_step, reading_step
 from kvlib.core.view import View
-
-NAME = "kvlib"
 
 
 def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -35,7 +36,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     Raises:
         ValueError: for attention that kvlib does not reproduce.
     """
-    run = module.__dict__["_kvlib_run"]
+    run = module.__dict__["_kvlib_runs"][-1]
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.longest)
@@ -67,10 +68,12 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 class Run(Report):
     """One method on one model: `with method(model) as run: model.generate(...)`.
 
-    Everything is undone when the block ends; what the run reports describes its latest cache and stays valid.
+    Everything is undone when the block ends; what the run reports describes its latest cache and stays valid: after
+    `read` the document, after `ask` the copy that holds the question and its answer too.
 
     Attributes:
         idle: the method leaves decoded tokens alone.
+        document: the compressed cache that `read` has left, which `ask` copies; None if there is none.
         prepared: what the method's `prepare` has made of the model; there as long as the block is open.
         step: the forward pass that is going on, None between passes.
     """
@@ -79,19 +82,25 @@ class Run(Report):
         super().__init__()
         self.method, self.model = method, model
         self.modules = support.attention_modules(model)
+        self.short_rotation = support.short_rotation(model)
         self.encodes = method.hooks("encode") or method.hooks("decode")
         looks = any(map(method.hooks, ("encode", "decode", "before_layer", "attend", "observe", "finish")))
         self.idle = not (looks or method.evicts_in_decode)
         self.prepared = None
+        self.document: KVCache | None = None
         self.step: Step | None = None
         self.longest = 0  # tokens of the longest row in this pass
         self._signature = inspect.signature(model.forward)
         parameters = self._signature.parameters.values()
         self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-        self._prompt_columns: int | None = None
+        self._prompt_columns: float | None = None  # where the prompt ends that is being read, if that is known
+        self._unended: KVCache | None = None  # a document of which more will come
+        self._answering: KVCache | None = None  # the copy in which a question is read and answered
         self._probing = False
         self._frequencies: dict[int, torch.Tensor] = {}
         self._hooks: list = []  # while the block is open
+        self._blocks: Blocks | None = None  # likewise
+        self.thread = self.frame = None  # likewise: who has opened it (`kvlib.core.blocks`)
 
     # Entering and leaving
 
@@ -99,13 +108,7 @@ class Run(Report):
         if self._hooks:
             raise RuntimeError("this run is already open on this model")
         self.prepared = self.method.prepare(self.model)
-        self._before = {module: module.__dict__.get("_kvlib_run") for module in [self.model, *self.modules]}
-        self._generate_before = self.model.__dict__.get("generate")
-        self._implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
-        for module in self._before:
-            module.__dict__["_kvlib_run"] = self
-        self.model.__dict__["generate"] = self._generate
+        self._blocks = Blocks.open(self)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
@@ -117,30 +120,114 @@ class Run(Report):
         return self
 
     def __exit__(self, *exception) -> None:
+        self._blocks.close(self)
         while self._hooks:
             self._hooks.pop().remove()
-        for module, run in self._before.items():
-            _restore(module.__dict__, "_kvlib_run", run)
-        _restore(self.model.__dict__, "generate", self._generate_before)
-        self.model.set_attn_implementation(self._implementation)
-        self.step = self.prepared = None
+        self.step = self.prepared = self._blocks = None
 
     @property
     def active(self) -> bool:
-        """False while a nested block is open."""
-        return self.model.__dict__.get("_kvlib_run") is self
+        """False while a later block is open, and outside."""
+        return self._blocks is not None and self._blocks.runs[-1:] == [self]
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a model cannot be copied or pickled inside a `with method(model)` block: do it outside")
+
+    # A document and questions about it
+
+    @torch.no_grad()
+    def read(self, more: bool = False, prefill_chunk_size: int | None = None, **inputs) -> None:
+        """Read a document and compress it, for `ask`. A new document takes the place of the one before.
+
+        A document may arrive in chunks, by one call each: `more` says that it goes on with the next. It is compressed
+        when it has ended, and is then what it would be had it come in one piece.
+
+        Args:
+            inputs: as for the model: `input_ids` `(batch, tokens)` or `inputs_embeds`, and an `attention_mask` of the
+                same columns if rows are padded, on the left.
+            prefill_chunk_size: columns read at a time; all at once by default.
+        """
+        self._require_open()
+        cache, self.document, self._unended = self._unended, None, None
+        cache = KVCache(len(self.modules), self.method) if cache is None else cache
+        text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        _check_text("document", text, inputs.get("attention_mask"))
+        columns, size = text.shape[1], text.shape[1] if prefill_chunk_size is None else prefill_chunk_size
+        if size < 1:
+            raise ValueError(f"prefill_chunk_size={size}: a number of columns >= 1")
+        options = {"logits_to_keep": 1} if "logits_to_keep" in self._signature.parameters else {}
+        end = cache.seen + columns
+        try:
+            for start in range(0, columns, size):
+                self._prompt_columns = math.inf if more else end
+                chunk = {
+                    name: x[:, start : start + size] if torch.is_tensor(x) and x.shape[1:2] == (columns,) else x
+                    for name, x in inputs.items()
+                }
+                self.model(**chunk, **options, past_key_values=cache, use_cache=True)
+        finally:
+            self._prompt_columns = None
+        if more:
+            self._unended = cache
+        else:
+            self.document = cache
+
+    def ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **arguments):
+        """Answer a question about the document that was read, from a copy of its cache.
+
+        The document stays as it is, so that no question knows of another. Nothing is evicted while the question is
+        read; methods that evict while decoding return to the document's budgets after it, and after each token of the
+        answer.
+
+        Args:
+            input_ids, attention_mask: the question, `(batch, tokens)`, padded on the left: a row for each row of the
+                document, or any number of questions about a document of one row.
+            arguments: as for `generate`.
+
+        Returns:
+            What `generate` returns for the question: ids of the question and its answer, or a `ModelOutput`.
+
+        Raises:
+            RuntimeError: if no document was read, or if its end has not been read.
+            ValueError: if the question has neither one row nor as many as the document.
+        """
+        self._require_open()
+        if self.document is None:
+            missing = (
+                "call `run.read` without `more` for its end" if self._unended is not None else "call `run.read` first"
+            )
+            raise RuntimeError(f"there is no document to ask about: {missing}")
+        _check_text("question", input_ids, attention_mask)
+        rows, tokens = len(input_ids), self.document.tokens
+        if len(tokens) not in (1, rows):
+            raise ValueError(
+                f"{rows} questions about {len(tokens)} documents: repeat rows, so that each question has its document"
+            )
+        question = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        before = torch.arange(self.document.seen) >= self.document.seen - tokens[:, None]  # its padding came first
+        mask = torch.cat([before.to(question).expand(rows, -1), question], dim=1)
+        option, cache = self._options(arguments), self.document.copy()
+        repeats = max(option("num_beams") or 1, option("num_return_sequences") or 1)  # as `generate` repeats its rows
+        if (repeats := repeats * rows // len(tokens)) > 1:
+            cache.batch_repeat_interleave(repeats)
+        self._answering = cache
+        try:
+            return self.model.generate(input_ids, attention_mask=mask, past_key_values=cache, **arguments)
+        finally:
+            self._answering = None
+
+    def _require_open(self) -> None:
+        if not self.active:
+            raise RuntimeError("read and ask inside the block, and inside the latest one if several are open")
 
     # Before and after a forward pass
 
     def _generate(self, *args, **kwargs):
         """`model.generate` inside the block: as always, after noting where the prompt ends."""
+        if self._blocks is None:
+            raise RuntimeError(CLOSED)
         kwargs = self.method.on_generate(self, kwargs)
-        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-
-        def option(name):  # what a call or its configuration leaves open, the model's configuration decides
-            values = (kwargs.get(name), getattr(given, name, None), getattr(self.model.generation_config, name, None))
-            return next((value for value in values if value is not None), None)
-
+        option = self._options(kwargs, args[1] if len(args) > 1 else None)
         if any(map(option, ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))):
             raise ValueError("assisted decoding rolls the cache back, which a compressed cache cannot do")
         if option("guidance_scale") not in (None, 1):
@@ -148,22 +235,43 @@ class Run(Report):
                 "guidance_scale reads a second prompt with a cache of its own, which kvlib does not support"
             )
         # transformers reads the ids as the whole sequence, or, if the mask is longer, as its end
-        inputs = [kwargs.get("attention_mask"), *args[:1], *map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))]
-        columns, cache = next((x.shape[1] for x in inputs if x is not None), 1), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+        inputs = (mask, ids, kwargs.get("inputs_embeds"))
+        columns = next((x.shape[1] for x in inputs if x is not None), 1)
         if cache is not None and columns <= (seen := cache.get_seq_length()):
             raise ValueError(
                 f"{columns} columns, but the cache has seen {seen}: pass all ids, or new ones with a mask over all"
             )
-        self._prompt_columns = columns
-        try:
-            return type(self.model).generate(self.model, *args, **kwargs)
-        finally:
-            self._prompt_columns = None
+        if isinstance(cache, KVCache) and cache.seen and ids is not None:
+            cache.check_ids(ids, mask, option("pad_token_id"))
+        with self._blocks.during_generate():
+            self._prompt_columns = columns
+            try:
+                made = type(self.model).generate(self.model, *args, **kwargs)
+            finally:
+                self._prompt_columns = None
+        if self._blocks is None:
+            raise RuntimeError(CLOSED)
+        return made
+
+    def _options(self, arguments: dict, given=None):
+        """A function that looks options of `generate` up: what a call and its configuration leave open, the model's
+        configuration decides.
+        """
+        places = (arguments.get("generation_config") or given, self.model.generation_config)
+
+        def option(name):
+            values = (arguments.get(name), *(getattr(place, name, None) for place in places))
+            return next((value for value in values if value is not None), None)
+
+        return option
 
     def _before_forward(self, model, args, kwargs):
         """Adopt the cache and work out which tokens this pass brings."""
         if not self.active:
             return None
+        self._blocks.begin_pass()
         if args:
             named = self._signature.bind_partial(*args, **kwargs).arguments
             kwargs = named.pop(self._others, {}) | named
@@ -173,24 +281,44 @@ class Run(Report):
         weights = kwargs.get("output_attentions")
         if model.config.output_attentions if weights is None else weights:
             raise ValueError("output_attentions: inside the block attention weights are never held as a whole")
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ValueError(
+                "gradient checkpointing runs layers twice, which would store their tokens twice: call "
+                "`model.gradient_checkpointing_disable()` or `model.eval()` first"
+            )
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
+        if self._answering is not None and kwargs.get("past_key_values") is not self._answering:
+            raise RuntimeError(f"{type(model).__name__} has dropped the document's cache and would answer without it")
         cache = KVCache.adopt(kwargs.get("past_key_values"), len(self.modules), self.method)
         if cache.interrupted:
             raise ValueError("a forward pass over this cache was interrupted half-way; start a new one")
         if not cache.seen:
             self._unclamp(len(inputs))
+        elif len(inputs) != len(cache.tokens):
+            raise ValueError(
+                f"{len(inputs)} rows, but the cache has {len(cache.tokens)}; num_beams and num_return_sequences repeat "
+                "those of a prompt, for a cache do it before: `cache.batch_repeat_interleave(repeats)`"
+            )
         self.cache = kwargs["past_key_values"] = cache
         check_mask(mask, len(inputs), inputs.shape[1])
         given = kwargs.get("position_ids")
         if given is not None and given.ndim != 2:
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
+        if cache is self._answering and self.short_rotation is not None:
+            if int(cache.prompt_tokens.max()) <= self.short_rotation < int(step.tokens.max()):
+                raise ValueError(
+                    f"the model turns all keys anew beyond {self.short_rotation} tokens, and those of a shorter "
+                    "document are stored already: give `generate` the document and the question as one prompt"
+                )
         looked_at = given is not None and (given.device.type == "cpu" or not step.decoding)  # as masks are
         if looked_at and bool(((given != step.positions) & (step.positions >= 0)).any()):
             raise ValueError(POSITIONS)
         kwargs["position_ids"] = step.positions if step.complete else step.positions.clamp(min=0)
         self._begin(step)
+        if not self._probing:
+            cache.note_ids(ids, step)
         for layer in cache.layers:
             layer.accepting = True
         self.method.on_token_ids(self, ids)
@@ -200,32 +328,80 @@ class Run(Report):
     def _read(self, inputs, mask) -> Step:
         """What kind of pass this is: `generate` has said where the prompt ends; without it several tokens are one."""
         cache, new, end = self.cache, inputs.shape[1], self._prompt_columns
-        reads = cache.seen + new <= end if end is not None else new > 1 or not cache.seen
-        if not (reads or self._probing):
+        reads = cache.seen + new <= end if end is not None else new > 1
+        if not (reads or self._probing or not cache.seen):
             return decode_step(cache, len(inputs), mask)
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        step = reading_step(cache, inputs, mask, None if self._probing else end, None if self._probing else window)
+        # an empty cache in the middle of `generate`: the model has dropped the old one and reads everything again
+        step = reading_step(cache, inputs, mask, end if reads else None)
         if self._probing:
             step.probing, step.ends_prompt, step.prompt_tokens = True, False, cache.prompt_tokens
+            return step
+        if cache is self._answering:
+            step.question, step.ends_question = True, step.ends_prompt
+            step.ends_prompt, step.prompt_tokens = False, cache.prompt_tokens
+        self._fit(step)
         return step
 
+    def _fit(self, step: Step) -> None:
+        """Make sure that what this pass brings fits the model's window, with what it is read with.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if window is None or int(step.tokens.max()) <= window:
+            return
+        if not self.method.renumbers:
+            raise ValueError(f"the prompt has {int(step.tokens.max())} tokens, the model's window is {window}")
+        new = int(step.counts.max())
+        if self._held() + new > window >= new and not step.question:
+            self._compress_early()
+        if self._held() + new > window:
+            raise ValueError(
+                f"{new} new tokens and {self._held()} that are stored exceed the model's window of {window}: read a "
+                "prompt in smaller chunks (`prefill_chunk_size`), keep less, or ask a shorter question"
+            )
+
+    def _held(self) -> int:
+        """Tokens in the longest segment of the cache."""
+        return max((int(layer.lengths.max()) for layer in self.cache.layers if layer.tail is not None), default=0)
+
+    def _compress_early(self) -> None:
+        """Compress as if the prompt had ended before this pass."""
+        cache, none = self.cache, torch.zeros_like(self.cache.tokens)
+        positions = cache.ends.expand(-1, 0)
+        step = Step(0, True, cache.seen, positions, none, cache.tokens, cache.tokens, complete=True)
+        self._begin(step)
+        cache.interrupted = True
+        for layer in range(len(cache.layers)):
+            self.method.compress(self.view(layer))
+        cache.interrupted = False
+        self._close()
+        self.streamed = True
+
     def _begin(self, step: Step, again: bool = False) -> None:
-        if not (step.decoding or step.probing or again):
+        if not (step.after_prompt or step.probing or again):
             self.cache.notes = {}
+        self.cache.steps = step.index
         self.cache.memo.open = True
         self.step, self.longest = step, int(step.tokens.max())
 
     def _after_forward(self, model, args, output):
-        if not self.active or self.step is None:
+        if not self.active or self._blocks.passing != threading.get_ident():
             return
-        for layer in self.cache.layers:
-            layer.accepting = False
         try:
+            if self.step is None:  # the pass was refused
+                return
+            for layer in self.cache.layers:
+                layer.accepting = False
             if output is not None:  # which is what a hook gets after an exception
                 self._end(self.step)
                 self.cache.interrupted = False
         finally:
-            self._close()
+            if self.step is not None:
+                self._close()
+            if not self._probing:
+                self._blocks.end_pass()
 
     def _close(self) -> None:
         self.step = None
@@ -272,11 +448,11 @@ class Run(Report):
         method, layer, step = self.method, view.layer, view.step
         method.observe(view)
         view.save_state()
-        if step.ends_prompt or (step.decoding and method.evicts_in_decode):
+        if step.ends_prompt or (method.evicts_in_decode and (step.decoding or step.ends_question)):
             method.compress(view)
         if step.probing:
             return
-        if step.decoding or step.ends_prompt or not method.window:
+        if step.decoding or step.ends_prompt or step.ends_question or not method.window:
             layer.queries = None
         else:
             # copies, because a view would hold on to the queries of the whole chunk
@@ -322,6 +498,7 @@ class Run(Report):
         self.cache = KVCache(len(self.modules), self.method)
         self._unclamp(len(snapshot.counts))
         self._begin(snapshot.step())
+        self.cache.note_ids(snapshot.ids, self.step)
         self.method.on_token_ids(self, snapshot.ids)
         for module, (query, key, value, scaling) in zip(self.modules, snapshot.layers, strict=True):
             self.settle(self.store(module, query, key, value, scaling, 0.0))
@@ -344,10 +521,14 @@ POSITIONS = (
     "position_ids must count the real tokens of each row: 0, 1, 2, ... after its padding "
     "(generate derives them from attention_mask)"
 )
+CLOSED = "this block has been closed: call `generate`, and read a streamer to its end, inside the block"
 
 
-def _restore(attributes: dict, name: str, value) -> None:
-    if value is None:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
+def _check_text(kind: str, text: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raise ValueError for a document or a question of no tokens, and for a mask of other columns."""
+    if not text.shape[1]:
+        raise ValueError(f"a {kind} of no tokens")
+    if mask is not None and mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: the {kind} has {tuple(text.shape[:2])} (batch, columns)"
+        )

@@ -20,6 +20,8 @@ class Step:
     Attributes:
         index: 0 while the prompt is read, then 1, 2, ... for the tokens decoded after it.
         ends_prompt: this pass brings the last tokens of the prompt.
+        question: it brings tokens of a question about a document (`Run.ask`): read like a prompt, but what follows from
+            the prompt, budgets above all, is the document's. ends_question: the last of them.
         seen: columns seen after this pass, padding included.
         positions: `(batch, new)` index of each new token among its row's real tokens, -1 for padding. While decoding
             the next pass overwrites them.
@@ -43,6 +45,8 @@ class Step:
     tokens: torch.Tensor
     prompt_tokens: torch.Tensor
     complete: bool
+    question: bool = False
+    ends_question: bool = False
     probing: bool = False
     columns: torch.Tensor | None = None
     shared: dict = field(default_factory=dict)
@@ -64,6 +68,11 @@ class Step:
     def decoding(self) -> bool:
         return self.index > 0
 
+    @property
+    def after_prompt(self) -> bool:
+        """Do these tokens come after the prompt that decides about budgets: decoded ones, or a question's?"""
+        return self.decoding or self.question
+
 
 def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
     """The pass of one token after a prompt.
@@ -74,10 +83,9 @@ def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
         if not bool(mask[:, -1].all()):
             raise ValueError(RIGHT_PADDING)
         check_earlier(cache, mask, 1)
-    cache.steps += 1
     positions = cache.ends
     return Step(
-        index=cache.steps,
+        index=cache.steps + 1,
         ends_prompt=False,
         seen=cache.seen + 1,
         positions=positions,
@@ -88,19 +96,16 @@ def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
     )
 
 
-def reading_step(
-    cache: KVCache, inputs: torch.Tensor, mask: torch.Tensor | None, columns: int | None, window: int | None
-) -> Step:
+def reading_step(cache: KVCache, inputs: torch.Tensor, mask: torch.Tensor | None, columns: float | None) -> Step:
     """The pass over a prompt, or over a chunk of one.
 
     Args:
         inputs: ids or embeddings, `(batch, new, ...)`. mask: `(batch, columns seen so far)`, 1 = real.
         columns: where the prompt ends, None if this pass is all of it.
-        window: the most tokens that the model can read.
 
     Raises:
-        ValueError: for a mask of another shape or one that contradicts earlier passes, for padding on the right, rows
-            without a real token, and prompts longer than the window.
+        ValueError: for a mask of another shape or one that contradicts earlier passes, for padding on the right, and
+            rows without a real token.
     """
     batch, new = inputs.shape[:2]
     real = torch.ones(batch, new, dtype=torch.bool) if mask is None else mask[:, -new:].bool().cpu()
@@ -115,9 +120,6 @@ def reading_step(
         raise ValueError(f"row {int((tokens == 0).nonzero()[0])} has no real token")
     if ends and not bool(real[:, -1].all()):
         raise ValueError(RIGHT_PADDING)
-    if window is not None and int(tokens.max()) > window:
-        raise ValueError(f"the prompt has {int(tokens.max())} tokens, the model's window is {window}")
-    cache.steps = 0
     return Step(
         index=0,
         ends_prompt=ends,

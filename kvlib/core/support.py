@@ -46,6 +46,15 @@ def refuse(module, arguments: dict, tokens: int) -> None:
         raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
 
 
+def short_rotation(model) -> int | None:
+    """Tokens from which a model turns all keys by other angles (longrope), those of earlier tokens too; else None."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+
+
 def inverse_frequencies(model, head_dim: int):
     """The model's rotary frequencies `(head_dim / 2,)`, for methods that move keys to other positions.
 

@@ -60,12 +60,18 @@ class StreamingLLM(Evictor):
     window and the query these are what they were; so the sinks alone move, up to the window, each time by as many
     positions as tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original
     positions. `run.kept` reports original indices in both cases.
-    A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted.
+    A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted, unless it is read in
+    chunks, exceeds the model's window, and `renumber` is on: then what was read gives way to the next chunk.
     """
 
     sinks: int = 4
     renumber: bool = True
     evicts_in_decode = True
+
+    @property
+    def renumbers(self) -> bool:
+        """The window limits what is stored only."""
+        return self.renumber
 
     def __post_init__(self):
         super().__post_init__()
@@ -161,9 +167,10 @@ class Scissorhands(H2O):
     """Persistence of importance (Liu et al., 2305.17118), in the simplified form of the VATP authors (2406.12335).
 
     Score: attention from the prompt's last 400 queries, divided by 400 however few they are, plus, with weight 1, that
-    from every query decoded since; summed over the query heads of a group. The last 10 tokens stay, the other
-    2 x int(budget / 2 x prompt) - 10 (of a whole number b: b - 10) are the highest scores outside them. As in H2O the
-    next query sees all of these and itself, and eviction goes on at every decode step.
+    from every query since, of decoded tokens or of a question about a document; summed over the query heads of a group.
+    The last 10 tokens stay, the other 2 x int(budget / 2 x prompt) - 10 (of a whole number b: b - 10) are the highest
+    scores outside them. As in H2O the next query sees all of these and itself, and eviction goes on at every decode
+    step.
 
     This is their code and not the paper, which counts how often a token falls below average attention. Departures from
     the code: sums per row of the batch, in float32; of budgets of less than 11 tokens one is heavy (theirs fails below
@@ -175,7 +182,7 @@ class Scissorhands(H2O):
     def observe(self, view):
         if view.step.ends_prompt:
             view.state["attention"] = view.importance(last=self.window).sum(2) / self.window
-        elif view.step.decoding:
+        elif view.step.after_prompt:
             super().observe(view)
 
     def recent(self, view):
