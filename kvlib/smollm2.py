@@ -100,14 +100,19 @@ def download(part: Path) -> None:
 def convert(gguf: Path, folder: Path) -> None:
     """Unpack 4-bit weights to bfloat16, with the tokenizer, in transformers' format."""
     import torch  # here, because it takes seconds, and mostly the folder is there
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    unpacking = GgufConfig(dequantize=True, gguf_file=gguf.name)
+    options = {"dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):  # transformers 5.17 has none, and always unpacks
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True, gguf_file=gguf.name)
     with open(os.devnull, "w") as nowhere, redirect_stderr(sys.stderr if sys.stderr.isatty() else nowhere):  # bars
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=unpacking)
+        model = AutoModelForCausalLM.from_pretrained(**source, **options)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)  # 5.17 takes the first token's
+        tokenizer.save_pretrained(folder)
 
 
 def intact(folder: Path) -> bool:
