@@ -41,12 +41,12 @@ def passes(full: np.ndarray, evicted: list[np.ndarray], guess: float) -> bool:
     """
     if full.mean() < LOW or not exceeds(full - guess):
         return False
-    return full.mean() <= HIGH or any(exceeds(full - scores) for scores in evicted)
+    return bool(full.mean() <= HIGH) or any(exceeds(full - scores) for scores in evicted)
 
 
 def exceeds(values: np.ndarray) -> bool:
     """Whether their mean is above 0 by two standard errors."""
-    return values.mean() > ERRORS * values.std(ddof=1) / len(values) ** 0.5
+    return bool(values.mean() > ERRORS * values.std(ddof=1) / len(values) ** 0.5)
 
 
 @torch.no_grad()

@@ -36,13 +36,20 @@ def repeated_line(draw: Draw) -> Draft:
         raise ValueError(f"seed={draw.number}: held-out code has {len(found)} such lines")
     place = found[draw.number]
     lines = heldout_files()[place.file]["text"].split("\n")[: place.line + 1]
-    answer = lines[-1].lstrip()
-    indent = lines[-1][: -len(answer)]  # its last space begins the answer, as tokenizers have it
-    context, (*question, last) = lines[: -LINES - 1], lines[-LINES - 1 : -1]
-    return Draft(
-        [],
-        "\n".join(question),
-        f"\n{last}\n{indent[:-1]}",
-        (f"{indent[-1:]}{answer}\n",),
-        text="\n".join(context),
-    )
+    lead, answer = split(lines[-2], lines[-1], draw.tokenizer)
+    context, question = lines[: -LINES - 1], lines[-LINES - 1 : -2]
+    return Draft([], "\n".join(question), lead, (answer,), text="\n".join(context))
+
+
+def split(last: str, asked: str, tokenizer) -> tuple[str, str]:
+    """A line and the beginning of the next as lead, the rest as answer, so that no token spans the two.
+
+    Most tokenizers join the last space of the indentation to the word behind it, and the others to the newline.
+    """
+    indent = asked[: len(asked) - len(asked.lstrip())]
+    for shown in (indent[:-1], indent, ""):
+        lead, answer = f"\n{last}\n{shown}", f"{asked[len(shown) :]}\n"
+        before, whole = tokenizer([lead, lead + answer], add_special_tokens=False).input_ids
+        if whole[: len(before)] == before:
+            return lead, answer
+    raise ValueError(f"a token spans the beginning of the line {asked!r}")
