@@ -158,6 +158,50 @@ def test_two_threads_in_one_block(model, bare):
         assert run.cache.seen == 23
 
 
+class Calling:
+    """A streamer that calls something between two passes."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def put(self, value):
+        self.function(value)
+
+    def end(self):
+        """Nothing to do."""
+
+
+def test_two_threads_in_one_block_between_passes(model):
+    found = []
+    calls = [lambda: model(IDS), lambda: model.generate(IDS, **GREEDY), lambda: H2O(model).__enter__()]
+    with KNORM(model) as run:
+        model.generate(IDS, streamer=Calling(lambda _: found.extend(map(in_thread, calls))), **GREEDY)
+        assert run.cache.seen == 23
+    assert len(found) == 5 * 3 and all("another thread" in message for message in found)
+
+
+def test_no_block_opens_while_another_thread_generates(model):
+    expected, made, refused = text(model, KNORM), [], []
+
+    def meanwhile(_):
+        reached.set()
+        tried.wait()
+
+    reached, tried, streamer = threading.Event(), threading.Event(), Calling(meanwhile)
+    with KNORM(model):
+        thread = threading.Thread(target=lambda: made.append(model.generate(IDS, streamer=streamer, **GREEDY)))
+        thread.start()
+        reached.wait()
+        try:
+            with H2O(model):
+                """It does not come so far."""
+        except RuntimeError as error:
+            refused.append(str(error))
+        tried.set()
+        thread.join()
+    assert "another thread" in refused[0] and made[0].tolist() == expected
+
+
 class Text:
     """A tokenizer for streamers."""
 
@@ -180,19 +224,15 @@ def test_a_streamer_read_after_its_block(model, after):
     """It stops between two passes: before the first, after the prompt, after a token."""
     reached, closed, calls, raised = threading.Event(), threading.Event(), [], []
 
-    class Waiting:
-        def put(self, value):
-            calls.append(value)
-            if len(calls) == after + 1:
-                reached.set()
-                closed.wait()
-
-        def end(self):
-            """Nothing to do."""
+    def wait(value):
+        calls.append(value)
+        if len(calls) == after + 1:
+            reached.set()
+            closed.wait()
 
     def work(generate):
         try:
-            generate(IDS, streamer=Waiting(), **GREEDY)
+            generate(IDS, streamer=Calling(wait), **GREEDY)
         except Exception as error:
             raised.append(str(error))
 

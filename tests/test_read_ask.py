@@ -276,7 +276,7 @@ def test_questions_that_cannot_be_asked():
         refused(RuntimeError, "no document .*: call `run.read` without `more` for its end", run.ask, question)
         run.read(input_ids=ids)
         assert run.document.seen == 80
-        refused(ValueError, "3 questions about 2 documents: repeat the rows", run.ask, question.expand(3, -1))
+        refused(ValueError, "3 questions about 2 documents: repeat rows", run.ask, question.expand(3, -1))
         refused(ValueError, "a question of no tokens", run.ask, question[:, :0])
         mask = torch.ones(1, 84)
         refused(ValueError, r"attention_mask of shape \(1, 84\): the question has \(1, 4\)", run.ask, question, mask)

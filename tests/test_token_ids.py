@@ -60,6 +60,17 @@ def test_captured_steps_note_their_ids(name):
     assert len(memory - {None}) == 1
 
 
+def test_room_for_ids_is_made_rarely():
+    """Not at every step, which would copy all ids each time."""
+    model, sizes = tiny.model("llama-gqa"), set()
+    with H2O(model) as run, torch.no_grad():
+        token = read_two_rows(model, None, "cpu")
+        for _ in range(70):
+            model(token, past_key_values=run.cache)
+            sizes.add(run.cache.ids.shape[1])
+    assert len(sizes) == 2 and max(sizes) <= 110 + 64
+
+
 @pytest.mark.parametrize("only_new", [False, True])
 @pytest.mark.parametrize("place", [0, 12, 21])
 def test_a_text_that_was_rewritten_is_refused(place, only_new):

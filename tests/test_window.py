@@ -115,6 +115,9 @@ def test_what_does_not_fit_even_so():
             ValueError, match="230 new tokens and 40 that are stored exceed .* or ask a shorter question"
         ):
             run.ask(ids[:, :230], **GREEDY)
+        if tiny.CHUNKS_CONTINUE:  # of a question nothing gives way to its end
+            with pytest.raises(ValueError, match="30 new tokens and 240 that are stored exceed"):
+                run.ask(ids[:, :230], prefill_chunk_size=100, **GREEDY)
         run.ask(ids[:, :200], **GREEDY)
     with (
         kvlib.method("streaming_llm", budget=0.9)(model) as run,

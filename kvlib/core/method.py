@@ -41,7 +41,7 @@ class Method:
         window: how many of the prompt's last queries `view.column_sums(last=...)` may ask for.
         weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
             evicted, attention is then computed from these weights, instead of by a kernel that does not tell them.
-        renumbers: tokens are read by their place among those that are kept, so that the model's window limits what is
+        renumber: tokens are read by their place among those that are kept, so that the model's window limits what is
             stored and not how long the text is. Must be able to choose what to keep without queries.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.
     """
@@ -50,7 +50,7 @@ class Method:
     text_order = False
     window = 0
     weighs = False
-    renumbers = False
+    renumber = False
     own_prefill = False
 
     def __call__(self, model) -> Run:

@@ -351,7 +351,7 @@ class Run(Report):
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if window is None or int(step.tokens.max()) <= window:
             return
-        if not self.method.renumbers:
+        if not self.method.renumber:
             raise ValueError(f"the prompt has {int(step.tokens.max())} tokens, the model's window is {window}")
         new = int(step.counts.max())
         if self._held() + new > window >= new and not step.question:

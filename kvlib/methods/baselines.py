@@ -68,11 +68,6 @@ class StreamingLLM(Evictor):
     renumber: bool = True
     evicts_in_decode = True
 
-    @property
-    def renumbers(self) -> bool:
-        """The window limits what is stored only."""
-        return self.renumber
-
     def __post_init__(self):
         super().__post_init__()
         require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
