@@ -374,7 +374,9 @@ class PyramidKV(SnapKV):
             least = 2 * mean - most
         if head.prompt < 2 * mean:
             return mean, window
-        exact = Fraction(most) - head.layer * Fraction(most - least, max(1, head.layers - 1)) if head.layers > 1 else mean
+        exact = (
+            Fraction(most) - head.layer * Fraction(most - least, max(1, head.layers - 1)) if head.layers > 1 else mean
+        )
         return math.floor(exact) if exact > mean else math.ceil(exact), window
 
 

@@ -63,6 +63,7 @@ class Run(Report):
         super().__init__()
         self.method, self.model = method, model
         self.modules = support.attention_modules(model)
+        self._decoder = support.decoder(model)
         self.encodes = method.hooks("encode") or method.hooks("decode")
         self.prepared = None
         self.step: Step | None = None
@@ -72,7 +73,6 @@ class Run(Report):
         self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
         self._prompt_columns: int | None = None
         self._probing = False
-        self._frequencies: dict[int, torch.Tensor] = {}
         self._hooks: list = []  # while the block is open
 
     # Entering and leaving
@@ -83,8 +83,8 @@ class Run(Report):
         self.prepared = self.method.prepare(self.model)
         self._before = {module: module.__dict__.get("_kvlib_run") for module in [self.model, *self.modules]}
         self._generate_before = self.model.__dict__.get("generate")
-        self._implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(NAME)
+        self._implementation = self._decoder.config._attn_implementation
+        self._decoder.set_attn_implementation(NAME)
         for module in self._before:
             module.__dict__["_kvlib_run"] = self
         self.model.__dict__["generate"] = self._generate
@@ -104,7 +104,7 @@ class Run(Report):
         for module, run in self._before.items():
             _restore(module.__dict__, "_kvlib_run", run)
         _restore(self.model.__dict__, "generate", self._generate_before)
-        self.model.set_attn_implementation(self._implementation)
+        self._decoder.set_attn_implementation(self._implementation)
         self.step = self.prepared = None
 
     @property
@@ -313,12 +313,6 @@ class Run(Report):
     def capture(self, room: int) -> CapturedStep:
         """Decode up to `room` tokens by a captured step; see `kvlib.core.capture`."""
         return CapturedStep(self, room)
-
-    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """The model's rotary frequencies `(head_dim / 2,)`; errors of `kvlib.core.support.inverse_frequencies`."""
-        if head_dim not in self._frequencies:
-            self._frequencies[head_dim] = support.inverse_frequencies(self.model, head_dim)
-        return self._frequencies[head_dim]
 
 
 POSITIONS = (

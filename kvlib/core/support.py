@@ -11,20 +11,32 @@ def attention_modules(model) -> list:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model: pass the one inside it")
-    config = model.config.get_text_config()
-    modules = sorted(
-        (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx
-    )
-    kind = type(modules[0]).__name__ if modules else type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; kvlib compresses decoder-only models")
-    if not getattr(model, "_supports_attention_backend", False):
+    text = decoder(model)
+    found = (m for m in text.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal"))
+    modules, layers = sorted(found, key=lambda m: m.layer_idx), text.config.num_hidden_layers
+    kind = type(modules[0]).__name__ if modules else type(model).__name__
+    if not getattr(text, "_supports_attention_backend", False):
         raise ValueError(f"{kind} does not use transformers' attention interface, which kvlib needs")
-    if [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
-        raise ValueError(
-            f"{type(model).__name__}: {len(modules)} attention modules ({kind}) in {config.num_hidden_layers} layers"
-        )
+    if [m.layer_idx for m in modules] != list(range(layers)):
+        raise ValueError(f"{type(model).__name__}: {len(modules)} attention modules ({kind}) in {layers} layers")
+    if not all(m.is_causal for m in modules):
+        raise ValueError(f"{kind} attends to later tokens too (`is_decoder` is not set?); kvlib needs a causal model")
+    if any(hasattr(m, "create_position_ids_from_input_ids") for m in text.modules()):
+        raise ValueError(f"{type(model).__name__} counts positions from its padding token's id, kvlib from 0")
     return modules
+
+
+def decoder(model) -> PreTrainedModel:
+    """The part of a transformers model that has the text's layers: without the head, and without towers for images.
+
+    Its configuration, and no other, says which attention function these layers call.
+    """
+    text = model.get_decoder()
+    if not isinstance(text, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__}: its decoder, {type(text).__name__}, is no transformers model")
+    return text
 
 
 def decoder_layers(model, modules) -> list:
@@ -44,19 +56,3 @@ def refuse(module, arguments: dict, tokens: int) -> None:
     window = arguments.get("sliding_window")
     if window is not None and tokens > window:
         raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
-
-
-def inverse_frequencies(model, head_dim: int):
-    """The model's rotary frequencies `(head_dim / 2,)`, for methods that move keys to other positions.
-
-    Raises:
-        ValueError: if angles are not position x frequency over the whole head: dynamic or longrope scaling, partial
-            rotation, or no rotary embedding at all.
-    """
-    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
-    kind = getattr(rotary, "rope_type", None)
-    if rotary is None or kind in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != head_dim:
-        raise ValueError(
-            f"keys cannot be re-rotated with rotary embedding {kind!r} over part or all of {head_dim} dimensions"
-        )
-    return rotary.inv_freq

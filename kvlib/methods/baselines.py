@@ -8,8 +8,8 @@ the newest tokens they protect, on the CPU, `(batch,)` or, where heads have budg
 import torch
 import torch.nn.functional as F
 
-from kvlib.core import attention
 from kvlib.core.method import Budgeted, Evictor, register, require, whole
+from kvlib.core.rotary import Rotary, rotaries, rotation
 from kvlib.core.support import attention_modules
 
 
@@ -60,8 +60,12 @@ class StreamingLLM(Evictor):
     if they stood next to each other. Rotary attention sees nothing but distances, and between tokens of the recent
     window and the query these are what they were; so the sinks alone move, up to the window, each time by as many
     positions as tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original
-    positions. `run.kept` reports original indices in both cases.
+    positions. `run.kept` reports original indices in both cases. Keys turn as the model itself turns them, and not at
+    all in layers whose keys do not depend on the position.
     A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted.
+
+    Raises:
+        ValueError: with `renumber`, on models whose rotation is not known (`kvlib.core.rotary`); for sinks < 0.
     """
 
     sinks: int = 4
@@ -78,20 +82,27 @@ class StreamingLLM(Evictor):
     def score(self, view):
         return view.protect(view.positions.float(), first=view.per_prompt("sinks", self.first))
 
+    def prepare(self, model):
+        return rotaries(model) if self.renumber and self.evicts else None
+
     def encode(self, run, layer, key, value, positions):
-        if self.renumber:
-            note_first(run.step, layer, key, positions, self.sinks)
+        note_first(run, layer, key, positions, self.sinks)
         return super().encode(run, layer, key, value, positions)
 
     def attend(self, view):
-        if self.renumber:
-            move_first(view, self.sinks)
+        move_first(view, self.sinks)
         return super().attend(view)
 
 
-def note_first(step, layer, key, positions, count: int) -> None:
+def turns(run, layer_idx: int) -> Rotary | None:
+    """The layer's rotation, None if its keys stay as they are."""
+    return run.prepared and run.prepared[layer_idx]
+
+
+def note_first(run, layer, key, positions, count: int) -> None:
     """Put the keys of the row's first tokens into `rows["first"]`, by their positions, when they arrive."""
-    if not bool((step.tokens - step.counts < count).any()):
+    step = run.step
+    if turns(run, layer.index) is None or not bool((step.tokens - step.counts < count).any()):
         return
     arrived = positions[:, :, None] == torch.arange(count, device=key.device)  # (batch, new, count)
     key = key.to(torch.promote_types(key.dtype, torch.float32))
@@ -102,13 +113,13 @@ def note_first(step, layer, key, positions, count: int) -> None:
 
 def move_first(view, count: int) -> None:
     """Rotate the row's first tokens, which stand in the first slots, up to what is left of those behind them."""
-    frequencies = view.run.inverse_frequencies(view.key.shape[-1])
-    if not (count and view.incomplete):
+    rotary = turns(view.run, view.layer_idx)
+    if rotary is None or not (count and view.incomplete):
         return
-    shared = view.step.shared
-    if "turn" not in shared:
+    turn = view.step.shared.get(rotary)
+    if turn is None:
         missing = view.step.ends - view.on_device(view.lengths[:, 0])  # the same for every head
-        shared["turn"] = attention.rotation(missing, frequencies)[:, None]
+        turn = view.step.shared[rotary] = rotation(missing, rotary, view.key.shape[-1])[:, None]
     notes, place, first = view.run.cache.notes, ("first", view.layer_idx), view.key[:, :, :count]
     unmoved = notes.get(place)
     if unmoved is None:  # the first one that is missing ends the row's first tokens
@@ -116,7 +127,8 @@ def move_first(view, count: int) -> None:
         unmoved = (at == torch.arange(at.shape[-1], device=at.device)).cummin(-1).values[..., None]
         if view.step.decoding and bool((view.lengths < view.tokens[:, None]).all()):
             notes[place] = unmoved  # until the next prompt they stay what they are
-    turned = (view.layer.rows["first"][:, :, : first.shape[2]] @ shared["turn"].to(first.device)).to(first.dtype)
+    came = view.layer.rows["first"][:, :, : first.shape[2]]
+    turned = (came @ turn.to(came)).to(first.dtype)
     first.copy_(turned.where(unmoved, first))  # in the store, if segments are equal
 
 
