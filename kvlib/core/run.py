@@ -45,8 +45,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 
 AttentionInterface.register(NAME, forward)
-# No mask is built: padding is known from the step, and padded tokens are never stored.
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(NAME, support.refuse_future)
 
 
 class Run(Report):
@@ -154,6 +153,7 @@ class Run(Report):
             raise ValueError("use_cache=False leaves nothing to compress")
         if kwargs.get("output_attentions", model.config.output_attentions):
             raise ValueError("output_attentions: inside the block attention weights are never held as a whole")
+        support.refuse_images(model, kwargs)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
         cache = KVCache.adopt(kwargs.get("past_key_values"), len(self.modules), self.method)
@@ -164,7 +164,7 @@ class Run(Report):
         self.cache = kwargs["past_key_values"] = cache
         check_mask(mask, len(inputs), inputs.shape[1])
         given = kwargs.get("position_ids")
-        if given is not None and given.ndim != 2:
+        if given is not None and given.ndim not in (2, 3):  # of several dimensions, which are equal for text
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
         looked_at = given is not None and (given.device.type == "cpu" or not step.decoding)  # as masks are
@@ -229,8 +229,14 @@ class Run(Report):
     # In a layer
 
     def store(self, module, query, key, value, scaling, dropout) -> View:
-        """Append the new tokens of one layer and show it to the method."""
+        """Append the new tokens of one layer and show it to the method.
+
+        Raises:
+            ValueError: if the layer has been here in this pass.
+        """
         layer, step, method = self.cache.layers[module.layer_idx], self.step, self.method
+        if step.view is not None and step.view.layer is layer:
+            raise ValueError(f"{type(module).__name__} attends twice in a layer, which kvlib does not support")
         if layer.tail is None:
             layer.token_bytes = sum(x.shape[-1] * x.element_size() for x in (key, value))
         elif not step.decoding or method.text_order:

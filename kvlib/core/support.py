@@ -1,6 +1,8 @@
 """Which models can be used, and where their parts are."""
 
+import torch
 from transformers import PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 
 def attention_modules(model) -> list:
@@ -48,11 +50,37 @@ def decoder_layers(model, modules) -> list:
 def refuse(module, arguments: dict, tokens: int) -> None:
     """Raise ValueError for attention that kvlib does not reproduce.
 
-    That is soft-capping, learned sinks, position biases, and a sliding window shorter than the tokens seen.
+    That is soft-capping, learned sinks, position biases, and a sliding window or a chunk shorter than the tokens seen.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if arguments.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
-    window = arguments.get("sliding_window")
+    window, kind = arguments.get("sliding_window"), "sliding window"
+    layers = getattr(module.config, "layer_types", None)
+    if window is None and layers and layers[module.layer_idx] == "chunked_attention":
+        window, kind = module.config.attention_chunk_size, "attention chunk"
     if window is not None and tokens > window:
-        raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
+        raise ValueError(f"{tokens} tokens exceed the {kind} of {window} in layer {module.layer_idx}")
+
+
+def refuse_images(model, arguments: dict) -> None:
+    """Raise ValueError for images in a model that gives them positions of several dimensions."""
+    images = [name for name, x in arguments.items() if name.startswith("pixel_values") and x is not None]
+    if images and hasattr(model.base_model, "get_rope_index"):
+        raise ValueError(f"{type(model).__name__} with {images[0]}: positions of several dimensions are not supported")
+
+
+def refuse_future(
+    batch_size: int, q_length: int, q_offset: int, mask_function=causal_mask_function, device=None, **others
+) -> None:
+    """A mask function for transformers that builds no mask: padding is known from the step, and is never stored.
+
+    Raises:
+        ValueError: if a token is to see the next one, as images do in some models, and all tokens in an encoder.
+    """
+    if q_length == 1 or mask_function is causal_mask_function:
+        return
+    query = torch.arange(q_offset, q_offset + q_length - 1, device=device)
+    rows = torch.arange(batch_size, device=device)[:, None]
+    if bool(mask_function(rows, torch.zeros_like(rows), query, query + 1).any()):
+        raise ValueError("some tokens of this input are to attend to later ones, which kvlib does not support")
