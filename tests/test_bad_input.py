@@ -307,7 +307,7 @@ def test_masks_that_hide_the_pads_behind_an_early_end():
 
 @pytest.mark.parametrize(
     "positions",
-    [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(6).expand(3, 1, 6)],
+    [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(1, 7).expand(3, 1, 6)],
     ids=["late", "reversed", "3d"],
 )
 def test_positions_that_do_not_count_tokens(positions):
