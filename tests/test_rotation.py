@@ -75,12 +75,15 @@ def test_layers_may_differ(dtype):
     assert everywhere.frequencies[1].item() == pytest.approx(1e6**-0.25, rel=0.01)
 
 
-def test_a_few_large_channels_hide_nothing():
-    """As biases make them in some models."""
+def test_a_few_large_channels_hide_nothing(monkeypatch):
+    """As biases make them in some models: neither a layout, nor that it is none of the known ones."""
     model = families.build("Qwen2ForCausalLM", torch.bfloat16)
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.view(2, 8)[:, 3] = 300
     assert [rotary.channels.tolist() for rotary in rotaries(model)] == [HALVES] * 2
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.rotate_half", lambda x: x.roll(4, -1))
+    with pytest.raises(ValueError, match="no known rotary embedding"):
+        rotaries(model)
 
 
 @pytest.mark.parametrize(
