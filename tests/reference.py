@@ -7,6 +7,7 @@ prompt, lets the policy evict, and decodes greedily.
 
 import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -373,7 +374,10 @@ class PyramidKV(SnapKV):
             least = 2 * mean - most
         if head.prompt < 2 * mean:
             return mean, window
-        return most - head.layer * math.floor((most - least) / max(1, head.layers - 1)), window
+        exact = (
+            Fraction(most) - head.layer * Fraction(most - least, max(1, head.layers - 1)) if head.layers > 1 else mean
+        )
+        return math.floor(exact) if exact > mean else math.ceil(exact), window
 
 
 @dataclass
@@ -388,9 +392,16 @@ class TOVA(Policy):
 
 @dataclass
 class KNorm(Policy):
+    skip_layers: tuple = ()
+    recent: int = 0
+
     def __call__(self, head):
-        scores = {at: -math.sqrt(sum(head.rotated[at] ** 2)) for at in head.stored}
-        return best(scores, count(self.budget, head.prompt))
+        number = count(self.budget, head.prompt)
+        if head.layer in self.skip_layers or len(head.stored) <= number:
+            return head.stored
+        recent = head.stored[len(head.stored) - min(self.recent, number - 1) :]
+        scores = {at: -math.sqrt(sum(head.rotated[at] ** 2)) for at in head.stored if at not in recent}
+        return best(scores, number - len(recent)) + recent
 
 
 POLICIES = {

@@ -1,11 +1,9 @@
-"""Column sums and eviction errors against the N x N matrix, their memory, visibility, and rotation."""
+"""Column sums and eviction errors against the N x N matrix, their memory, and visibility."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from kvlib.core import attention
 
@@ -219,40 +217,3 @@ def test_eviction_errors_need_blocks_and_not_the_matrix():
     query, key, value = torch.randn(3, 1, 8, 4096, 8)
     # A block of 16 MiB exists as logits and weights, and as distances in float64 and in float32.
     assert 64 * 2**20 < peak_memory(attention.eviction_errors, query, key, value) < 104 * 2**20
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.float16, 1e-2)])
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_rotating_further_is_rotating_from_scratch(kind, dtype, tolerance):
-    scaling = {
-        "default": {},
-        "linear": {"factor": 2.0},
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
-    }[kind]
-    rope = {"rope_type": kind, "rope_theta": 10000.0, **scaling}
-    rotary = LlamaRotaryEmbedding(
-        LlamaConfig(hidden_size=32, num_attention_heads=2, max_position_embeddings=256, rope_parameters=rope)
-    )
-    x = torch.randn(2, 3, 20, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    position = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(1))
-    goal = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(2))
-
-    def rotated(positions):
-        if dtype == torch.float64:  # the module computes in float32
-            angle = (positions[..., None] * rotary.inv_freq.double()).repeat(1, 1, 2)
-            cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
-        else:
-            cos, sin = rotary(x.to(dtype), positions)
-        return apply_rotary_pos_emb(x.to(dtype), x.to(dtype), cos, sin)[0]
-
-    moved = attention.rotate(rotated(position), (goal - position)[:, None], rotary.inv_freq)
-    assert moved.dtype == dtype
-    torch.testing.assert_close(moved, rotated(goal), rtol=tolerance, atol=tolerance)
-    still = attention.rotate(rotated(position), torch.zeros(2, 1, 20), rotary.inv_freq)
-    assert torch.equal(still, rotated(position))

@@ -1,20 +1,14 @@
 """Bad input: an error that says what is wrong, before work starts."""
 
-import hashlib
 import math
 
-import huggingface_hub.constants
 import pytest
 import tiny
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
+from transformers import DynamicCache, StaticCache
 
 import kvlib
-from kvlib import paths
 
 KNORM = kvlib.method("knorm", budget=0.5)
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -189,45 +183,6 @@ def test_sliding_windows_hold_until_they_would_slide(extra):
             tiny.generate(model, run, rows, new=6, extra=extra)
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "factor": 2.0},
-        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-         "original_max_position_embeddings": 64},
-    ],
-    ids=lambda rope: rope["rope_type"],
-)  # fmt: skip
-def test_positions_are_not_renumbered_where_angles_are_not_linear(rope):
-    model = tiny.build("llama-gqa", torch.float32, rope_parameters={"rope_theta": 10000.0, **rope})
-    message = f"keys cannot be re-rotated with rotary embedding '{rope['rope_type']}' over part or all of 8 dimensions"
-    with pytest.raises(ValueError, match=message), kvlib.method("streaming_llm", budget=0.5)(model):
-        model(tiny.tokens(1, 8))
-    with kvlib.method("streaming_llm", budget=0.5, renumber=False)(model):
-        model(tiny.tokens(1, 8))
-
-
-@pytest.mark.parametrize(
-    "name, config, kind",
-    [
-        ("PhiForCausalLM", SIZE, "'default'"),  # rotates half of each head
-        (
-            "GPT2LMHeadModel",
-            {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0, "bos_token_id": 0},
-            "None",
-        ),
-    ],
-)
-def test_positions_are_not_renumbered_without_a_whole_rotation(name, config, kind):
-    cls = getattr(transformers, name)
-    model = cls(cls.config_class(**config))
-    with (
-        pytest.raises(ValueError, match=f"cannot be re-rotated with rotary embedding {kind}"),
-        kvlib.method("streaming_llm")(model),
-    ):
-        model(tiny.tokens(1, 8))
-
-
 class Wrapper(torch.nn.Module):
     """Hands on every attribute, as `torch.compile` and the parallel wrappers do."""
 
@@ -346,7 +301,7 @@ def test_masks_that_hide_the_pads_behind_an_early_end():
 
 @pytest.mark.parametrize(
     "positions",
-    [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(6).expand(3, 1, 6)],
+    [torch.arange(1, 7)[None], torch.arange(6).flip(0)[None], torch.arange(1, 7).expand(3, 1, 6)],
     ids=["late", "reversed", "3d"],
 )
 def test_positions_that_do_not_count_tokens(positions):
@@ -470,7 +425,7 @@ def test_caches_of_other_methods(other):
     model = tiny.model()
     with other(model) as run:
         turn = tiny.generate(model, run, [tiny.tokens(9)])
-    refused(ValueError, r"the cache was filled by .*, not by KNorm\(budget=0\.5\); start without past_key_values",
+    refused(ValueError, r"the cache was filled by .*, not by KNorm\(budget=0\.5, .*\); start without past_key_values",
             model, turn.ids, past_key_values=run.cache)  # fmt: skip
 
 
@@ -568,69 +523,7 @@ def test_clamping_is_flagged_per_row():
     assert run.clamped["sinks"].tolist() == [4, 1]
 
 
-# Loading
-
-
-@pytest.fixture
-def shipped(tmp_path, monkeypatch):
-    """A folder of shipped models with one model in it, `minilm-test`."""
-    folder = tmp_path / "minilm-test"
-    tiny.build("llama-gqa", torch.bfloat16).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in sorted(folder.iterdir())]
-    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
-    monkeypatch.setattr(paths, "MODELS", tmp_path)
-    return folder
-
-
-def test_a_shipped_model_loads(shipped):
-    model, tokenizer = kvlib.load("minilm-test")
-    assert model.dtype == torch.float32 and not model.training
-    assert kvlib.load("minilm-test", dtype=torch.float16)[0].dtype == torch.float16
-    inputs = tokenizer(["a b b", "b"], padding=True, return_tensors="pt")
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    with KNORM(model) as run:
-        model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **GREEDY)
-    assert len(tiny.kept(run)) == 2
-    assert torch.equal(kvlib.load(str(shipped))[0].lm_head.weight, model.lm_head.weight)  # a path is a name too
-
-
-def test_missing_checkpoints(shipped):
-    with pytest.raises(FileNotFoundError, match="no shipped model 'minilm-gone'; there are: minilm-test"):
-        kvlib.load("minilm-gone")
-    (shipped / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="minilm-test: model.safetensors is missing; restore it with git"):
-        kvlib.load("minilm-test")
-    (shipped / "SHA256SUMS").unlink()
-    with pytest.raises(FileNotFoundError, match="no shipped model 'minilm-test'; there are: none"):
-        kvlib.load("minilm-test")
-
-
-def test_changed_checkpoints(shipped):
-    weights = bytearray((shipped / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (shipped / "model.safetensors").write_bytes(weights)
-    with pytest.raises(
-        ValueError, match="minilm-test: model.safetensors does not match its checksum; restore it with git"
-    ):
-        kvlib.load("minilm-test")
-
-
-def test_the_hub_offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    message = r"cannot load 'nobody/nothing' \(HF_HUB_OFFLINE is set\): not a shipped model, not a local path"
-    with pytest.raises(OSError, match=message):
-        kvlib.load("nobody/nothing")
-
-
-def test_pickled_weights_are_not_loaded(shipped):
-    torch.save(tiny.build("llama-gqa").state_dict(), shipped / "pytorch_model.bin")
-    (shipped / "model.safetensors").unlink()
-    with pytest.raises(OSError, match="cannot load"):
-        kvlib.load(str(shipped))
+# What was found later
 
 
 def test_what_a_configuration_leaves_open_is_the_model_s():

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+import re
 import tokenize
 from functools import cache
 
@@ -72,7 +73,9 @@ ARGUMENTS = {
     "snapkv": st.fixed_dictionaries(SNAPKV),
     "pyramidkv": st.fixed_dictionaries({**SNAPKV, "beta": st.integers(1, 25)}),
     "tova": st.just({}),
-    "knorm": st.just({}),
+    "knorm": st.fixed_dictionaries(
+        {"skip_layers": st.sampled_from([(), (0,), (1,), (0, 1)]), "recent": st.integers(0, 12)}
+    ),
 }
 BUDGETS = st.floats(0.01, 0.99) | st.integers(2, 60)
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=2)
@@ -434,9 +437,9 @@ def test_snapkv_window_takes_at_most_half_of_the_budget():
     ("budget", "length", "beta", "counts"),
     [
         # The window is 10, what is left of the budget comes on top of it.
-        (20, 60, 20, [30, 24, 18, 12]),  # 10 on average, from 20 to 0 in steps of 20 // 3
-        (20, 60, 2, [25, 22, 19, 16]),  # from 15 to 5
-        (0.5, 60, 20, [49, 37, 25, 13]),  # from 39 to 1
+        (20, 60, 20, [30, 23, 17, 10]),  # 10 on average, from 20 to 0 in steps of 20 / 3
+        (20, 60, 2, [25, 21, 19, 15]),  # from 15 to 5
+        (0.5, 60, 20, [49, 36, 24, 11]),  # from 39 to 1
         (20, 29, 20, [29, 23, 17, 11]),  # there are 19 tokens before the window: from 19 to 1
         (0.7, 60, 20, [42] * 4),  # twice 32 is more than the prompt
     ],
@@ -448,9 +451,17 @@ def test_pyramidkv_has_layers_of_different_size(budget, length, beta, counts):
         assert [layer.shape[2] for layer in kept[step]] == [count + step for count in counts]
 
 
-def test_pyramidkv_of_one_layer_is_flat():
-    _, kept, _ = decode(kvlib.method("pyramidkv", budget=10, beta=1), llama(2, layers=1), [prompt(40)], 0)
-    assert kept[0][0].shape[2] == 10
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+def test_pyramidkv_stores_the_budget_on_average_and_never_more_above(layers):
+    """Whatever gives way: the window, a pyramid that the prompt cannot fill, or all of it in a short prompt."""
+    for length, window, beta in ((60, 10, 20), (60, 32, 3), (41, 1, 7), (23, 4, 1)):
+        for budget in (2, 5, 13, 22, 0.17, 0.5, 0.83):
+            tokens = budget if isinstance(budget, int) else int(budget * length)
+            method = kvlib.method("pyramidkv", budget=budget, window=window, beta=beta)
+            _, kept, _ = decode(method, llama(2, layers=layers), [prompt(length)], 0)
+            counts = [layer.shape[2] for layer in kept[0]]
+            assert sum(counts) == layers * tokens
+            assert counts == sorted(counts, reverse=True)
 
 
 # TOVA
@@ -486,6 +497,37 @@ def test_knorm_keeps_the_lowest_norms_of_every_layer():
             assert norms[layer][head, inside].max() < norms[layer][head, outside].min()
 
 
+def test_knorm_leaves_layers_alone_and_recent_tokens():
+    """A skipped layer is stored in full, and nothing makes up for it."""
+    method = kvlib.method("knorm", budget=8, skip_layers=(1,), recent=5)
+    _, kept, run = decode(method, llama(2), [prompt(30)], 2)
+    assert [layer.shape[2] for layer in kept[0]] == [8, 30]
+    assert (kept[0][0][0, :, 3:] == torch.arange(25, 30)).all()
+    assert run.clamped == {}
+    assert run.stored_bytes() == (10 + 32) * run.full_bytes() // (2 * 32)
+    _, kept, run = decode(kvlib.method("knorm", budget=8, recent=9), llama(2), [prompt(30)], 0)
+    assert (kept[0][0][0, :, 1:] == torch.arange(23, 30)).all()
+    assert run.clamped["recent"].tolist() == [7]
+
+
+def test_knorm_skips_layers_that_there_are():
+    method = kvlib.method("knorm", skip_layers=(0, 2))
+    with pytest.raises(ValueError, match=r"skip_layers=\(0, 2\): of 2 layers"), method(llama(2)):
+        pass
+
+
+# Budgets of numpy's
+
+
+@pytest.mark.parametrize("number", [np.int64(9), np.uint8(9), np.float64(0.3), np.float32(0.25)], ids=repr)
+def test_budgets_may_be_numbers_of_numpy(number):
+    ours, theirs = kvlib.method("h2o", budget=number), kvlib.method("h2o", budget=number.item())
+    assert ours == theirs and repr(ours) == repr(theirs)
+    for budget in (np.int64(0), np.float64(1.5), np.bool_(True), np.array([3])):
+        with pytest.raises(ValueError, match="budget="):
+            kvlib.method("h2o", budget=budget)
+
+
 # What a wrong argument gets
 
 
@@ -493,6 +535,9 @@ def test_knorm_keeps_the_lowest_norms_of_every_layer():
     ("name", "arguments"),
     [
         ("streaming_llm", {"sinks": -1}),
+        ("knorm", {"recent": -1}),
+        ("knorm", {"skip_layers": (-1,)}),
+        ("knorm", {"skip_layers": 0}),
         ("snapkv", {"window": 0}),
         ("snapkv", {"kernel": 4}),
         ("snapkv", {"kernel": -1}),
@@ -503,5 +548,5 @@ def test_knorm_keeps_the_lowest_norms_of_every_layer():
 )
 def test_impossible_arguments_are_named(name, arguments):
     ((argument, value),) = arguments.items()
-    with pytest.raises(ValueError, match=f"{argument}={value!r}: "):
+    with pytest.raises(ValueError, match=re.escape(f"{argument}={value!r}: ")):
         kvlib.method(name, **arguments)

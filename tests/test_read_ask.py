@@ -218,8 +218,8 @@ def test_what_a_question_looks_at_counts(name):
     for layer, total in enumerate(sums):
         for head in range(2):
             candidates = [i for i in (*before[layer][head], *range(start, end)) if i < end - recent]
-            heavy = sorted(candidates, key=lambda i: -total[head, i].item())[: 24 - recent]  # noqa: B023
-            assert after[layer][head] == sorted(heavy) + [*range(end - recent, end)]
+            heavy = sorted(candidates, key=lambda i: -total[head, i].item())[: 24 - recent]
+            assert after[layer][head] == [*sorted(heavy), *range(end - recent, end)]
 
 
 def test_several_questions_about_one_document():

@@ -105,9 +105,9 @@ names = set(masks), set(functions)
 before = everything()
 import kvlib
 after = everything()
-assert (set(masks) - names[0], set(functions) - names[1]) == ({"kvlib"}, {"kvlib"})
+assert (set(masks) - names[0], set(functions) - names[1]) == ({"kvlib", "kvlib_keys"},) * 2
 for space in after:
-    space.pop("kvlib", None)
+    space.pop("kvlib", None), space.pop("kvlib_keys", None)
 assert before == after
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,6 +12,7 @@ import kvlib
 from kvlib.core import attention
 from kvlib.core.method import highest, strongest
 from kvlib.core.part import Part
+from kvlib.core.rotary import rotaries, rotate
 
 
 def pick(x, at):
@@ -77,21 +78,19 @@ class LowRank(kvlib.Method):
     def prepare(self, model):
         weights = [(a.k_proj.weight, a.v_proj.weight) for a in (layer.self_attn for layer in model.model.layers)]
         heads = [[w.unflatten(0, (model.config.num_key_value_heads, -1)) for w in pair] for pair in weights]
-        return [[torch.linalg.svd(w, full_matrices=False).U[..., : self.rank] for w in pair] for pair in heads]
+        bases = [[torch.linalg.svd(w, full_matrices=False).U[..., : self.rank] for w in pair] for pair in heads]
+        return list(zip(bases, rotaries(model)))
 
     def encode(self, run, layer, key, value, positions):
-        keys, values = run.prepared[layer.index]
+        (keys, values), rotary = run.prepared[layer.index]
         back = -positions[:, None].clamp(min=0).expand(key.shape[:3])
-        straight = attention.rotate(key, back, run.inverse_frequencies(key.shape[-1]))
+        straight = rotate(key, back, rotary)
         return {"key": straight @ keys, "value": value @ values}
 
     def decode(self, view, part):
-        keys, values = view.run.prepared[view.layer_idx]
-        stored, dim = view.fields(part), keys.shape[-2]
-        straight = stored["key"] @ keys.mT
-        return attention.rotate(straight, view.positions, view.run.inverse_frequencies(dim)), stored[
-            "value"
-        ] @ values.mT
+        (keys, values), rotary = view.run.prepared[view.layer_idx]
+        stored = view.fields(part)
+        return rotate(stored["key"] @ keys.mT, view.positions, rotary), stored["value"] @ values.mT
 
 
 @dataclass(frozen=True)

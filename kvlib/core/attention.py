@@ -1,4 +1,4 @@
-"""Attention over a packed cache, column sums of attention without the N x N matrix, and re-rotation of keys.
+"""Attention over a packed cache, and column sums of attention without the N x N matrix.
 
 Pure mathematics: nothing here stores, evicts or knows of a model.
 """
@@ -198,24 +198,3 @@ def blocks(query, key, query_positions, key_positions, scaling, block):
             hidden = (at < 0) | (at > query_positions[:, None, None, start:end, None])
             logits.masked_fill_(hidden, -torch.inf)
         yield logits
-
-
-def rotate(x: torch.Tensor, offset: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
-    """Turn rotary-encoded vectors by `offset` positions, in float32 or better.
-
-    Args:
-        x: `(..., head_dim)`, already rotated; offset: `(...)`, positions to move by, negative = towards the start.
-        inverse_frequencies: `(head_dim / 2,)` of the model's rotary embedding.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    angle = offset[..., None].to(dtype) * inverse_frequencies.to(x.device, dtype)
-    first, second = x.to(dtype).chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def rotation(offset: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
-    """Matrices `(..., head_dim, head_dim)` with `x @ matrix == rotate(x, offset)`, for many vectors that turn alike."""
-    angle = offset[..., None].to(torch.promote_types(inverse_frequencies.dtype, torch.float32)) * inverse_frequencies
-    cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
-    return torch.cat([torch.cat([cos, sin], dim=-1), torch.cat([-sin, cos], dim=-1)], dim=-2)

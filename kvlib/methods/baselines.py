@@ -8,8 +8,9 @@ the newest tokens they protect, on the CPU, `(batch,)` or, where heads have budg
 import torch
 import torch.nn.functional as F
 
-from kvlib.core import attention
 from kvlib.core.method import Budgeted, Evictor, register, require, whole
+from kvlib.core.rotary import Rotary, rotaries, rotation
+from kvlib.core.support import attention_modules
 
 
 @register("full")
@@ -59,9 +60,13 @@ class StreamingLLM(Evictor):
     if they stood next to each other. Rotary attention sees nothing but distances, and between tokens of the recent
     window and the query these are what they were; so the sinks alone move, up to the window, each time by as many
     positions as tokens were evicted, always from the key as it came. Without `renumber` tokens keep their original
-    positions. `run.kept` reports original indices in both cases.
+    positions. `run.kept` reports original indices in both cases. Keys turn as the model itself turns them, and not at
+    all in layers whose keys do not depend on the position.
     A budget of b leaves at most b - 1 sinks. A prompt is read in full before anything is evicted, unless it is read in
     chunks, exceeds the model's window, and `renumber` is on: then what was read gives way to the next chunk.
+
+    Raises:
+        ValueError: with `renumber`, on models whose rotation is not known (`kvlib.core.rotary`); for sinks < 0.
     """
 
     sinks: int = 4
@@ -78,20 +83,27 @@ class StreamingLLM(Evictor):
     def score(self, view):
         return view.protect(view.positions.float(), first=view.per_prompt("sinks", self.first))
 
+    def prepare(self, model):
+        return rotaries(model) if self.renumber and self.evicts else None
+
     def encode(self, run, layer, key, value, positions):
-        if self.renumber:
-            note_first(run.step, layer, key, positions, self.sinks)
+        note_first(run, layer, key, positions, self.sinks)
         return super().encode(run, layer, key, value, positions)
 
     def attend(self, view):
-        if self.renumber:
-            move_first(view, self.sinks)
+        move_first(view, self.sinks)
         return super().attend(view)
 
 
-def note_first(step, layer, key, positions, count: int) -> None:
+def turns(run, layer_idx: int) -> Rotary | None:
+    """The layer's rotation, None if its keys stay as they are."""
+    return run.prepared and run.prepared[layer_idx]
+
+
+def note_first(run, layer, key, positions, count: int) -> None:
     """Put the keys of the row's first tokens into `rows["first"]`, by their positions, when they arrive."""
-    if not bool((step.tokens - step.counts < count).any()):
+    step = run.step
+    if turns(run, layer.index) is None or not bool((step.tokens - step.counts < count).any()):
         return
     arrived = positions[:, :, None] == torch.arange(count, device=key.device)  # (batch, new, count)
     key = key.to(torch.promote_types(key.dtype, torch.float32))
@@ -102,13 +114,13 @@ def note_first(step, layer, key, positions, count: int) -> None:
 
 def move_first(view, count: int) -> None:
     """Rotate the row's first tokens, which stand in the first slots, up to what is left of those behind them."""
-    frequencies = view.run.inverse_frequencies(view.key.shape[-1])
-    if not (count and view.incomplete):
+    rotary = turns(view.run, view.layer_idx)
+    if rotary is None or not (count and view.incomplete):
         return
-    shared = view.step.shared
-    if "turn" not in shared:
+    turn = view.step.shared.get(rotary)
+    if turn is None:
         missing = view.step.ends - view.on_device(view.lengths[:, 0])  # the same for every head
-        shared["turn"] = attention.rotation(missing, frequencies)[:, None]
+        turn = view.step.shared[rotary] = rotation(missing, rotary, view.key.shape[-1])[:, None]
     notes, place, first = view.run.cache.notes, ("first", view.layer_idx), view.key[:, :, :count]
     unmoved = notes.get(place)
     if unmoved is None:  # the first one that is missing ends the row's first tokens
@@ -116,7 +128,8 @@ def move_first(view, count: int) -> None:
         unmoved = (at == torch.arange(at.shape[-1], device=at.device)).cummin(-1).values[..., None]
         if view.step.decoding and bool((view.lengths < view.tokens[:, None]).all()):
             notes[place] = unmoved  # until the next prompt they stay what they are
-    turned = (view.layer.rows["first"][:, :, : first.shape[2]] @ shared["turn"].to(first.device)).to(first.dtype)
+    came = view.layer.rows["first"][:, :, : first.shape[2]]
+    turned = (came @ turn.to(came)).to(first.dtype)
     first.copy_(turned.where(unmoved, first))  # in the store, if segments are equal
 
 
@@ -225,13 +238,15 @@ class SnapKV(Evictor):
 class PyramidKV(SnapKV):
     """SnapKV with more tokens in early layers than in late ones (Cai et al., 2406.02069).
 
-    Beside its window w, layer l of L keeps most - l x ((most - least) // (L - 1)) tokens, where least =
+    Beside its window w, layer l of L keeps most - l x (most - least) / (L - 1) tokens, where least =
     (budget - w) // beta and most = 2 (budget - w) - least; if the prompt has no `most` tokens before its window, it
     keeps them all in layer 0, and least gives way. Prompts shorter than 2 (budget - w) get the budget in every layer.
-    Rounding down the step between layers lets the mean exceed the budget by up to (L - 1) / 2 tokens.
 
-    Defaults are SnapKV's, beta is that of the code. Departures: as in SnapKV, and `budget` is the mean over layers, a
-    share of the prompt or a number (theirs is a number).
+    Defaults are SnapKV's, beta is that of the code. Departures: as in SnapKV; `budget` is the mean over layers, window
+    included, a share of the prompt or a number (theirs is a number); and the mean is met exactly. In the code the step
+    between layers is rounded down, so that the mean exceeds the budget by up to (L - 1) / 2 tokens, and kvpress rounds
+    every layer by itself. Here distances from the mean are rounded towards 0, which as many layers have above it as
+    below, and the last layer keeps `least`.
 
     Raises:
         ValueError: for a beta < 1, and what SnapKV refuses.
@@ -247,8 +262,9 @@ class PyramidKV(SnapKV):
         window, last = self.recent(view), max(1, len(view.run.modules) - 1)
         mean, before = self.tokens(view, self.budget) - window, view.prompt_tokens - window
         most = torch.minimum(2 * mean - mean // self.beta, before)
-        count = most - view.layer_idx * ((2 * most - 2 * mean) // last)  # most - least, of which the mean is given
-        return (window + count.where(view.prompt_tokens >= 2 * mean, mean))[:, None].expand_as(view.lengths)
+        above = torch.div((most - mean) * (last - 2 * view.layer_idx), last, rounding_mode="trunc")
+        above = above.where(view.prompt_tokens >= 2 * mean, 0) if len(view.run.modules) > 1 else 0
+        return (window + mean + above)[:, None].expand_as(view.lengths)
 
 
 @register("tova")
@@ -271,8 +287,38 @@ class TOVA(Evictor):
 class KNorm(Evictor):
     """Keys of small norm attract attention (Devoto et al., 2406.11430): keep the tokens with the lowest ||k||_2.
 
-    Departure: every layer is compressed (the paper's example leaves layers 0 and 1 alone), so that the budget is met.
+    The authors compress all layers or leave some alone: the code's library skips none, its command line layer 0, its
+    README layers 0 and 1, its needle scripts layers 0, 1 and 12. kvpress skips none, as we do by default. A layer in
+    `skip_layers` keeps everything, and no other one makes up for it: what is stored is more than the budget, so that
+    methods have to be compared at equal `run.stored_bytes()`.
+
+    Args:
+        skip_layers: layers that are not compressed.
+        recent: how many of the newest tokens stay whatever their norm, at most all but one of the budget (ours: the
+            authors protect none).
+
+    Raises:
+        ValueError: for a layer that the model has not.
     """
 
+    skip_layers: tuple[int, ...] = ()
+    recent: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        numbers = isinstance(self.skip_layers, tuple) and all(whole(layer, 0) for layer in self.skip_layers)
+        require("skip_layers", self.skip_layers, numbers, "a tuple of layers, counted from 0")
+        require("recent", self.recent, whole(self.recent, 0), "a number of tokens >= 0")
+
+    def prepare(self, model):
+        layers = len(attention_modules(model))
+        require("skip_layers", self.skip_layers, max(self.skip_layers, default=-1) < layers, f"of {layers} layers")
+
+    def budgets(self, view):
+        skipped = view.layer_idx in self.skip_layers
+        return view.prompt_tokens[:, None].expand_as(view.lengths) if skipped else super().budgets(view)
+
     def score(self, view):
-        return -torch.linalg.vector_norm(view.key, dim=-1, dtype=torch.promote_types(view.key.dtype, torch.float32))
+        dtype = torch.promote_types(view.key.dtype, torch.float32)
+        recent = view.clamp("recent", self.recent, 0, self.tokens(view, self.budget) - 1)
+        return view.protect(-torch.linalg.vector_norm(view.key, dim=-1, dtype=dtype), last=recent)

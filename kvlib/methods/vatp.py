@@ -145,15 +145,11 @@ class OutputNorm(ForcedSinks):
     sinks: int = 0
 
     def observe(self, view):
-        weight = getattr(getattr(view.module, "o_proj", None), "weight", None)
-        if weight is None:
+        project = getattr(view.module, "o_proj", None)
+        if project is None:
             raise ValueError(f"{type(view.module).__name__} has no o_proj, which output_norm needs")
-        value = view.new_value.to(torch.promote_types(view.new_value.dtype, torch.float32))
-        norms = [  # head by head, because each output is as wide as the model
-            torch.linalg.vector_norm(value[:, head // view.groups] @ part.to(value.dtype).T, 1, dim=-1)
-            for head, part in enumerate(weight.split(value.shape[-1], dim=1))
-        ]
-        view.remember("norm", torch.stack(norms, dim=-1).unflatten(-1, (-1, view.groups)).transpose(1, 2))
+        norms = output_norms(project, view.new_value.repeat_interleave(view.groups, dim=1).transpose(1, 2))
+        view.remember("norm", norms.unflatten(-1, (-1, view.groups)).transpose(1, 2))
         super().observe(view)
 
     def importance(self, view, last=None):
@@ -165,3 +161,26 @@ class OutputNorm(ForcedSinks):
             so_far = ends - view.per_row(view.prompt_tokens) + 1 if self.window else ends
             queries = queries.where(~view.arrived, so_far)
         return (sums + EPSILON * queries[:, :, None].to(sums.dtype)) * view.state["norm"].movedim(-1, 2)
+
+
+def output_norms(project, value: torch.Tensor) -> torch.Tensor:
+    """||W_O v||_1 of values `(batch, new, query_heads, dim)`: `(batch, new, query_heads)` in float32 or better.
+
+    W_O is what calling `project` does, its bias apart: weights may be on disk, quantised, or have an adapter beside
+    them. Few tokens are projected themselves; for many, what becomes of each channel tells what becomes of them.
+    """
+    few, dtype = value.flatten(0, 1), torch.promote_types(value.dtype, torch.float32)
+    if len(few) <= (dim := value.shape[-1]):
+        return torch.linalg.vector_norm(projected(project, few), 1, dim=-1, dtype=dtype).view(value.shape[:-1])
+    channels = torch.eye(dim, dtype=value.dtype, device=value.device)[:, None].expand(-1, value.shape[2], -1)
+    weights = projected(project, channels).to(dtype).transpose(0, 1)
+    norms = [  # head by head, because each output is as wide as the model
+        torch.linalg.vector_norm(value[:, :, head].to(dtype) @ part, 1, dim=-1) for head, part in enumerate(weights)
+    ]
+    return torch.stack(norms, dim=-1)
+
+
+def projected(project, x: torch.Tensor) -> torch.Tensor:
+    """What the output projection makes of each head of `x` `(tokens, heads, dim)` alone, `(tokens, heads, width)`."""
+    alone = torch.diag_embed(x.mT).permute(0, 2, 3, 1).flatten(2)
+    return project(alone) - project(alone.new_zeros(1, 1, alone.shape[-1]))

@@ -170,7 +170,7 @@ def test_what_the_evaluation_reaches():
 
 def test_what_methods_reach():
     reached = set(definitions.closure([definitions.name_of(METHODS["streaming_llm"])]))
-    assert {"kvlib.methods.baselines:StreamingLLM", "kvlib.core.attention:rotation"} <= reached
+    assert {"kvlib.methods.baselines:StreamingLLM", "kvlib.core.rotary:rotation"} <= reached
     for name, method in METHODS.items():
         reached = definitions.closure([definitions.name_of(method)])
         assert definitions.name_of(method) in reached or not method.__module__.startswith("kvlib"), name
