@@ -90,7 +90,7 @@ def test_questions_about_a_document(model, tmp_path, capsys, ends):
     main(["generate", *options.split(), "--question", "two =", "--question", "def"])
     out, err = capsys.readouterr()
     joint = "" if ends else "\n"
-    made, _run, tokens = asked(model, kvlib.method("snapkv", budget=0.5), text, [f"{joint}two =", f"{joint}def"])
+    made, _, tokens = asked(model, kvlib.method("snapkv", budget=0.5), text, [f"{joint}two =", f"{joint}def"])
     assert out == "\n\n".join(made) + "\n"
     assert int(re.search(r"document tokens +(\d+)", err)[1]) == tokens
     assert f"kept tokens by layer {tokens // 2}, {tokens // 2} " in err  # of the document, whatever was asked
