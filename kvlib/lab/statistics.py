@@ -1,4 +1,8 @@
-"""Intervals for means over samples and for paired differences between methods; tests, and what they can show."""
+"""Intervals for means over samples and for paired differences between methods; tests, and what they can show.
+
+There are two levels. `mean`, `paired_difference` and `paired_ratio` resample the samples of each task: they speak of
+these tasks and other prompts of them. `across` takes the tasks themselves for a sample, and speaks of others like them.
+"""
 
 from dataclasses import dataclass, field
 
@@ -63,6 +67,49 @@ def paired_ratio(first, second, **options) -> Estimate:
     return _bootstrap(pairs, lambda means: means[..., 0] / means[..., 1], scores=False, **options)
 
 
+@dataclass(frozen=True)
+class Across:
+    """A statistic over tasks that stand for others like them: Student's t on one number a task."""
+
+    value: float
+    error: float
+    freedom: int
+
+    def above(self, boundary: float) -> float:
+        """Two-sided p-value against "not above the boundary"; at most 0.05 exactly if a 95 % interval lies above it."""
+        return self._p_value(self.value - boundary)
+
+    def below(self, boundary: float) -> float:
+        """Two-sided p-value against "not below the boundary"."""
+        return self._p_value(boundary - self.value)
+
+    def _p_value(self, distance: float) -> float:
+        if not self.error:  # all tasks say the same
+            return 0.0 if distance > 0 else 1.0
+        return min(1.0, 2 * float(stats.t.sf(distance / self.error, self.freedom)))
+
+
+def across(*sides, ratio: bool = False) -> Across | None:
+    """The same statistic as `mean` (one side), `paired_difference` or, with `ratio`, `paired_ratio`, over other tasks.
+
+    What varies is each task's mean; of a ratio, its part in the error (x - r y) / mean(y), the delta method. None for a
+    single task, which says nothing about others.
+
+    Raises:
+        ValueError: as those functions.
+    """
+    means = np.array([pair.mean(0) for pair in _paired(*sides)]).T
+    if means.shape[1] < 2:
+        return None
+    parts = means[0] - means[1] if len(means) == 2 else means[0]
+    value = parts.mean()
+    if ratio:
+        value = means[0].mean() / means[1].mean()
+        parts = (means[0] - value * means[1]) / means[1].mean()
+    error = np.round(parts, 12).std(ddof=1) / parts.size**0.5
+    return Across(round(float(value), 12), float(error), parts.size - 1)
+
+
 def _paired(*sides) -> list[np.ndarray]:
     """The values of each task, `(samples, sides)`."""
     sides = [list(side) for side in sides]
@@ -119,9 +166,10 @@ def _resampled_means(rows: np.ndarray, made_up: float, resamples: int, rng) -> n
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of a count of wins if either side were as likely to win; ties are dropped, as is usual.
+    """Two-sided p-value of a count of wins if either side were as likely to win.
 
-    12 of 16 gives 0.077, 13 of 16 gives 0.021. Without a win or a loss it is 1.
+    12 of 16 gives 0.077, 13 of 16 gives 0.021. Without a win or a loss it is 1. Whoever says "most of 16" counts a tie
+    as a loss: 10 wins and 6 ties are 10 of 16, and 0.45. Dropped, ties would make 10 of 10 of them.
     """
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 

@@ -8,6 +8,28 @@ from kvlib.lab.evaluation.configuration import Configuration
 
 
 @dataclass(frozen=True)
+class Confounder:
+    """What may be the cause instead: the claim is decided again without it.
+
+    through: in words. Either `prompts`, a place of answers (`kvlib.lab.claims.places`) whose prompts are left out, or
+    `table`, another set of rows.
+    """
+
+    through: str
+    prompts: str = ""
+    table: str = ""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A change of rule or scope after there were rows: when, and what was removed."""
+
+    name: str
+    when: date
+    removed: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """One claim; what decides it is empty if it is not testable here."""
 
@@ -19,8 +41,12 @@ class Claim:
     arxiv: str = ""
     published: str = ""
     note: str = ""
+    front: bool = False  # shown in README
+    revised: tuple[Revision, ...] = ()
+    before: "Claim | None" = None  # as it was registered before a revision
     reason: str = ""  # why it is not testable here
     table: str = ""
+    models: tuple[str, ...] = ()
     sides: tuple[dict, ...] = ()  # method, budget, arguments: first and second, or one alone
     budgets: tuple = ()
     tasks: str | tuple[str, ...] = ()
@@ -28,9 +54,24 @@ class Claim:
     statistic: str = ""
     measure: str = "value"
     rule: tuple[float, float] = ()  # the open interval that the claim says the statistic lies in
+    expected: float | None = None  # the statistic if the claim is as true as its source says
+    samples: int = 0  # of each task, where `expected` is checked
     primary: str = "mean over tasks"
     equal_bytes: str = ""
     protocol: str = ""
+    authors: str = ""  # which settings are the authors'
+    without: tuple[str, ...] = ()  # places of answers (`kvlib.lab.claims.places`) whose prompts are left out
+    confounded_by: Confounder | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Nobody's claim but this project's."""
+        return self.evidence == "ours"
+
+    @property
+    def universal(self) -> bool:
+        """Said of every cell, so that one is enough to contradict it."""
+        return self.primary.startswith("every")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from kvlib.lab import statistics
+from kvlib.lab.claims import places
 from kvlib.lab.claims.claim import Cell, Claim
 from kvlib.lab.claims.samples import Missing, per_sample, rows_of
 
@@ -15,15 +16,28 @@ BYTES_AGREE = 0.02  # rounding to whole tokens per head makes methods differ by 
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a cell says on one model; `support` and `against` are p-values for inside and outside the claim's region."""
+class Evidence:
+    """p-values: for the claim's region, for outside of it, for the other side of no effect at all."""
 
-    text: str
     support: float
     against: float
+    opposite: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell says on one model: on these families, whose prompts may be others, and across families like them.
+
+    n: what is counted or averaged, families in a count of wins and samples otherwise.
+    """
+
+    text: str
+    here: Evidence
+    across: Evidence | None
     detectable: float | str
+    n: int
+    families: int = 0
     label: str = ""
-    n: int = 0
     clamped: float = 0.0
     protocol: str = ""
 
@@ -39,6 +53,9 @@ def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result
     if len(protocols) > 1:
         raise Missing("there are rows of several protocols, and the claim names none")
     found = [per_sample(side, claim) for side in found]
+    for place in claim.without:
+        left_out = places.prompts(place, claim.length)
+        found = [side.drop(index=left_out, errors="ignore") for side in found]
     if not all(side.index.equals(found[0].index) for side in found):
         raise Missing("the two sides do not have the same samples")
     if claim.equal_bytes:
@@ -46,12 +63,12 @@ def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result
         if not abs(first - second) <= BYTES_AGREE * second:
             raise Missing(f"{claim.equal_bytes} bytes are not equal: {first:.4g} and {second:.4g}")
     groups = [[side["measured"].xs(name).to_numpy() for name in cell.tasks] for side in found]
-    result = count_wins(claim, groups) if claim.statistic == "win_count" else bootstrap(claim, groups)
+    result = count_wins(claim, groups) if claim.statistic == "win_count" else estimated(claim, groups)
     clamped = max(float(side["clamped"].mean()) for side in found)
-    return replace(result, label=cell.label, n=len(found[0]), clamped=clamped, protocol=protocols[0])
+    return replace(result, label=cell.label, families=len(cell.tasks), clamped=clamped, protocol=protocols[0])
 
 
-def bootstrap(claim: Claim, groups: list[list[np.ndarray]]) -> Result:
+def estimated(claim: Claim, groups: list[list[np.ndarray]]) -> Result:
     """Mean, difference or ratio with its interval; the effect that so many samples can show."""
     function: Callable = {
         "mean": statistics.mean,
@@ -62,10 +79,16 @@ def bootstrap(claim: Claim, groups: list[list[np.ndarray]]) -> Result:
         estimate = function(*groups)
     except ValueError as error:  # a ratio to zero
         raise Missing(str(error)) from None
-    support, against = evidence(claim.rule, estimate.above, estimate.below)
+    across = statistics.across(*groups, ratio=claim.statistic == "ratio")
     sign = "+" if claim.statistic == "mean_difference" else ""
     value, low, high = (rounded(x) for x in (estimate.value, estimate.low, estimate.high))
-    return Result(f"{value:{sign}.3f} [{low:.3f}, {high:.3f}]", support, against, smallest(claim, groups))
+    return Result(
+        text=f"{value:{sign}.3f} [{low:.3f}, {high:.3f}]",
+        here=evidence(claim, estimate),
+        across=across and evidence(claim, across),
+        detectable=smallest(claim, groups),
+        n=sum(map(len, groups[0])),
+    )
 
 
 def rounded(x: float) -> float:
@@ -91,30 +114,53 @@ def smallest(claim: Claim, groups: list[list[np.ndarray]]) -> float | str:
     return statistics.detectable_shift(n, variance**0.5)
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of so many families, with the exact binomial p-values."""
+
+    count: int
+    families: int
+
+    def above(self, boundary: float) -> float:
+        return self._p_value(boundary, "greater")
+
+    def below(self, boundary: float) -> float:
+        return self._p_value(boundary, "less")
+
+    def _p_value(self, boundary: float, alternative: str) -> float:
+        return min(1.0, 2 * float(stats.binomtest(self.count, self.families, boundary, alternative).pvalue))
+
+
 def count_wins(claim: Claim, groups: list[list[np.ndarray]]) -> Result:
-    """Tasks won and lost by mean, and the share of wins among them with its exact binomial interval."""
-    changes = [round(float(first.mean() - second.mean()), 12) for first, second in zip(*groups)]
-    wins, losses = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    ties = len(changes) - wins - losses
-    needed = statistics.wins_needed(len(changes))
-    tied, chance = f", {ties} tied" if ties else "", statistics.sign_test(wins, losses)
-    text = f"{wins} of {len(changes)} won{tied} (p = {chance:.2g})"
+    """Families won, a family being won if its own interval excludes 0; all others count against "most".
 
-    def test(alternative: str) -> Callable:
-        def two_sided(share: float) -> float:
-            one = stats.binomtest(wins, wins + losses, share, alternative).pvalue if wins + losses else 1.0
-            return min(1.0, 2 * float(one))
-
-        return two_sided
-
-    support, against = evidence(claim.rule, test("greater"), test("less"))
-    detectable = f"{needed} of {len(changes)}" if needed else f"none of {len(changes)}"
-    return Result(text, support, against, detectable)
+    Families are what is counted, so that there is one level only, the one across families.
+    """
+    estimates = [statistics.paired_difference([first], [second]) for first, second in zip(*groups)]
+    wins, losses = sum(one.low > 0 for one in estimates), sum(one.high < 0 for one in estimates)
+    families = len(estimates)
+    needed = statistics.wins_needed(families)
+    won, lost = Share(wins, families), Share(losses, families)
+    found = replace(evidence(claim, won), opposite=evidence(claim, lost).support)
+    text = f"{wins} of {families} won, {losses} lost (p = {statistics.sign_test(wins, families - wins):.2g})"
+    detectable = f"{needed} of {families}" if needed else f"none of {families}"
+    return Result(text, found, found, detectable, n=families)
 
 
-def evidence(rule: tuple[float, float], above: Callable, below: Callable) -> tuple[float, float]:
-    """p-values for "the statistic lies in the region" and for "it lies outside"."""
-    bounds = [(above, below, rule[0]), (below, above, rule[1])]
-    finite = [(within(bound), beyond(bound)) for within, beyond, bound in bounds if np.isfinite(bound)]
-    inside, outside = zip(*finite)
-    return max(inside), min(outside)  # outside is on one side or on the other, and p-values are two-sided already
+def evidence(claim: Claim, estimate) -> Evidence:
+    """From an estimate that tests whether it lies `above` or `below` a boundary; p-values are two-sided."""
+    low, high = claim.rule
+    tests = [(estimate.above, estimate.below, low), (estimate.below, estimate.above, high)]
+    inside, outside = zip(*((within(b), beyond(b)) for within, beyond, b in tests if np.isfinite(b)))
+    return Evidence(max(inside), min(outside), opposite(claim, estimate))
+
+
+def opposite(claim: Claim, estimate) -> float:
+    """p-value for the other side of no effect, where the claim is one of an effect."""
+    none = {"mean_difference": 0.0, "ratio": 1.0}.get(claim.statistic)
+    low, high = claim.rule
+    if none is not None and low >= none:
+        return estimate.below(none)
+    if none is not None and high <= none:
+        return estimate.above(none)
+    return 1.0

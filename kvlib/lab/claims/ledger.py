@@ -1,68 +1,128 @@
 """The ledger: a row per claim, with its verdict and the reason for it.
 
-A claim says in which region a statistic lies. On each shipped model it *holds* if the 95 % interval lies inside the
-region, and is *contradicted* if it lies outside; everything else is inconclusive. The verdict is that of the models if
-they all agree, and inconclusive if they do not or if one of them has no rows. What the tables cannot answer at all is
-not testable here, with the reason.
+A claim says in which region a statistic lies. The verdict says what was found *here*, in the scope beside it:
+
+    of a paper           of ours        the 95 % interval lies
+    reproduced here      holds          inside the region
+    opposite here        contradicted   on the other side of no effect, where an effect is claimed
+    not reproduced here  contradicted   outside
+    undecided here       undecided here neither
+
+A paper's claim is contradicted only if it is universal, said of every budget or task, and one of them is outside. On
+these families prompts are what is resampled; across families, families are. What holds on the first level alone says
+so. If a claim names what may be the cause instead (`confounded_by`), it is decided again without that, and a verdict
+that changes is one *through* it. With several models all have to agree. What the tables cannot answer, and a rule that
+the expected value could not meet, is not testable here.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from kvlib import paths
-from kvlib.lab.claims.claim import Claim, cells_of
-from kvlib.lab.claims.deciding import LEVEL, conclude, corrected, deciding
+from kvlib.lab import statistics
+from kvlib.lab.claims.attaining import obstacle
+from kvlib.lab.claims.claim import Claim, cells_of, configurations, named
+from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
 from kvlib.lab.claims.examining import Result, examine
+from kvlib.lab.claims.places import PLACES
+from kvlib.lab.claims.registered import EVIDENCE
 from kvlib.lab.claims.samples import Missing, load
 
-MODELS = ("minilm", "minilm-gqa")  # a claim has to hold on both
-VERDICTS = ("holds", "contradicted", "inconclusive", "not testable here")
-COLUMNS = "id paper claim evidence theirs ours n models length protocol detectable verdict reason".split()
+WORDS = {  # of papers, of ours
+    "inside": ("reproduced here", "holds"),
+    "opposite": ("opposite here", "contradicted"),
+    "outside": ("not reproduced here", "contradicted"),
+    "undecided": ("undecided here", "undecided here"),
+}
+UNTESTABLE = "not testable here"
+VERDICTS = (
+    "reproduced here", "holds", "not reproduced here", "opposite here", "contradicted", "undecided here", UNTESTABLE,
+)  # fmt: skip
+COLUMNS = (
+    "id paper claim evidence source theirs ours n models length protocol scope detectable p p_across holm holm_across "
+    "verdict revised reason"
+).split()
+
+
+class Tables(dict):
+    """Result tables by name, or what is wrong with them, read when asked for."""
+
+    def __init__(self, results: Path):
+        self.results = results
+
+    def __missing__(self, name: str) -> pd.DataFrame | Missing:
+        self[name] = load(self.results, name)
+        return self[name]
 
 
 def ledger(claims: list[Claim], results: Path = paths.RESULTS) -> pd.DataFrame:
     """A row per claim, by id; nothing that a table lacks raises."""
-    tables: dict[str, pd.DataFrame | Missing] = {}
-    rows = []
-    for claim in sorted(claims, key=lambda claim: claim.id):
-        if claim.table and claim.table not in tables:
-            tables[claim.table] = load(results, claim.table)
-        rows.append(judge(claim, tables.get(claim.table)))
-    return pd.DataFrame(rows, columns=COLUMNS).astype(str)
+    tables = Tables(results)
+    table = pd.DataFrame([row_of(claim, tables) for claim in sorted(claims, key=lambda claim: claim.id)])
+    for level in ("", "_across"):
+        tested = table[f"p{level}"].notna()
+        table[f"holm{level}"] = np.nan
+        table.loc[tested, f"holm{level}"] = statistics.holm(table.loc[tested, f"p{level}"])
+        for name in (f"p{level}", f"holm{level}"):
+            table[name] = table[name].map(lambda p: "" if pd.isna(p) else f"{p:.2g}")
+    return table[COLUMNS].astype(str)
 
 
-def judge(claim: Claim, table: pd.DataFrame | Missing | None) -> dict:
-    """The row of one claim."""
+def row_of(claim: Claim, tables: Tables) -> dict:
+    """The row of one claim, before p-values are corrected for all of them."""
     row = {name: getattr(claim, name) for name in ("id", "paper", "claim", "evidence", "protocol")}
-    row |= {"theirs": claim.published, "length": claim.length or "", "verdict": VERDICTS[3]}
-    row |= {"ours": "", "n": "", "models": "", "detectable": ""}
+    row |= {"source": EVIDENCE[claim.evidence], "theirs": claim.published, "length": claim.length or ""}
+    row |= {"models": "; ".join(claim.models), "scope": scope(claim)}
+    row |= {"revised": "; ".join(revision.name for revision in claim.revised)}
+    row |= judge(claim, tables)
+    if claim.confounded_by and row["verdict"] != UNTESTABLE:
+        row |= through(claim, row, tables)
+    if claim.before:
+        earlier = judge(claim.before, tables)
+        seen = earlier["ours"] if earlier["verdict"] != UNTESTABLE else earlier["reason"]
+        row["reason"] += f"; as registered before: {earlier['verdict']} ({seen})"
+    return row
+
+
+def judge(claim: Claim, tables: Tables) -> dict:
+    """What the tables say: ours, n, models, protocol, detectable, p-values, verdict and reason."""
+    row = {"ours": "", "n": "", "detectable": "", "p": None, "p_across": None, "verdict": UNTESTABLE}
+    table = tables[claim.table] if claim.table else None
     if claim.reason or isinstance(table, Missing):
         return row | {"reason": claim.reason or str(table)}
     at_length = table[table["length"] == claim.length]
     cells = cells_of(claim, tuple(sorted(at_length["task"].unique())))
     found, missing = {}, {}
-    for model in MODELS:
+    for model in claim.models:
         try:
             found[model] = [examine(table, claim, model, cell) for cell in cells]
+            for result in found[model]:
+                if why := obstacle(claim, result.families, result.n // result.families):
+                    raise Missing(f"the rule cannot be met: {why}")
         except Missing as lack:
+            found.pop(model, None)
             missing[model] = str(lack)
     if not found:
         same = len(set(missing.values())) == 1
-        lacks = [missing[MODELS[0]]] if same else [f"{model}: {lack}" for model, lack in missing.items()]
+        lacks = [missing[claim.models[0]]] if same else [f"{model}: {lack}" for model, lack in missing.items()]
         return row | {"reason": "; ".join(lacks)}
-    verdicts = {model: conclude(results, claim.primary) for model, results in found.items()}
-    shown = {model: deciding(results, verdicts[model], claim.primary) for model, results in found.items()}
+    findings = {model: Finding.of(results, claim.primary) for model, results in found.items()}
+    shown = {model: deciding(results, findings[model].where, claim.primary) for model, results in found.items()}
     largest = max((result.detectable for results in found.values() for result in results), key=sortable)
+    across = [finding.p_across for finding in findings.values()]
     return row | {
         "ours": "; ".join(f"{model}{cell_label(result)}: {result.text}" for model, result in shown.items()),
         "n": "; ".join(str(result.n) for result in shown.values()),
         "models": "; ".join(shown),
         "protocol": "; ".join(sorted({result.protocol for results in found.values() for result in results})),
         "detectable": f"{largest:.3f}" if isinstance(largest, float) else largest,
-        "verdict": verdict_of(verdicts),
-        "reason": reason_of(claim, verdicts, found, missing),
+        "p": max(finding.p for finding in findings.values()),
+        "p_across": None if None in across else max(across),
+        "verdict": verdict_of(claim, findings),
+        "reason": reason_of(claim, findings, found, missing),
     }
 
 
@@ -74,28 +134,90 @@ def cell_label(result: Result) -> str:
     return f" {result.label}" if result.label else ""
 
 
-def verdict_of(verdicts: dict[str, str]) -> str:
-    """What all shipped models say, or that they do not say the same."""
-    said = set(verdicts.values())
-    return said.pop() if len(said) == 1 and set(verdicts) == set(MODELS) else "inconclusive"
+def verdict_of(claim: Claim, findings: dict[str, Finding]) -> str:
+    """What all models say, or that they do not say the same; and on which families."""
+    said = {finding.where for finding in findings.values()}
+    where = said.pop() if len(said) == 1 and set(findings) == set(claim.models) else "undecided"
+    if where == "undecided" or all(finding.wide for finding in findings.values()):
+        return word(claim, where)
+    single = isinstance(claim.tasks, tuple) and len(claim.tasks) == 1
+    return f"{word(claim, where)}, on {'this family' if single else 'these families'} only"
 
 
-def reason_of(claim: Claim, verdicts: dict, found: dict, missing: dict) -> str:
+def word(claim: Claim, where: str) -> str:
+    """A verdict in words; see the module."""
+    if claim.universal and where in ("opposite", "outside"):
+        return "contradicted"
+    return WORDS[where][claim.ours]
+
+
+def plain(verdict: str) -> str:
+    """A verdict without what it is through and on which families."""
+    return verdict.split(", ")[0]
+
+
+def through(claim: Claim, row: dict, tables: Tables) -> dict:
+    """Verdict and reason of a row, once the claim has been decided again without its confounder."""
+    cause = claim.confounded_by
+    without = (*claim.without, cause.prompts) if cause.prompts else claim.without
+    again = judge(replace(claim, without=without, table=cause.table or claim.table), tables)
+    seen = again["ours"] if again["verdict"] != UNTESTABLE else again["reason"]
+    reason = f"{row['reason']}; without {cause.through}: {again['verdict']} ({seen})"
+    verdict, *rest = row["verdict"].split(", ")
+    if verdict not in (plain(again["verdict"]), "undecided here"):
+        verdict = f"{verdict}, through {cause.through}"
+    return {"verdict": ", ".join([verdict, *rest]), "reason": reason}
+
+
+def scope(claim: Claim) -> str:
+    """What was tested: models, tasks, length, protocol, settings, and which settings are the authors'."""
+    if not claim.table:
+        return ""
+    parts = [
+        " and ".join(claim.models),
+        tasks_in_words(claim.tasks),
+        f"{claim.length} tokens",
+        claim.protocol and f"protocol {claim.protocol}",
+        " against ".join(named(side) + share(side.budget) for side in configurations(claim)),
+        claim.budgets and f"at{' and'.join(share(budget) for budget in claim.budgets)}",
+        claim.equal_bytes and f"equal {claim.equal_bytes} bytes",
+        claim.without and f"without {' and '.join(PLACES[place] for place in claim.without)}",
+        claim.authors and f"as the authors: {claim.authors}",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def share(budget) -> str:
+    """A budget after the name of its method; nothing if it is left open."""
+    return "" if budget is None else f" {budget:.0%}" if isinstance(budget, float) else f" {budget} tokens"
+
+
+def tasks_in_words(names: str | tuple[str, ...]) -> str:
+    if isinstance(names, str):
+        return f"{names} tasks"
+    if not names:
+        return "families in natural language"
+    return f"{len(names)} families" if len(names) > 3 else ", ".join(names)
+
+
+def reason_of(claim: Claim, findings: dict, found: dict, missing: dict) -> str:
     """Why the verdict is what it is."""
     what = "the share of wins" if claim.statistic == "win_count" else f"the {claim.statistic.replace('_', ' ')}"
     phrases = {
-        "holds": f"{what} is {in_words(claim.rule)}",
-        "contradicted": f"{what} is {in_words(claim.rule, outside=True)}",
-        "inconclusive": f"the interval does not tell whether {what} is {in_words(claim.rule)}",
+        "inside": f"{what} is {in_words(claim.rule)}",
+        "opposite": "the opposite is found",
+        "outside": f"{what} is {in_words(claim.rule, outside=True)}",
+        "undecided": f"the interval does not tell whether {what} is {in_words(claim.rule)}",
     }
-    by_verdict = {verdict: [model for model in verdicts if verdicts[model] == verdict] for verdict in verdicts.values()}
-    parts = [f"{phrases[verdict]} on {' and '.join(models)}" for verdict, models in by_verdict.items()]
+    where = {model: finding.where for model, finding in findings.items()}
+    by_finding = {one: [model for model in where if where[model] == one] for one in where.values()}
+    parts = [f"{phrases[one]} on {' and '.join(models)}" for one, models in by_finding.items()]
     parts += [f"{model}: {lack}" for model, lack in missing.items()]
     for model, results in found.items():
         if len(results) > 1:
             parts.append(tally(model, results, claim.primary))
-        if share := max(result.clamped for result in results):
-            parts.append(f"{model}: {share:.0%} of rows clamped")
+        if clamped := max(result.clamped for result in results):
+            parts.append(f"{model}: {clamped:.0%} of rows clamped")
     return "; ".join(parts)
 
 
@@ -109,5 +231,6 @@ def in_words(rule: tuple[float, float], outside: bool = False) -> str:
 
 def tally(model: str, results: list[Result], primary: str) -> str:
     """How many cells are in the region and how many outside."""
-    inside, outside = (int((p_values <= LEVEL).sum()) for p_values in corrected(results, primary))
+    here = [result.here for result in results]
+    inside, outside = (int((corrected(here, primary, name) <= LEVEL).sum()) for name in ("support", "against"))
     return f"{model}: of {len(results)} cells {inside} inside, {outside} outside"

@@ -13,27 +13,34 @@ import yaml
 
 from kvlib import paths
 from kvlib.lab import tasks
-from kvlib.lab.claims.claim import Claim, cells_of
+from kvlib.lab.claims.attaining import obstacle
+from kvlib.lab.claims.claim import Claim, Confounder, Revision, cells_of
+from kvlib.lab.claims.places import PLACES
 from kvlib.lab.results.studies import STUDIES
 from kvlib.nearest import unknown
 
 CLAIMS = paths.DATA / "claims.yaml"
-EVIDENCE = {
-    "paper": "read in the body of the paper",
-    "abstract": "read in the paper's abstract",
-    "authors": "other words of the authors: code, README, blog",
-    "secondary": "somebody else's summary of the paper: likely, not proven",
-    "follow-up": "a later paper or thread that ran the method again",
-    "field": "commonly taken for granted; no single source was read",
+EVIDENCE = {  # what was read
+    "paper": "the body of the paper was read",
+    "abstract": "the abstract was read, not the paper",
+    "authors": "the authors' code or README was read, not the paper",
+    "secondary": "source not read: somebody else's summary",
+    "follow-up": "a later paper or thread was read that ran the method again",
+    "field": "no source read: commonly taken for granted",
     "ours": "nobody's claim but this project's: a control, or a finding to be tested",
 }
+INDEPENDENT = ("smollm2", "minilm")  # minilm-gqa shares recipe, corpus and prompts with minilm
 STATISTICS = ("mean", "mean_difference", "ratio", "win_count")
 MEASURES = ("value", "stored", "read", "prefill")
 PRIMARY = ("mean over tasks", "every task", "some task", "every budget", "some budget")
 REQUIRED = ("id", "paper", "claim", "evidence", "registered")
-DESCRIBING = (*REQUIRED, "arxiv", "published", "note")
-DECIDING = ("table", "tasks", "length", "statistic", "rule")  # and `compare` or `value`
-OPTIONAL = ("compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol")
+DESCRIBING = (*REQUIRED, "arxiv", "published", "note", "front")
+REVISING = ("revised", "before")
+DECIDING = ("table", "models", "tasks", "length", "statistic", "rule")  # and `compare` or `value`
+OPTIONAL = (
+    "compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol", "authors", "without",
+    "confounded_by", "expected", "samples",
+)  # fmt: skip
 
 
 def read(path: Path = CLAIMS, results: Path = paths.RESULTS) -> list[Claim]:
@@ -43,15 +50,18 @@ def read(path: Path = CLAIMS, results: Path = paths.RESULTS) -> list[Claim]:
         ValueError: naming everything that is wrong with every claim.
     """
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is not YAML: {error}") from None
-    require(isinstance(entries, list), f"{path.name} is not a list of claims")
-    known, claims, problems = known_tables(results), [], []
-    for place, entry in enumerate(entries, start=1):
+    good = isinstance(text, dict) and isinstance(text.get("claims"), list)
+    require(good, f"{path.name} holds no list of claims")
+    known = known_tables(results) | set(text.get("tables") or {})
+    revisions = {name: Revision(name, **fields) for name, fields in (text.get("revisions") or {}).items()}
+    claims, problems = [], []
+    for place, entry in enumerate(text["claims"], start=1):
         name = entry.get("id", f"claim {place}") if isinstance(entry, dict) else f"claim {place}"
         try:
-            claims.append(parse(entry, known))
+            claims.append(parse(entry, known, revisions))
         except (ValueError, TypeError) as error:
             problems.append(f"{name}: {error}")
     ids = [claim.id for claim in claims]
@@ -66,21 +76,35 @@ def known_tables(results: Path) -> set[str]:
     return set(STUDIES) | {file.stem for file in results.glob("*.parquet")}
 
 
-def parse(entry: dict, known: set[str]) -> Claim:
-    """A claim from its entry.
+def parse(entry: dict, known: set[str], revisions: dict[str, Revision]) -> Claim:
+    """A claim from its entry, with what it was before it was revised.
 
     Raises:
-        ValueError: for what is missing, unknown or contradictory.
+        ValueError: for what is missing, unknown or contradictory, and for a rule that cannot be met.
     """
     require(isinstance(entry, dict), f"not a claim with fields: {entry!r}")
+    fields = {name: value for name, value in entry.items() if name not in REVISING}
+    names, before = entry.get("revised", []), entry.get("before")
+    require(isinstance(names, list), f"revised lists revisions, not {names!r}")
+    revised = tuple(revisions[one_of("revision", name, revisions)] for name in names)
+    require(before is None or bool(revised), "`before` needs a revision")
+    claim = parse_one(fields, known)
+    if why := unattainable(claim):
+        raise ValueError(f"the rule cannot be met: {why}")
+    earlier = parse_one(fields | before, known) if before else None
+    return replace(claim, revised=revised, before=earlier)
+
+
+def parse_one(entry: dict, known: set[str]) -> Claim:
+    """A claim as it stands."""
     testable = entry.get("testable", True)
     require(isinstance(testable, bool), f"testable is true or false, not {testable!r}")
     allowed = (*DESCRIBING, "testable", *((*DECIDING, *OPTIONAL) if testable else ("reason",)))
     for field in entry:
-        one_of("field", field, allowed)
+        one_of("field", field, (*allowed, *REVISING))
     missing = [name for name in (*REQUIRED, *(DECIDING if testable else ("reason",))) if entry.get(name) in (None, "")]
     require(not missing, f"lacks {', '.join(missing)}")
-    for name in ("id", "paper", "claim", "note", "arxiv", "reason", "protocol"):
+    for name in ("id", "paper", "claim", "note", "arxiv", "reason", "protocol", "authors"):
         require(isinstance(entry.get(name, ""), str), f"{name} is {entry.get(name)!r}, not a text: put it in quotes")
     one_of("evidence", entry["evidence"], EVIDENCE)
     registered = entry["registered"]
@@ -91,12 +115,23 @@ def parse(entry: dict, known: set[str]) -> Claim:
     return parse_test(entry, Claim(**described), known)
 
 
+def unattainable(claim: Claim) -> str:
+    """`obstacle`, for tasks and numbers of samples that are known; the ledger asks again when all are."""
+    study = STUDIES.get(claim.table)
+    planned = [study.models[model] for model in claim.models if model in study.models] if study else []
+    samples = claim.samples or min(planned, default=0)
+    families = len(claim.tasks) if isinstance(claim.tasks, tuple) else 0
+    return obstacle(claim, families, samples) if samples and families else ""
+
+
 def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
     """The claim with what decides it."""
     one_of("table", entry["table"], known)
     one_of("statistic", entry["statistic"], STATISTICS)
     length, measure = entry["length"], one_of("measure", entry.get("measure", "value"), MEASURES)
     require(isinstance(length, int) and length > 0, f"length is {length!r}, not a number of tokens")
+    require(isinstance(entry["models"], list), f"models is a list, not {entry['models']!r}")
+    models = tuple(one_of("independent model", model, INDEPENDENT) for model in entry["models"])
     primary = one_of("primary", entry.get("primary", "mean over tasks"), PRIMARY)
     equal = entry.get("equal_bytes", "")
     require(equal in ("", "stored", "read"), f"equal_bytes is stored or read, not {equal!r}")
@@ -107,15 +142,34 @@ def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
     require(not equal or len(compared) == 2, "equal_bytes compares two sides")
     if entry["statistic"] == "win_count":
         require(primary == "mean over tasks", "win_count counts over all tasks; primary is for the other statistics")
+    expected, samples = entry.get("expected"), entry.get("samples", 0)
+    require(expected is None or (number(expected) and abs(expected) <= 1), f"expected is a share, not {expected!r}")
+    require(isinstance(samples, int) and samples >= 0, f"samples is {samples!r}, not a number of samples")
+    without = entry.get("without", [])
+    require(isinstance(without, list), f"without lists places of answers, not {without!r}")
     claim = replace(
         claim, table=entry["table"], sides=compared, budgets=tuple(budgets), length=length, measure=measure,
         statistic=entry["statistic"], rule=region(entry["rule"], entry["statistic"]), tasks=task_names(entry["tasks"]),
-        primary=primary, equal_bytes=equal, protocol=entry.get("protocol", ""),
+        primary=primary, equal_bytes=equal, protocol=entry.get("protocol", ""), models=models, expected=expected,
+        samples=samples, authors=entry.get("authors", ""), confounded_by=confounder(entry, known),
+        without=tuple(one_of("place", place, PLACES) for place in without),
     )  # fmt: skip
     for cell in cells_of(claim, ()):  # methods say themselves what can never work
         for configuration in cell.configurations:
             configuration.make()
     return claim
+
+
+def confounder(entry: dict, known: set[str]) -> Confounder | None:
+    """What may be the cause instead: {prompts: place}, or {table: rows without it, through: in words}."""
+    given = entry.get("confounded_by")
+    if given is None:
+        return None
+    if isinstance(given, dict) and set(given) == {"prompts"}:
+        return Confounder(PLACES[one_of("place", given["prompts"], PLACES)], prompts=given["prompts"])
+    good = isinstance(given, dict) and set(given) == {"table", "through"} and isinstance(given["through"], str)
+    require(good, f"confounded_by holds prompts, or table and through, not {given!r}")
+    return Confounder(given["through"], table=one_of("table", given["table"], known))
 
 
 def require(holds: bool, message: str) -> None:
@@ -165,14 +219,20 @@ def sides(entry: dict) -> tuple[dict, ...]:
 
 
 def task_names(given) -> str | tuple[str, ...]:
-    """Task names of a list, a group of the catalogue or "families", the sixteen; "all" is left to the table."""
+    """Task names of a list, a group of the catalogue, "families", "natural" or
+    "natural GROUP"; "all" is left to the table."""
     if given == "all":
         return given
     if given == "families":
         return tuple(sorted(tasks.FAMILIES))
+    if isinstance(given, str) and given.split(" ")[0] == "natural":
+        group = given.removeprefix("natural").strip()
+        one_of("group", group, ("", *tasks.GROUPS))
+        return tuple(sorted(name for name, family in tasks.NATURAL.items() if group in ("", family.group)))
     if given in tasks.GROUPS:
         return tuple(sorted(name for name, family in tasks.FAMILIES.items() if family.group == given))
-    require(isinstance(given, list) and bool(given), f"tasks is a list, all, families or a group, not {given!r}")
+    listed = isinstance(given, list) and bool(given)
+    require(listed, f"tasks is a list, all, families, natural or a group, not {given!r}")
     require(len(set(given)) == len(given), f"tasks names one twice: {given}")
     return tuple(sorted(tasks.find(name).name for name in given))
 
@@ -187,6 +247,7 @@ def region(rule, statistic: str) -> tuple[float, float]:
     require(numbers and len(bounds) == (2 if kind == "within" else 1), f"{kind}: {bound!r} is not what it needs")
     require(bounds == sorted(set(bounds)), f"within: {bound!r} is empty")
     if statistic == "win_count":
-        require(all(0 < b < 1 for b in bounds), "a win_count is decided by the share of wins, between 0 and 1")
+        share = kind == "above" and 0 < bound < 1
+        require(share, "a win_count is decided by the share of wins, above a bound between 0 and 1")
     low = -inf if kind == "below" else float(bounds[0])
     return low, inf if kind == "above" else float(bounds[-1])

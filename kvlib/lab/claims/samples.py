@@ -30,13 +30,15 @@ def load(results: Path, name: str) -> pd.DataFrame | Missing:
         table = pd.read_parquet(file)
     except (OSError, ValueError):  # pyarrow's errors are of these kinds
         return Missing(f"{file.name} is not a readable table")
-    needed = "model method budget arguments task length sample value clamped protocol".split()
+    texts = ["model", "method", "arguments", "task", "protocol"]
+    needed = [*texts, "budget", "length", "sample", "value", "clamped"]
     if absent := [column for column in needed if column not in table]:
         return Missing(f"{file.name} has no column {', '.join(absent)}")
     try:
         for text in table["arguments"].unique():
             json.loads(text)
-        return table.astype({"budget": float, "value": float, "clamped": bool})
+        numbers = {"budget": float, "value": float, "clamped": bool}
+        return table.astype(numbers | dict.fromkeys(texts, "category"))  # a million texts take seconds to compare
     except (TypeError, ValueError):
         return Missing(f"{file.name} holds values of another type than results have")
 
@@ -79,7 +81,7 @@ def per_sample(rows: pd.DataFrame, claim: Claim) -> pd.DataFrame:
         raise Missing(f"the table has no column {', '.join(absent)}")
     if not all(pd.api.types.is_numeric_dtype(rows[name]) for name in (*needed, *equal)):
         raise Missing(f"the table holds no numbers in {', '.join((*needed, *equal))}")
-    rows = rows.assign(measured=measured(rows))
+    rows = rows.assign(measured=measured(rows), task=rows["task"].astype(str))
     if not np.isfinite(rows["measured"]).all():
         raise Missing("the table has rows without a value")
     return rows.groupby(["task", "sample"], sort=True)[["measured", "clamped", *equal]].mean()

@@ -1,4 +1,4 @@
-"""The ledger as a CSV file and as the verdict table of README."""
+"""The ledger as a CSV file, as data/VERDICTS.md, and in few rows in README."""
 
 import os
 from pathlib import Path
@@ -6,12 +6,27 @@ from pathlib import Path
 import pandas as pd
 
 from kvlib import paths
-from kvlib.lab.claims.claim import Claim
-from kvlib.lab.claims.ledger import VERDICTS, ledger
+from kvlib.lab.claims.claim import Claim, Revision
+from kvlib.lab.claims.ledger import UNTESTABLE, VERDICTS, ledger, plain
 from kvlib.lab.claims.registered import CLAIMS, read
+from kvlib.lab.results import checksums
 
 README = paths.ROOT / "README.md"
 MARKERS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
+HEADER = """# Verdicts
+
+Written by `make ledger` from the result tables and `claims.yaml`, where every claim stands with the rule that decides
+it.
+
+A verdict says what was found *here*, in the scope beside it, and no more. *Reproduced*, *opposite*, *not reproduced*:
+the 95 % interval lies where the claim says, on the other side of no effect, or elsewhere outside. *Contradicted* is
+said of universal claims, of which one budget is enough, and of our own. *On these families only*: it holds for other
+prompts of these families; for other families like them (Student's t on one number a family) nothing is shown.
+*Through*: without what is named the verdict is another one. *Revised*: rule or scope were changed when there were
+rows; what was removed stands below, and the reason says what the claim as registered before gives. A family is won if
+its own interval excludes 0; others count against "most", and n is the number of families. p is two-sided, on these
+families / across families; the last column is Holm's correction for all claims.
+"""
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -19,22 +34,82 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def score(table: pd.DataFrame) -> str:
-    """Counts per verdict, in a line."""
-    counts = table["verdict"].value_counts()
-    return ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS) + f" ({len(table)} claims)"
+    """Counts per verdict, in a line; in brackets how many of them hold across families."""
+    parts = []
+    for word in VERDICTS:
+        said = table["verdict"][table["verdict"].map(plain) == word]
+        wide = int((~said.str.endswith("only")).sum())
+        across = f" ({wide} of them across families)" if word not in ("undecided here", UNTESTABLE) else ""
+        parts += [f"{len(said)} {word}{across}"] if len(said) else []
+    return ", ".join(parts)
 
 
-def to_markdown(claims: list[Claim], table: pd.DataFrame) -> str:
-    """The verdict table of README, and the score."""
-    links = {claim.id: f"[{claim.paper}](https://arxiv.org/abs/{claim.arxiv})" if claim.arxiv else claim.paper
-             for claim in claims}  # fmt: skip
-    lines = ["| paper | claim | theirs | ours | verdict |", "|---|---|---|---|---|"]
-    for row in table.to_dict("records"):
-        ours = row["ours"].replace("; ", "<br>") + (f"<br>n = {row['n']}" if row["n"] else "")
-        cited, verdict = f"{links[row['id']]} ({row['evidence']})", f"**{row['verdict']}**: {row['reason']}"
-        cells = (cited, row["claim"], row["theirs"] or "–", ours or "–", verdict)
-        lines.append("| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in cells) + " |")
-    return "\n".join([f"Score: {score(table)}.", "", *lines])
+def scores(table: pd.DataFrame) -> list[str]:
+    """A line for each model: papers' claims and ours."""
+    lines = []
+    for models, group in table[table["scope"] != ""].groupby(table["scope"].str.partition("; ")[0], sort=False):
+        ours = group["evidence"] == "ours"
+        parts = {"papers and the field": group[~ours], "ours and controls": group[ours]}
+        said = [f"{len(part)} claims of {name}: {score(part)}" for name, part in parts.items() if len(part)]
+        lines.append(f"- On {models}: {'. '.join(said)}.")
+    return lines
+
+
+def full_table(claims: list[Claim], table: pd.DataFrame) -> list[str]:
+    """Lines of markdown: everything about these claims."""
+    rows = table.set_index("id")
+    lines = ["| claim | theirs | ours | scope | verdict | p | after Holm |", "|---|---|---|---|---|---|---|"]
+    for claim in claims:
+        row = rows.loc[claim.id]
+        said = f"{linked(claim)}: {claim.claim} ({row['source']})"
+        verdict = f"{bold(row)}: {row['reason']}"
+        p, holm = (row[name] and f"{row[name]} / {row[f'{name}_across'] or '–'}" for name in ("p", "holm"))
+        lines.append(line(said, row["theirs"], numbers(row), row["scope"], verdict, p, holm))
+    return lines
+
+
+def short_table(claims: list[Claim], table: pd.DataFrame) -> list[str]:
+    """Lines of markdown: the claims that README shows."""
+    rows = table.set_index("id")
+    lines = ["| claim | theirs | ours | verdict |", "|---|---|---|---|"]
+    for claim in claims:
+        row = rows.loc[claim.id]
+        lines.append(line(f"{linked(claim)}: {claim.claim}", row["theirs"], numbers(row), bold(row)))
+    return lines
+
+
+def linked(claim: Claim) -> str:
+    return f"[{claim.paper}](https://arxiv.org/abs/{claim.arxiv})" if claim.arxiv else claim.paper
+
+
+def numbers(row) -> str:
+    return row["ours"].replace("; ", "<br>") + f"<br>n = {row['n']}" if row["ours"] else ""
+
+
+def bold(row) -> str:
+    return f"**{row['verdict']}**" + (f" (revised: {row['revised']})" if row["revised"] else "")
+
+
+def line(*cells: str) -> str:
+    return "| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) or "–" for cell in cells) + " |"
+
+
+def page(claims: list[Claim], table: pd.DataFrame) -> str:
+    """data/VERDICTS.md."""
+    papers, ours = ([claim for claim in claims if claim.ours == own] for own in (False, True))
+    revisions: dict[str, Revision] = {one.name: one for claim in claims for one in claim.revised}
+    removed = [f"- *{one.name}* ({one.when}): {one.removed}" for one in revisions.values()]
+    parts = [HEADER, *scores(table), "", "## Of papers and of the field", "", *full_table(papers, table), ""]
+    parts += ["## Of ours, controls among them", "", *full_table(ours, table), ""]
+    parts += ["## Revisions: what was removed", "", *(removed or ["None."])]
+    return "\n".join(parts) + "\n"
+
+
+def section(claims: list[Claim], table: pd.DataFrame) -> str:
+    """The score and some rows, for README."""
+    shown = [claim for claim in claims if claim.front]
+    link = "All of them, with scopes, reasons and what was revised: [data/VERDICTS.md](data/VERDICTS.md)."
+    return "\n".join([*scores(table), "", *short_table(shown, table), "", link])
 
 
 def with_section(text: str, section: str) -> str:
@@ -53,14 +128,16 @@ def build(claims: Path, results: Path, readme: Path) -> tuple[pd.DataFrame, dict
     """The ledger, and the text of each file that shows it."""
     registered = read(claims, results)
     table = ledger(registered, results)
-    text = with_section(readme.read_text(encoding="utf-8"), to_markdown(registered, table))
-    return table, {results / "ledger.csv": to_csv(table), readme: text}
+    text = with_section(readme.read_text(encoding="utf-8"), section(registered, table))
+    verdicts = claims.with_name("VERDICTS.md")
+    return table, {results / "ledger.csv": to_csv(table), verdicts: page(registered, table), readme: text}
 
 
 def write(
     claims: Path = CLAIMS, results: Path = paths.RESULTS, readme: Path = README, *, dry: bool = False
 ) -> tuple[pd.DataFrame, list[Path]]:
-    """Write the ledger and the section of README, or neither; with `dry` only see whether they are what they should be.
+    """Write the ledger, the page of verdicts and the section of README, or none; with `dry` only see whether they are
+    what they should be.
 
     Returns:
         the ledger, and the files that were (or would be) changed.
@@ -70,8 +147,13 @@ def write(
     """
     table, files = build(claims, results, readme)
     stale = [file for file, text in files.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
-    for file in [] if dry else stale:
+    if dry:
+        return table, stale
+    for file in stale:
         part = file.with_name(file.name + ".part")
         part.write_text(files[file], encoding="utf-8")
         os.replace(part, file)
+    for file in (claims, *files):
+        if file != readme:
+            checksums.record(file)
     return table, stale

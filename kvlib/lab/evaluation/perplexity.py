@@ -26,6 +26,7 @@ from kvlib import paths
 from kvlib.lab.evaluation import benchmarks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.prompts import Prompts, compressed, device_name, losses, one_by_one, window_of
+from kvlib.lab.results import checksums
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)
@@ -186,7 +187,9 @@ def main(argv: list[str] | None = None) -> None:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         whole = benchmarks.load(text)[0]["text"]
         tables.append(perplexity(model, tokenizer, whole, COMPARED, name=name, text_name=text, batch=8))
-    pd.concat(tables).to_parquet(paths.RESULTS / "00_kv_cache_texts.parquet", compression="zstd", index=False)
+    file = paths.RESULTS / "00_kv_cache_texts.parquet"
+    pd.concat(tables).to_parquet(file, compression="zstd", index=False)
+    checksums.record(file)
 
 
 if __name__ == "__main__":

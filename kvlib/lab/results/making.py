@@ -18,7 +18,7 @@ from kvlib import paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.evaluate import BLOCK, CELL, check_window
-from kvlib.lab.results import tables
+from kvlib.lab.results import checksums, tables
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.studies import Study, samples_of
 from kvlib.lab.results.summaries import summarise
@@ -167,4 +167,6 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     part = tables.BUILD / f"{name}.csv.part"
     summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")
     part.replace(paths.RESULTS / f"{name}.csv")
+    for kind in ("parquet", "csv"):
+        checksums.record(paths.RESULTS / f"{name}.{kind}")
     return rows

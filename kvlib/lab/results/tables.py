@@ -10,6 +10,7 @@ import pandas as pd
 
 from kvlib import paths
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
+from kvlib.lab.results import checksums
 
 BUILD = paths.ROOT / "build" / "results"
 COLUMNS = [*CELL, "sample", *MEASURED, "torch", "device", "key"]
@@ -64,3 +65,5 @@ def clean(names: list[str]) -> None:
             tables = [paths.RESULTS / f"{name}.{kind}" for kind in ("parquet", "csv")]
             for path in [*tables, *(BUILD / name).glob("*.parquet")]:
                 path.unlink(missing_ok=True)
+            for path in tables:
+                checksums.record(path)

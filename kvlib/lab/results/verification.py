@@ -6,6 +6,7 @@ A sample is that of one model and task, with all configurations of the study, wh
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import date
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from kvlib import paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
+from kvlib.lab.results import checksums
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.making import Loader
 from kvlib.lab.results.studies import Study
@@ -25,10 +27,15 @@ ROUNDING = 2e-4  # of bits per character, which another CPU or a GPU adds up in 
 AGREEMENT = 0.97  # of recomputed rows: another CPU or a GPU rounds differently, which can tip a close first choice
 
 
-def verify(name: str, study: Study, samples: int, seed: int = 0, processes: int = 1) -> float:
+def todays_seed() -> int:
+    """20261128 on that day: who verifies on another day checks other samples."""
+    return int(f"{date.today():%Y%m%d}")
+
+
+def verify(name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1) -> float:
     """Recompute so many samples, with all configurations; the share of rows that agree.
 
-    They are drawn by seed from those of all models and tasks (`draw`).
+    They are drawn by seed, today's unless given, from those of all models and tasks (`draw`).
 
     Raises:
         ValueError: for rows of other code, text or models, and what `compare` finds.
@@ -39,7 +46,7 @@ def verify(name: str, study: Study, samples: int, seed: int = 0, processes: int 
     return compare(table, recompute(study, draw(study, samples, seed), Loader(), processes))
 
 
-def rekey(name: str, study: Study, samples: int, seed: int = 0, processes: int = 1) -> tuple[int, int]:
+def rekey(name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1) -> tuple[int, int]:
     """Give rows today's keys, if every row of so many recomputed samples is what the table records.
 
     For changes that move keys but no values: of how keys are made, or of code that computes the same in another way.
@@ -60,16 +67,17 @@ def rekey(name: str, study: Study, samples: int, seed: int = 0, processes: int =
         today = table[CELL].merge(confirmed, on=CELL, how="left")["key"].fillna(table["key"])
         rekeyed = table.assign(key=today)
         write(rekeyed, path)
+        checksums.record(path)
     return int((today != table["key"]).sum()), len(table) - len(current(rekeyed, wanted))
 
 
-def draw(study: Study, count: int, seed: int) -> list[tuple[str, str, int]]:
-    """`count` different (model, task, sample) in random order, or all if there are fewer.
+def draw(study: Study, count: int, seed: int | None = None) -> list[tuple[str, str, int]]:
+    """`count` different (model, task, sample) in random order, or all if there are fewer; by today's seed unless told.
 
     They come in rounds: each has every task once, and the next one has it on the next model. A model with fewer
     samples drops out when all of them are drawn.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(todays_seed() if seed is None else seed)
     models, names = rng.permutation(list(study.models)).tolist(), rng.permutation(study.tasks).tolist()
     cells = [(models[(i + turn) % len(models)], task) for turn in range(len(models)) for i, task in enumerate(names)]
     orders = [rng.permutation(study.models[model]).tolist() for model, _ in cells]

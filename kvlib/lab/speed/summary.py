@@ -6,6 +6,7 @@ python -m kvlib.lab.speed.summary       write it, from data/results/decoding_spe
 import pandas as pd
 
 from kvlib import paths
+from kvlib.lab.results import checksums
 from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
@@ -39,7 +40,9 @@ def written(readme: str, rows: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    rows = pd.read_csv(paths.RESULTS / "decoding_speed.csv")
+    file = paths.RESULTS / "decoding_speed.csv"
+    rows = pd.read_csv(file)
+    checksums.record(file)
     README.write_text(written(README.read_text(), rows))
 
 

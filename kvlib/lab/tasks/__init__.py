@@ -17,9 +17,11 @@ from kvlib.lab.tasks.words import Draw
 
 FAMILIES = {name: family for name, family in CATALOGUE.items() if family.group in GROUPS}
 PROBES = {name: family for name, family in CATALOGUE.items() if family.group == "probe"}
+NATURAL: dict[str, Family] = {}  # families in natural language
 COMPLETIONS = {name: family for name, family in CATALOGUE.items() if family.group == "completion"}
 
 __all__ = [
-    "CATALOGUE", "COMPLETIONS", "FAMILIES", "GROUPS", "PROBES", "REAL_CODE", "SHORTEST", "Draft", "Draw", "Family",
-    "Filler", "Sample", "compose", "correct", "draft", "ends", "filler", "find", "judge", "sample", "share_of_lines",
+    "CATALOGUE", "COMPLETIONS", "FAMILIES", "GROUPS", "NATURAL", "PROBES", "REAL_CODE", "SHORTEST", "Draft", "Draw",
+    "Family", "Filler", "Sample", "compose", "correct", "draft", "ends", "filler", "find", "judge", "sample",
+    "share_of_lines",
 ]  # fmt: skip

@@ -1,0 +1,52 @@
+"""What can be checked of the data without running a model: that files are those that were recorded, and agree."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from kvlib import paths
+from kvlib.lab.results import checksums
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.results.summaries import named, task_sets
+
+ROUNDED = 1e-5  # to five digits, in the summaries
+
+
+def problems(data: Path = paths.DATA) -> list[str]:
+    """Everything that is wrong, in words: checksums of all lists, files without one, summaries of other tables."""
+    found = [problem for sums in sorted(data.rglob(checksums.NAME)) for problem in checksums.problems(sums.parent)]
+    found += checksums.unlisted(data, "*.yaml", "*.csv", "VERDICTS.md")
+    found += checksums.unlisted(data / "results", "*.parquet", "*.csv")
+    for name in STUDIES:
+        table, summary = (data / "results" / f"{name}.{kind}" for kind in ("parquet", "csv"))
+        if table.is_file() and summary.is_file() and not summed_up(pd.read_parquet(table), pd.read_csv(summary)):
+            found.append(f"{summary} does not hold the means of {table.name}")
+    return found
+
+
+def summed_up(table: pd.DataFrame, summary: pd.DataFrame) -> bool:
+    """Whether a summary holds the means, shares of bytes and numbers of samples of a table, and nothing else.
+
+    Its intervals are not computed again: that takes minutes, and checksums vouch for them.
+    """
+    index, columns = ["model", "tasks", "configuration", "budget"], ["mean", "stored", "samples"]
+    expected = means(table).set_index(index).sort_index()
+    given = summary.set_index(index).sort_index()
+    if not given.index.equals(expected.index):
+        return False
+    return bool(((given[columns] - expected[columns]).abs() <= ROUNDED).all(axis=None))
+
+
+def means(table: pd.DataFrame) -> pd.DataFrame:
+    """`kvlib.lab.results.summaries.summarise` without intervals, which is what takes its time."""
+    sets = task_sets(table)
+    cells = named(table).groupby(["model", "configuration", "budget", "task"], sort=False)
+    cells = cells.agg(
+        mean=("value", "mean"), samples=("value", "size"), bytes=("stored_bytes", "sum"), full=("full_bytes", "sum")
+    ).reset_index()
+    parts = []
+    for name, chosen in sets.items():
+        group = cells[cells["task"].isin(chosen)].groupby(["model", "configuration", "budget"], sort=False)
+        whole = group.agg({"mean": "mean", "samples": "sum", "bytes": "sum", "full": "sum"}).reset_index()
+        parts.append(whole.assign(tasks=name, stored=whole["bytes"] / whole["full"]))
+    return pd.concat(parts)
