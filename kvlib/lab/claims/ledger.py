@@ -26,7 +26,7 @@ from kvlib.lab import statistics
 from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, cells_of, configurations, named
 from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
-from kvlib.lab.claims.examining import Result, examine
+from kvlib.lab.claims.examining import NO_EFFECT, Result, examine
 from kvlib.lab.claims.places import PLACES
 from kvlib.lab.claims.registered import EVIDENCE
 from kvlib.lab.claims.samples import Missing, load
@@ -205,7 +205,7 @@ def reason_of(claim: Claim, findings: dict, found: dict, missing: dict) -> str:
     what = "the share of wins" if claim.statistic == "win_count" else f"the {claim.statistic.replace('_', ' ')}"
     phrases = {
         "inside": f"{what} is {in_words(claim.rule)}",
-        "opposite": "the opposite is found",
+        "opposite": opposite_in_words(claim, what),
         "outside": f"{what} is {in_words(claim.rule, outside=True)}",
         "undecided": f"the interval does not tell whether {what} is {in_words(claim.rule)}",
     }
@@ -219,6 +219,12 @@ def reason_of(claim: Claim, findings: dict, found: dict, missing: dict) -> str:
         if clamped := max(result.clamped for result in results):
             parts.append(f"{model}: {clamped:.0%} of rows clamped")
     return "; ".join(parts)
+
+
+def opposite_in_words(claim: Claim, what: str) -> str:
+    if claim.statistic == "win_count":
+        return "most families are lost"
+    return f"{what} is {'below' if np.isfinite(claim.rule[0]) else 'above'} {NO_EFFECT.get(claim.statistic, 0)}"
 
 
 def in_words(rule: tuple[float, float], outside: bool = False) -> str:
