@@ -818,7 +818,7 @@ def test_written_files_are_fresh_until_something_changes(place):
     assert "**not reproduced here** (revised: narrowed): the mean difference is below 0.9" in papers
     assert "as registered before: reproduced here (minilm: +0.500" in papers
     assert "- *narrowed* (2026-11-28): more than nothing" in revisions
-    assert "minilm and smollm2; label, needle; 512 tokens; h2o 20% against random 20%" in papers
+    assert "minilm and smollm2; label, needle; 512 tokens; protocol prompt; h2o 20% against random 20%" in papers
     assert pd.read_csv(table)["id"].tolist() == ["another", "one"]
     assert checksums.problems(place["results"]) == [] and set(checksums.listed(place["results"])) == {
         "VERDICTS.md", "claims.yaml", "ledger.csv"
@@ -886,6 +886,21 @@ def test_the_command(place, monkeypatch, capsys):
     place["readme"].write_text("no markers")
     with pytest.raises(SystemExit, match="README.md needs"):
         command.main()
+
+
+def test_another_models_verdicts(place, monkeypatch, capsys, tmp_path):
+    """From a folder of its own; nothing is written."""
+    place["claims"].write_text(as_file(CLAIM | {"models": ["smollm2"]}, CLAIM | {"id": "two", "models": ["minilm"]}))
+    monkeypatch.setattr(command, "CLAIMS", place["claims"])
+    folder = tmp_path / "own"
+    folder.mkdir()
+    WINS[WINS["model"] == "minilm"].assign(model="Own-8B").to_parquet(folder / "small.parquet")
+    monkeypatch.setattr("sys.argv", ["ledger", "--model", "Own-8B", "--results", str(folder)])
+    command.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and printed[0].startswith("holds (Own-8B: +0.500 [0.")
+    assert printed[1].startswith("- On Own-8B: 1 claims of ours and controls: 1 holds")
+    assert [file.name for file in folder.iterdir()] == ["small.parquet"]
 
 
 # What is registered

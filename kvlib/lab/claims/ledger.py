@@ -37,6 +37,7 @@ WORDS = {  # of papers, of ours
     "outside": ("not reproduced here", "contradicted"),
     "undecided": ("undecided here", "undecided here"),
 }
+REAL = "smollm2"
 UNTESTABLE = "not testable here"
 VERDICTS = (
     "reproduced here", "holds", "not reproduced here", "opposite here", "contradicted", "undecided here", UNTESTABLE,
@@ -71,13 +72,19 @@ def ledger(claims: list[Claim], results: Path = paths.RESULTS) -> pd.DataFrame:
     return table[COLUMNS].astype(str)
 
 
+def of_model(claims: list[Claim], model: str) -> list[Claim]:
+    """The claims about the real model, of another one."""
+    return [replace(claim, models=(model,)) for claim in claims if claim.models == (REAL,)]
+
+
 def row_of(claim: Claim, tables: Tables) -> dict:
     """The row of one claim, before p-values are corrected for all of them."""
     row = {name: getattr(claim, name) for name in ("id", "paper", "claim", "evidence", "protocol")}
     row |= {"source": EVIDENCE[claim.evidence], "theirs": claim.published, "length": claim.length or ""}
-    row |= {"models": "; ".join(claim.models), "scope": scope(claim)}
+    row |= {"models": "; ".join(claim.models)}
     row |= {"revised": "; ".join(revision.name for revision in claim.revised)}
     row |= judge(claim, tables)
+    row["scope"] = scope(claim, row["protocol"])
     if claim.confounded_by and row["verdict"] != UNTESTABLE:
         row |= through(claim, row, tables)
     if claim.before:
@@ -169,7 +176,7 @@ def through(claim: Claim, row: dict, tables: Tables) -> dict:
     return {"verdict": ", ".join([verdict, *rest]), "reason": reason}
 
 
-def scope(claim: Claim) -> str:
+def scope(claim: Claim, protocol: str) -> str:
     """What was tested: models, tasks, length, protocol, settings, and which settings are the authors'."""
     if not claim.table:
         return ""
@@ -177,7 +184,7 @@ def scope(claim: Claim) -> str:
         " and ".join(claim.models),
         tasks_in_words(claim.tasks),
         f"{claim.length} tokens",
-        claim.protocol and f"protocol {claim.protocol}",
+        protocol and f"protocol {protocol}",
         " against ".join(named(side) + share(side.budget) for side in configurations(claim)),
         claim.budgets and f"at{' and'.join(share(budget) for budget in claim.budgets)}",
         claim.equal_bytes and f"equal {claim.equal_bytes} bytes",
