@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab.results import __main__ as command
-from kvlib.lab.results import checking, checksums, summaries, verification
+from kvlib.lab.results import checking, summaries, verification
 from kvlib.lab.results.studies import STUDIES, Study
 from kvlib.lab.tasks import FAMILIES
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.core import method as registry
 from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
@@ -23,7 +23,6 @@ from kvlib.lab.claims.ledger import VERDICTS, plain
 from kvlib.lab.claims.registered import EVIDENCE, PRIMARY, read, task_names
 from kvlib.lab.claims.samples import Missing
 from kvlib.lab.claims.writing import write
-from kvlib.lab.results import checksums
 from kvlib.lab.results.studies import STUDIES
 
 MODELS = ("minilm", "smollm2")
