@@ -362,6 +362,13 @@ def test_two_levels(judged, gains, verdict):
     assert (float(row["p_across"]) <= 0.05) == (verdict == "holds")
 
 
+def test_both_models_have_to_agree_across_families(judged):
+    wide, narrow = (families_that_differ(gains) for gains in ([8] * 8 + [12] * 8, [20] * 3 + [0] * 13))
+    mixed = pd.concat([wide[wide["model"] == MODELS[0]], narrow[narrow["model"] == MODELS[1]]])
+    row = judged(mixed, tasks="families")
+    assert row["verdict"] == "holds, on these families only" and float(row["p_across"]) > 0.05
+
+
 def test_one_family_says_nothing_about_others(judged):
     row = judged(WINS, tasks=["needle"])
     assert row["verdict"] == "holds, on this family only" and row["p_across"] == ""
@@ -405,6 +412,25 @@ def test_a_verdict_through_its_confounder(judged, early):
     # by families: what was through the cause and on these families alone says both
     row = judged(pd.concat([caused[caused["task"] == "needle"], none[none["task"] == "label"]]), **start)
     assert row["verdict"] == "holds, through answers in the first 20 tokens, on these families only"
+
+
+def between(**right) -> pd.DataFrame:
+    """Rows in which h2o and random are right on these ranges of samples, by task: `needle=((10, 30), (0, 0))`."""
+    parts = []
+    for model, (task, spans) in itertools.product(MODELS, right.items()):
+        for method, span in zip(("h2o", "random"), spans):
+            part = rows(method, 0, model=model, task=task)
+            parts.append(part.assign(value=part["sample"].between(*span, inclusive="left").astype(float)))
+    return pd.concat(parts)
+
+
+def test_what_only_an_undecided_verdict_or_the_families_lose(judged, early):
+    """Neither is through the confounder: what is undecided with all prompts stays so, and words are what counts."""
+    start = {"confounded_by": {"prompts": "start"}}
+    row = judged(between(needle=((10, 20), (0, 10)), label=((10, 20), (0, 10))), **start)
+    assert row["verdict"] == "undecided here" and "tokens: holds (minilm: +0.333 [" in row["reason"]
+    row = judged(between(needle=((10, 30), (0, 0)), label=((0, 20), (0, 0))), **start)
+    assert row["verdict"] == "holds" and "tokens: holds, on these families only (" in row["reason"]
 
 
 def test_other_rows_without_the_confounder(judged, tmp_path, monkeypatch):
