@@ -1,6 +1,7 @@
 """The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
