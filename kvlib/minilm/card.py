@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from kvlib import checksums
 from kvlib.lab.tasks import CATALOGUE
-from kvlib.minilm import MODEL, checksums
+from kvlib.minilm import MODEL
 from kvlib.minilm.corpus import HELD_OUT
 from kvlib.minilm.data import PROSE_EVERY
 from kvlib.minilm.heads import SINK, sinks

@@ -32,7 +32,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kvlib.minilm import BUILD, HELDOUT, MODEL, checksums
+from kvlib import checksums
+from kvlib.minilm import BUILD, HELDOUT, MODEL
 from kvlib.paths import ROOT
 
 PACKAGES = Path(__file__).with_name("packages.txt")

@@ -1,6 +1,7 @@
 """The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -9,19 +10,23 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from kvlib import checksums, paths
 from kvlib.core import method as registry
 from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
-from kvlib.lab.claims import examining, ledger
+from kvlib.lab.claims import attaining, examining, ledger, places
 from kvlib.lab.claims.claim import Claim, cells_of
-from kvlib.lab.claims.deciding import conclude, deciding
-from kvlib.lab.claims.examining import Result
-from kvlib.lab.claims.ledger import MODELS, VERDICTS
-from kvlib.lab.claims.registered import EVIDENCE, PRIMARY, read
+from kvlib.lab.claims.deciding import Finding, deciding
+from kvlib.lab.claims.examining import Evidence, Result
+from kvlib.lab.claims.ledger import VERDICTS, plain
+from kvlib.lab.claims.registered import EVIDENCE, PRIMARY, read, task_names
+from kvlib.lab.claims.samples import Missing
 from kvlib.lab.claims.writing import write
 from kvlib.lab.results.studies import STUDIES
 
+MODELS = ("minilm", "smollm2")
 CLAIM = {
     "id": "one",
     "paper": "Paper",
@@ -30,6 +35,7 @@ CLAIM = {
     "evidence": "ours",
     "registered": pd.Timestamp("2026-11-21").date(),
     "table": "small",
+    "models": [*MODELS],
     "compare": {"first": {"method": "h2o", "budget": 0.2}, "second": {"method": "random", "budget": 0.2}},
     "tasks": ["needle", "label"],
     "length": 512,
@@ -37,6 +43,10 @@ CLAIM = {
     "rule": {"above": 0},
 }
 MARKED = "# Title\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
+
+
+def as_file(*claims, **more) -> str:
+    return yaml.safe_dump({"claims": [*claims]} | more)
 
 
 def rows(method, right, *, model="minilm", budget=0.2, task="needle", samples=40, arguments="{}", **columns):
@@ -69,7 +79,7 @@ def judged(tmp_path):
     def judge(table, **changes):
         if table is not None:
             table.to_parquet(tmp_path / "small.parquet")
-        (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | changes]))
+        (tmp_path / "claims.yaml").write_text(as_file(CLAIM | changes))
         return ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).iloc[0]
 
     return judge
@@ -85,24 +95,24 @@ def a_table_to_come(monkeypatch):
 
 def test_both_models_have_to_agree(judged):
     row = judged(WINS)
-    assert row["verdict"] == "holds" and row["models"] == "minilm; minilm-gqa" and row["n"] == "80; 80"
-    assert row["ours"].startswith("minilm: +0.500 [0.") and "; minilm-gqa: +0.500 [0." in row["ours"]
-    assert row["reason"] == "the mean difference is above 0 on minilm and minilm-gqa"
+    assert row["verdict"] == "holds" and row["models"] == "minilm; smollm2" and row["n"] == "80; 80"
+    assert row["ours"].startswith("minilm: +0.500 [0.") and "; smollm2: +0.500 [0." in row["ours"]
+    assert row["reason"] == "the mean difference is above 0 on minilm and smollm2"
     assert (row["length"], row["protocol"], row["theirs"]) == ("512", "prompt", "")
     turned = WINS.assign(method=WINS["method"].map({"h2o": "random", "random": "h2o"}))
     assert judged(turned)["verdict"] == "contradicted"
-    assert judged(turned)["reason"] == "the mean difference is below 0 on minilm and minilm-gqa"
-    mixed = pd.concat([WINS[WINS["model"] == "minilm"], turned[turned["model"] == "minilm-gqa"]])
+    assert judged(turned)["reason"] == "the mean difference is below 0 on minilm and smollm2"
+    mixed = pd.concat([WINS[WINS["model"] == "minilm"], turned[turned["model"] == "smollm2"]])
     row = judged(mixed)
-    assert row["verdict"] == "inconclusive"
-    assert row["reason"] == ("the mean difference is above 0 on minilm; the mean difference is below 0 on minilm-gqa")
+    assert row["verdict"] == "undecided here"
+    assert row["reason"] == ("the mean difference is above 0 on minilm; the mean difference is below 0 on smollm2")
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_one_model_is_not_enough(judged, model):
     row = judged(WINS[WINS["model"] == model])
     (other,) = set(MODELS) - {model}
-    assert row["verdict"] == "inconclusive" and row["models"] == model
+    assert row["verdict"] == "undecided here" and row["models"] == model
     expected = f"the mean difference is above 0 on {model}; {other}: no rows of h2o at 0.2, length 512"
     assert row["reason"] == expected
 
@@ -111,11 +121,11 @@ def test_models_may_have_different_numbers_of_samples(judged):
     """What can be shown is then what the one with fewer can show; without enough of it nothing is decided."""
     alone = {n: judged(both_models(("h2o", 3 * n // 4, {"samples": n}), ("random", n // 4, {"samples": n})))
              for n in (4, 40, 200)}  # fmt: skip
-    for fewer, verdict in ((40, "holds"), (4, "inconclusive")):
+    for fewer, verdict in ((40, "holds"), (4, "undecided here")):
         sides = [rows(m, right * n // 4, samples=n, model=model, task=task) for model, n in zip(MODELS, (200, fewer))
                  for task in CLAIM["tasks"] for m, right in (("h2o", 3), ("random", 1))]  # fmt: skip
         row = judged(pd.concat(sides))
-        assert row["verdict"] == verdict and row["models"] == "minilm; minilm-gqa"
+        assert row["verdict"] == verdict and row["models"] == "minilm; smollm2"
         assert row["n"] == "; ".join(alone[n]["n"].split("; ")[0] for n in (200, fewer))
         assert row["ours"].split("; ") == [alone[n]["ours"].split("; ")[i] for i, n in enumerate((200, fewer))]
         assert row["detectable"] == alone[fewer]["detectable"]
@@ -128,8 +138,8 @@ def test_other_models_do_not_count(judged):
 
 def test_few_differences_decide_nothing(judged):
     row = judged(both_models(("h2o", 12), ("random", 10)))
-    assert row["verdict"] == "inconclusive"
-    assert row["reason"] == "the interval does not tell whether the mean difference is above 0 on minilm and minilm-gqa"
+    assert row["verdict"] == "undecided here"
+    assert row["reason"] == "the interval does not tell whether the mean difference is above 0 on minilm and smollm2"
     assert float(row["detectable"]) > 2 / 40  # and that is why
 
 
@@ -151,11 +161,11 @@ def test_answers_never_vary_too_little_to_tell(right, tasks_):
     [
         ({"above": 0.3}, "holds"),
         ({"above": 0.7}, "contradicted"),
-        ({"above": 0.5}, "inconclusive"),
+        ({"above": 0.5}, "undecided here"),
         ({"below": 0.7}, "holds"),
         ({"below": 0.3}, "contradicted"),
         ({"within": [0.3, 0.7]}, "holds"),
-        ({"within": [0.3, 0.5]}, "inconclusive"),
+        ({"within": [0.3, 0.5]}, "undecided here"),
         ({"within": [-0.1, 0.1]}, "contradicted"),
         ({"within": [0.8, 0.9]}, "contradicted"),
     ],
@@ -171,7 +181,7 @@ def test_the_same_answers_are_equivalent_only_with_enough_samples(judged):
     same = {"statistic": "mean_difference", "rule": {"within": [-0.05, 0.05]}}
     assert judged(both_models(("h2o", 9), ("random", 9)), **same)["verdict"] == "holds"
     few = both_models(("h2o", 9, {"samples": 15}), ("random", 9, {"samples": 15}))
-    assert judged(few, **same)["verdict"] == "inconclusive"
+    assert judged(few, **same)["verdict"] == "undecided here"
 
 
 def test_a_mean_of_one_side(judged):
@@ -191,31 +201,36 @@ def test_tasks_weigh_the_same(judged):
 # Several cells
 
 
-def result(support, against):
-    return Result("", support, against, 0.1, label=f"{support}/{against}")
+def result(support, against, opposite=1):
+    evidence = Evidence(support, against, opposite)
+    return Result("", evidence, evidence, 0.1, 1, label=f"{support}/{against}")
+
+
+def conclude(results, primary):
+    return Finding.of(results, primary).where
 
 
 def test_where_every_cell_has_to_agree_only_the_opposite_is_corrected():
-    assert conclude([result(0.04, 1), result(0.03, 1), result(0.02, 1)], "every task") == "holds"
-    assert conclude([result(0.001, 1), result(0.06, 1)], "every task") == "inconclusive"
-    assert conclude([result(1, 0.04), result(0.001, 1)], "every task") == "inconclusive"
-    assert conclude([result(1, 0.02), result(0.001, 1)], "every task") == "contradicted"
+    assert conclude([result(0.04, 1), result(0.03, 1), result(0.02, 1)], "every task") == "inside"
+    assert conclude([result(0.001, 1), result(0.06, 1)], "every task") == "undecided"
+    assert conclude([result(1, 0.04), result(0.001, 1)], "every task") == "undecided"
+    assert conclude([result(1, 0.02), result(0.001, 1)], "every task") == "outside"
 
 
 def test_where_one_cell_is_enough_it_is_the_other_way_round():
-    assert conclude([result(0.04, 1), result(1, 1)], "some budget") == "inconclusive"
-    assert conclude([result(0.02, 1), result(1, 0.001)], "some budget") == "holds"
-    assert conclude([result(1, 0.04), result(1, 0.03)], "some budget") == "contradicted"
-    assert conclude([result(1, 0.04), result(1, 0.06)], "some budget") == "inconclusive"
+    assert conclude([result(0.04, 1), result(1, 1)], "some budget") == "undecided"
+    assert conclude([result(0.02, 1), result(1, 0.001)], "some budget") == "inside"
+    assert conclude([result(1, 0.04), result(1, 0.03)], "some budget") == "outside"
+    assert conclude([result(1, 0.04), result(1, 0.06)], "some budget") == "undecided"
 
 
 def test_the_cell_that_is_shown_is_the_one_that_decides():
     weak, strong = result(0.04, 0.9), result(0.001, 0.99)
-    assert deciding([strong, weak], "holds", "every task") is weak
-    assert deciding([weak, strong], "holds", "some task") is strong
+    assert deciding([strong, weak], "inside", "every task") is weak
+    assert deciding([weak, strong], "inside", "some task") is strong
     weak, strong = result(0.9, 0.04), result(0.99, 0.001)
-    assert deciding([weak, strong], "contradicted", "every task") is strong
-    assert deciding([strong, weak], "contradicted", "some task") is weak
+    assert deciding([weak, strong], "outside", "every task") is strong
+    assert deciding([strong, weak], "outside", "some task") is weak
 
 
 BY_BUDGET = both_models(
@@ -228,8 +243,8 @@ OPEN = {"compare": {"first": {"method": "h2o"}, "second": {"method": "random"}}}
 def test_budgets(judged):
     row = judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4, 0.8], primary="every budget")
     assert row["verdict"] == "contradicted" and row["ours"].startswith("minilm at 0.8: -0.500")
-    assert row["reason"].endswith("minilm-gqa: of 3 cells 1 inside, 1 outside")
-    assert judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4], primary="every budget")["verdict"] == "inconclusive"
+    assert row["reason"].endswith("smollm2: of 3 cells 1 inside, 1 outside")
+    assert judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4], primary="every budget")["verdict"] == "undecided here"
     assert judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.4, 0.8], primary="some budget")["verdict"] == "holds"
     row = judged(BY_BUDGET, **OPEN, budgets=[0.2, 0.1], primary="every budget")
     assert row["verdict"] == "not testable here"
@@ -239,10 +254,12 @@ def test_budgets(judged):
 def test_tasks_one_by_one(judged):
     lost = WINS.copy()
     lost.loc[(lost["task"] == "label") & (lost["method"] == "h2o"), "value"] = 0.0
-    assert judged(lost)["verdict"] == "holds"  # +0.25 over both
+    assert judged(lost)["verdict"] == "holds, on these families only"  # +0.25 over both, +0.75 and -0.25
     row = judged(lost, primary="every task", tasks="all")
-    assert row["verdict"] == "contradicted" and row["ours"].startswith("minilm on label: -0.250")
-    assert judged(lost, primary="some task")["verdict"] == "holds"
+    assert row["verdict"] == "contradicted, on these families only" and row["ours"].startswith(
+        "minilm on label: -0.250"
+    )
+    assert judged(lost, primary="some task")["verdict"] == "holds, on these families only"
 
 
 # Win counts
@@ -251,27 +268,273 @@ def test_tasks_one_by_one(judged):
 def by_family(wins: int, ties: int = 0) -> pd.DataFrame:
     """The sixteen families: the first side wins so many, ties some and loses the rest."""
     outcome = ["win"] * wins + ["tie"] * ties + ["lose"] * (16 - wins - ties)
-    right = {"win": (3, 2), "tie": (2, 2), "lose": (2, 3)}
+    right = {"win": (30, 10), "tie": (21, 20), "lose": (10, 30)}  # a lead of one is no win
     return pd.concat(
-        rows(method, right[how][side], model=model, task=task, samples=4)
+        rows(method, right[how][side], model=model, task=task)
         for model in MODELS
         for task, how in zip(sorted(tasks.FAMILIES), outcome)
         for side, method in enumerate(("h2o", "random"))
     )
 
 
-def test_what_a_win_count_is_worth(judged):
-    counted = {"statistic": "win_count", "rule": {"above": 0.5}, "tasks": "families"}
-    row = judged(by_family(12), **counted)
-    assert row["verdict"] == "inconclusive" and row["ours"].startswith("minilm: 12 of 16 won (p = 0.077)")
-    assert row["detectable"] == "13 of 16"
-    assert judged(by_family(13), **counted)["verdict"] == "holds"
-    assert judged(by_family(3), **counted)["verdict"] == "contradicted"
-    row = judged(by_family(11, ties=4), **counted)
-    assert row["verdict"] == "holds" and "11 of 16 won, 4 tied (p = 0.0063)" in row["ours"]
-    assert judged(by_family(0, ties=16), **counted)["verdict"] == "inconclusive"
-    row = judged(WINS, **counted | {"tasks": ["needle", "label"]})
-    assert row["verdict"] == "inconclusive" and row["detectable"] == "none of 2"
+COUNTED = {"statistic": "win_count", "rule": {"above": 0.5}, "tasks": "families", "models": ["minilm"]}
+
+
+@pytest.mark.parametrize(
+    ("wins", "ties", "p", "of_ours", "of_papers"),
+    [
+        (12, 0, 0.077, "undecided here", "undecided here"),
+        (13, 0, 0.021, "holds", "reproduced here"),
+        (10, 6, 0.45, "undecided here", "undecided here"),  # without ties: 10 of 10
+        (11, 4, 0.21, "undecided here", "undecided here"),
+        (3, 0, 0.021, "contradicted", "opposite here"),
+        (3, 13, 0.021, "contradicted", "not reproduced here"),
+        (0, 16, 3.1e-05, "contradicted", "not reproduced here"),
+    ],
+)
+def test_what_a_win_count_is_worth(judged, wins, ties, p, of_ours, of_papers):
+    """Ties are no wins; families are counted, so that nothing is for these families only."""
+    row = judged(by_family(wins, ties), **COUNTED)
+    assert row["verdict"] == of_ours and row["n"] == "16" and row["detectable"] == "13 of 16"
+    assert row["ours"].startswith(f"minilm: {wins} of 16 won, {16 - wins - ties} lost (p = {p:.2g})")
+    assert judged(by_family(wins, ties), **COUNTED, evidence="abstract")["verdict"] == of_papers
+
+
+def test_few_families_show_no_majority(judged):
+    row = judged(WINS, **COUNTED | {"tasks": ["needle", "label"]})
+    assert row["verdict"] == "undecided here" and row["detectable"] == "none of 2"
+
+
+# Words
+
+
+@pytest.mark.parametrize("primary", ["mean over tasks", "every task", "some task"])
+@pytest.mark.parametrize("evidence", ["abstract", "ours"])
+@pytest.mark.parametrize(
+    ("right", "rule", "where"),
+    [
+        (30, {"above": 0}, "inside"),
+        (0, {"above": 0}, "opposite"),
+        (11, {"above": 0}, "undecided"),
+        (11, {"above": 0.5}, "outside"),  # less than claimed, and not the opposite
+        (0, {"above": 0.5}, "opposite"),
+        (0, {"above": -0.05}, "outside"),  # no loss was claimed, which has no opposite
+        (30, {"below": 0}, "opposite"),
+        (30, {"within": [-0.1, 0.1]}, "outside"),
+    ],
+)
+def test_words(judged, right, rule, where, evidence, primary):
+    """Contradicted are claims of ours, and of papers those that are universal."""
+    word = {"inside": "reproduced", "outside": "not reproduced"}.get(where, where) + " here"
+    if evidence == "ours" and where != "undecided":
+        word = "holds" if where == "inside" else "contradicted"
+    elif primary == "every task" and where in ("opposite", "outside"):
+        word = "contradicted"
+    table = both_models(("h2o", right), ("random", 10))
+    row = judged(table, rule=rule, evidence=evidence, primary=primary, models=["minilm"])
+    single = "" if primary == "mean over tasks" or where == "undecided" else ", on these families only"
+    assert row["verdict"] == word + single
+    assert row["source"] == EVIDENCE[evidence]
+
+
+def families_that_differ(gains) -> pd.DataFrame:
+    """The sixteen families, in which the first side is right `gains` times more often of 40."""
+    return pd.concat(
+        rows(method, 20 + gain * (method == "h2o"), model=model, task=task)
+        for model in MODELS
+        for task, gain in zip(sorted(tasks.FAMILIES), gains)
+        for method in ("h2o", "random")
+    )
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ([8] * 8 + [12] * 8, "holds"),
+        ([20] * 3 + [0] * 13, "holds, on these families only"),  # three of sixteen: others might have none
+        ([20] * 3 + [-20] * 3 + [0] * 10, "undecided here"),
+        ([-20] * 3 + [0] * 13, "contradicted, on these families only"),
+    ],
+)
+def test_two_levels(judged, gains, verdict):
+    row = judged(families_that_differ(gains), tasks="families")
+    assert row["verdict"] == verdict
+    assert (float(row["p"]) <= 0.05) == (verdict != "undecided here")
+    assert (float(row["p_across"]) <= 0.05) == (verdict == "holds")
+
+
+def test_both_models_have_to_agree_across_families(judged):
+    wide, narrow = (families_that_differ(gains) for gains in ([8] * 8 + [12] * 8, [20] * 3 + [0] * 13))
+    mixed = pd.concat([wide[wide["model"] == MODELS[0]], narrow[narrow["model"] == MODELS[1]]])
+    row = judged(mixed, tasks="families")
+    assert row["verdict"] == "holds, on these families only" and float(row["p_across"]) > 0.05
+
+
+def test_one_family_says_nothing_about_others(judged):
+    row = judged(WINS, tasks=["needle"])
+    assert row["verdict"] == "holds, on this family only" and row["p_across"] == ""
+
+
+def test_holm_over_all_claims(tmp_path):
+    WINS.to_parquet(tmp_path / "small.parquet")
+    bounds = {"a": -0.1, "b": 0.3, "c": 0.37, "d": 0.5}
+    claims = [CLAIM | {"id": name, "rule": {"above": bound}} for name, bound in bounds.items()]
+    missing = CLAIM | {"id": "e", "length": 9}
+    (tmp_path / "claims.yaml").write_text(as_file(*claims, missing))
+    row = ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).set_index("id")
+    p = row["p"][:4].astype(float)
+    assert row["holm"][:4].astype(float).tolist() == pytest.approx(statistics.holm(p).tolist(), rel=0.1)  # two digits
+    assert p["c"] <= 0.05 < float(row.loc["c", "holm"]) and (row.loc["e", ["p", "holm", "holm_across"]] == "").all()
+
+
+# What may be the cause instead
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Answers of the first ten samples stand at the start."""
+    listed = [(task, sample) for task in CLAIM["tasks"] for sample in range(10)]
+    monkeypatch.setattr(places, "prompts", lambda place, length: listed if place == "start" else [])
+
+
+def test_a_verdict_through_its_confounder(judged, early):
+    """All that h2o wins are ten prompts."""
+    caused, spread = both_models(("h2o", 10), ("random", 0)), both_models(("h2o", 30), ("random", 0))
+    start = {"confounded_by": {"prompts": "start"}}
+    row = judged(caused, **start, evidence="abstract")
+    assert row["verdict"] == "reproduced here, through answers in the first 20 tokens"
+    assert "without answers in the first 20 tokens: undecided here (minilm: +0.000 [" in row["reason"]
+    assert row["ours"].startswith("minilm: +0.250") and row["n"] == "80; 80"
+    row = judged(spread, **start, evidence="abstract")
+    assert row["verdict"] == "reproduced here" and "tokens: reproduced here (minilm: +0.667 [" in row["reason"]
+    assert judged(caused, confounded_by={"prompts": "end"})["verdict"] == "holds"
+    none = both_models(("h2o", 10), ("random", 10))
+    assert judged(none, **start)["verdict"] == "undecided here"
+    # by families: what was through the cause and on these families alone says both
+    row = judged(pd.concat([caused[caused["task"] == "needle"], none[none["task"] == "label"]]), **start)
+    assert row["verdict"] == "holds, through answers in the first 20 tokens, on these families only"
+
+
+def between(**right) -> pd.DataFrame:
+    """Rows in which h2o and random are right on these ranges of samples, by task: `needle=((10, 30), (0, 0))`."""
+    parts = []
+    for model, (task, spans) in itertools.product(MODELS, right.items()):
+        for method, span in zip(("h2o", "random"), spans):
+            part = rows(method, 0, model=model, task=task)
+            parts.append(part.assign(value=part["sample"].between(*span, inclusive="left").astype(float)))
+    return pd.concat(parts)
+
+
+def test_what_only_an_undecided_verdict_or_the_families_lose(judged, early):
+    """Neither is through the confounder: what is undecided with all prompts stays so, and words are what counts."""
+    start = {"confounded_by": {"prompts": "start"}}
+    row = judged(between(needle=((10, 20), (0, 10)), label=((10, 20), (0, 10))), **start)
+    assert row["verdict"] == "undecided here" and "tokens: holds (minilm: +0.333 [" in row["reason"]
+    row = judged(between(needle=((10, 30), (0, 0)), label=((0, 20), (0, 0))), **start)
+    assert row["verdict"] == "holds" and "tokens: holds, on these families only (" in row["reason"]
+
+
+def test_other_rows_without_the_confounder(judged, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvlib.lab.claims.registered.STUDIES", {"small": None, "spread": None})
+    other = {"confounded_by": {"table": "spread", "through": "places"}}
+    row = judged(WINS, **other)
+    assert row["verdict"] == "holds, through places" and "there is no table spread.parquet" in row["reason"]
+    both_models(("h2o", 20), ("random", 20)).to_parquet(tmp_path / "spread.parquet")
+    assert judged(WINS, **other)["verdict"] == "holds, through places"
+    WINS.to_parquet(tmp_path / "spread.parquet")
+    assert judged(WINS, **other)["verdict"] == "holds"
+
+
+def test_prompts_left_out(judged, early):
+    row = judged(both_models(("h2o", 10), ("random", 0)), without=["start"])
+    assert row["verdict"] == "undecided here" and row["n"] == "60; 60"
+    assert "without answers in the first 20 tokens" in row["scope"]
+
+
+def test_places_of_answers():
+    """A word of the answer, of four characters or more, in the first tokens or in the line before the question."""
+    tokenizer = AutoTokenizer.from_pretrained(paths.MODELS / "minilm")
+
+    def found(prompt: str, answer: str = "48213") -> list[str]:
+        question = "assert blue_river == "
+        return [*places.places(tasks.Sample("needle", prompt + question, answer, question, 0, 0), tokenizer)]
+
+    other = "import os\n" * 30
+    assert found(f"a = 48213\n{other}") == ["start"] and found(f"{other}a = 48213\n") == ["end"]
+    assert found(f"{other}a = 48213\n\n\n") == ["end"]
+    assert found(f"{other}a = 48213\n{other}") == found(f"{other}a = 482130\n") == []
+    assert found("a = 48213\n") == ["start", "end"]
+    assert found(f"b = 482\n{other}", "482") == []
+
+
+def test_recorded_places():
+    """As many as the lesson counts, and some of them found again."""
+    table = places.recorded()
+    assert len(places.prompts("start", 2048)) == 127 and len(places.prompts("end", 2048)) == 111
+    assert not table.duplicated().any() and set(table["task"]) <= set(tasks.FAMILIES)
+    for task in ("needle", "label"):
+        some = sorted(table[table["task"] == task]["sample"].unique())[:3]
+        some = sorted({*some, 0, 1})
+        again = places.found([task], some)
+        listed = table[(table["task"] == task) & table["sample"].isin(some)]
+        assert sorted(again.itertuples(index=False, name=None)) == sorted(listed.itertuples(index=False, name=None))
+    with pytest.raises(Missing, match="no prompts of 4096 tokens"):
+        places.prompts("start", 4096)
+
+
+# Rules that cannot be met
+
+
+def as_claim(statistic="mean", expected=0.05, rule=(-np.inf, 0.1)):
+    described = ("id", "paper", "claim", "ours", CLAIM["registered"])
+    return Claim(*described, statistic=statistic, expected=expected, rule=rule)
+
+
+@pytest.mark.parametrize(
+    ("claim", "families", "samples", "met"),
+    [
+        (as_claim(), 1, 200, True),
+        (as_claim(), 1, 100, False),
+        (as_claim(expected=0.11), 1, 10**6, False),  # outside the rule: no number is enough
+        (as_claim(expected=0.085), 1, 200, False),
+        (as_claim(expected=0.085), 16, 200, True),
+        (as_claim("mean_difference", 0.0, (-0.05, np.inf)), 1, 50, True),  # at best nothing differs
+        (as_claim("mean_difference", 0.0032, (0, np.inf)), 8, 200, False),
+        (as_claim("mean_difference", 0.0032, (0, np.inf)), 16, 200, True),
+        (as_claim("mean_difference", 0.0, (0, np.inf)), 16, 200, False),
+        (as_claim("win_count", 12 / 16, (0.5, np.inf)), 16, 200, False),
+        (as_claim("win_count", 13 / 16, (0.5, np.inf)), 16, 200, True),
+        (as_claim("win_count", 13 / 16, (0.5, np.inf)), 8, 200, False),
+        (as_claim(expected=None), 1, 1, True),
+    ],
+)
+def test_rules_that_can_be_met(claim, families, samples, met):
+    assert (attaining.obstacle(claim, families, samples) == "") == met
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.08, 0.3])
+def test_a_rule_that_can_be_met_is_met_four_times_in_five(share):
+    """At the closest boundary that is not refused, by the ledger's own test."""
+    rng, samples = np.random.default_rng(0), 300
+    bounds = np.linspace(share, 1, 2000)
+    bound = next(b for b in bounds if not attaining.obstacle(as_claim(expected=share, rule=(-np.inf, b)), 1, samples))
+    met = [statistics.mean([rng.random(samples) < share], resamples=999).below(bound) <= 0.05 for _ in range(300)]
+    assert 0.6 < np.mean(met) < 0.95  # less for few right answers, since two more are made up
+
+
+def test_the_ledger_asks_again_when_rows_are_there(judged):
+    """Families and samples that were not known when the claim was written."""
+    row = judged(WINS, expected=0.02)
+    assert row["verdict"] == "not testable here" and row["reason"].startswith(
+        "the rule cannot be met: 0.02 is expected"
+    )
+    assert judged(WINS, expected=0.4)["verdict"] == "holds"
+
+
+def test_families_in_natural_language(monkeypatch):
+    made = {name: tasks.Family(name, group, False, None) for name, group in (("b", "synthetic"), ("a", "code"))}
+    monkeypatch.setattr(tasks, "NATURAL", made)
+    assert task_names("natural") == ("a", "b") and task_names("natural synthetic") == ("b",)
 
 
 # Guards
@@ -357,7 +620,7 @@ def test_arguments_match_whatever_their_order(judged):
 
 def test_clamped_rows_are_mentioned(judged):
     row = judged(WINS.assign(clamped=WINS["sample"] < 10))
-    assert row["reason"].endswith("minilm: 25% of rows clamped; minilm-gqa: 25% of rows clamped")
+    assert row["reason"].endswith("minilm: 25% of rows clamped; smollm2: 25% of rows clamped")
 
 
 # What the papers claim
@@ -372,7 +635,7 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
     """A win count, a small loss, bytes and work, equal reads at every budget, an equivalence, a wall clock."""
     for name in ("vatp", "uncomp", "tidaldecode", "anchorcoder"):
         monkeypatch.setitem(registry.METHODS, name, Hosted)
-    base = {name: CLAIM[name] for name in ("registered", "table", "length")} | {"evidence": "secondary"}
+    base = {name: CLAIM[name] for name in ("registered", "table", "models", "length")} | {"evidence": "secondary"}
     said = lambda **more: base | {"paper": more["id"], "claim": f"{more['id']} wins."} | more  # noqa: E731
     full = {"method": "full", "budget": 1.0}
     claims = [
@@ -398,13 +661,13 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
         ),
         said(id="tidaldecode-lossless", statistic="mean_difference", rule={"within": [-0.02, 0.02]}, tasks="code",
              compare={"first": {"method": "tidaldecode", "budget": 64}, "second": full}),
-        {name: value for name, value in base.items() if name not in ("table", "length")}
+        {name: value for name, value in base.items() if name not in ("table", "models", "length")}
         | {"id": "tidaldecode-latency", "paper": "TidalDecode", "claim": "Decoding is 2.1 times faster.",
            "testable": False, "reason": "a wall clock"},
         said(id="anchorcoder-bytes", statistic="mean", measure="stored", rule={"below": 0.3}, tasks="code",
              value={"method": "anchorcoder", "budget": 0.5}),
     ]  # fmt: skip
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(claims))
+    (tmp_path / "claims.yaml").write_text(as_file(*claims))
     few = ["completion", "cross_file", "needle"]
 
     def cell(method, right, budget, stored, names=few, **more):
@@ -425,13 +688,13 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
     made = ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).set_index("id")
     assert made["verdict"].to_dict() == {
         "anchorcoder-bytes": "not testable here",
-        "tidaldecode-every-budget": "holds",
+        "tidaldecode-every-budget": "reproduced here, on this family only",
         "tidaldecode-latency": "not testable here",
-        "tidaldecode-lossless": "holds",
-        "uncomp-bytes": "holds",
-        "uncomp-loss": "holds",
-        "uncomp-prefill": "holds",
-        "vatp-12-of-16": "holds",
+        "tidaldecode-lossless": "reproduced here",
+        "uncomp-bytes": "reproduced here",
+        "uncomp-loss": "reproduced here",
+        "uncomp-prefill": "reproduced here",
+        "vatp-12-of-16": "reproduced here",
     }
     assert made.loc["vatp-12-of-16", "theirs"] == "12 of 16 tasks (Table 1 by a reading note, LLaMA2-7B-chat)"
     assert made.loc["uncomp-prefill", "ours"].startswith("minilm: 0.500 [0.500, 0.500]")
@@ -447,7 +710,7 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
         ({"tabel": "x"}, "one: unknown field 'tabel'; did you mean 'table'?"),
         ({"table": "smal"}, "unknown table 'smal'; did you mean 'small'?"),
         ({"tasks": ["nedle"]}, "unknown task 'nedle'; did you mean 'needle'?"),
-        ({"tasks": "everything"}, "tasks is a list, all, families or a group"),
+        ({"tasks": "everything"}, "tasks is a list, all, families, natural or a group"),
         ({"tasks": ["needle", "needle"]}, "tasks names one twice"),
         ({"tasks": []}, "tasks is a list"),
         ({"rule": {"over": 0}}, "unknown rule 'over'"),
@@ -466,9 +729,21 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
         ({"published": {"value": 12, "source": ""}}, "published holds a value and a source"),
         ({"statistic": "median"}, "unknown statistic 'median'"),
         ({"statistic": "mean"}, "mean needs `value`"),
-        ({"statistic": "win_count"}, "decided by the share of wins, between 0 and 1"),
+        ({"statistic": "win_count"}, "decided by the share of wins, above a bound between 0 and 1"),
         ({"statistic": "win_count", "primary": "every task"}, "win_count counts over all tasks"),
+        ({"statistic": "win_count", "rule": {"below": 0.5}}, "above a bound between 0 and 1"),
         ({"measure": "speed"}, "unknown measure 'speed'"),
+        ({"models": ["minilm-gqa"]}, "unknown independent model 'minilm-gqa'; did you mean 'minilm'?"),
+        ({"models": "minilm"}, "models is a list"),
+        ({"tasks": "natural gossip"}, "unknown group 'gossip'"),
+        ({"without": ["middle"]}, "unknown place 'middle'"),
+        ({"confounded_by": {"prompts": "middle"}}, "unknown place 'middle'"),
+        ({"confounded_by": "sinks"}, "confounded_by holds prompts, or table and through"),
+        ({"confounded_by": {"table": "smal", "through": "x"}}, "unknown table 'smal'"),
+        ({"revised": ["twice"]}, "unknown revision 'twice'"),
+        ({"before": {"budgets": [0.1]}}, "`before` needs a revision"),
+        ({"expected": "much"}, "expected is a share, not 'much'"),
+        ({"expected": 0.01, "samples": 50}, "the rule cannot be met: 0.01 is expected, 0.01 inside the boundary, and"),
         ({"primary": "each task"}, "unknown primary 'each task'"),
         ({"primary": "every budget"}, "go together"),
         ({"budgets": [0.2]}, "go together"),
@@ -483,7 +758,7 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
     ],
 )
 def test_what_is_wrong_with_a_claim(tmp_path, change, message):
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | change]))
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | change))
     with pytest.raises(ValueError) as error:
         read(tmp_path / "claims.yaml", tmp_path)
     assert message in str(error.value)
@@ -502,7 +777,7 @@ def test_what_is_wrong_with_a_claim(tmp_path, change, message):
     ],
 )
 def test_what_is_wrong_with_a_side(tmp_path, side, message):
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM | {"compare": CLAIM["compare"] | {"first": side}}]))
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | {"compare": CLAIM["compare"] | {"first": side}}))
     with pytest.raises(ValueError) as error:
         read(tmp_path / "claims.yaml", tmp_path)
     assert message in str(error.value)
@@ -510,24 +785,24 @@ def test_what_is_wrong_with_a_side(tmp_path, side, message):
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
     file = tmp_path / "claims.yaml"
-    file.write_text(yaml.safe_dump([CLAIM, CLAIM, CLAIM | {"id": "two", "table": "none"}, "text", {"id": "three"}]))
+    file.write_text(as_file(CLAIM, CLAIM, CLAIM | {"id": "two", "table": "none"}, "text", {"id": "three"}))
     with pytest.raises(ValueError) as error:
         read(file, tmp_path)
     assert str(error.value).splitlines() == [
         "claims.yaml:",
         "two: unknown table 'none'; known: small",
         "claim 4: not a claim with fields: 'text'",
-        "three: lacks paper, claim, evidence, registered, table, tasks, length, statistic, rule",
+        "three: lacks paper, claim, evidence, registered, table, models, tasks, length, statistic, rule",
         "one: this id is used 2 times",
     ]
     file.write_text("- id: [")
     with pytest.raises(ValueError, match="claims.yaml is not YAML"):
         read(file, tmp_path)
     file.write_text("id: one")
-    with pytest.raises(ValueError, match="not a list of claims"):
+    with pytest.raises(ValueError, match="holds no list of claims"):
         read(file, tmp_path)
     described = {name: CLAIM[name] for name in ("id", "paper", "claim", "evidence", "registered")}
-    file.write_text(yaml.safe_dump([described | {"testable": False}]))
+    file.write_text(as_file(described | {"testable": False}))
     with pytest.raises(ValueError, match="one: lacks reason"):
         read(file, tmp_path)
 
@@ -539,8 +814,10 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
 def place(tmp_path):
     """Claims, results and a README, as arguments of `write`."""
     WINS.to_parquet(tmp_path / "small.parquet")
-    later = CLAIM | {"id": "another", "claim": "a | b", "table": "small", "rule": {"above": 0.9}}
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([CLAIM, later]))
+    later = CLAIM | {"id": "another", "claim": "a | b", "rule": {"above": 0.9}, "evidence": "abstract"}
+    later |= {"revised": ["narrowed"], "before": {"rule": {"above": 0}}}
+    revisions = {"narrowed": {"when": pd.Timestamp("2026-11-28").date(), "removed": "more than nothing"}}
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | {"front": True}, later, revisions=revisions))
     (tmp_path / "README.md").write_text(MARKED)
     return {"claims": tmp_path / "claims.yaml", "results": tmp_path, "readme": tmp_path / "README.md"}
 
@@ -554,17 +831,30 @@ def test_written_files_are_fresh_until_something_changes(place):
     write(**place)
     assert not stale(place)
     readme, table = place["readme"].read_text(), place["results"] / "ledger.csv"
-    assert readme.startswith("# Title\n\n<!-- verdicts -->\nScore: 1 holds, 1 contradicted, 0 inconclusive, ")
+    page = (place["claims"].parent / "VERDICTS.md").read_text()
+    assert readme.startswith(
+        "# Title\n\n<!-- verdicts -->\n- On minilm and smollm2: 1 claims of papers and the field: "
+    )
     assert readme.endswith("<!-- end of verdicts -->\n\nThe rest.\n") and "anything" not in readme
-    assert "| [Paper](https://arxiv.org/abs/2306.14040) (ours) | H2O beats random tokens. | – | minilm: +0.5" in readme
-    assert r"| a \| b |" in readme and "**contradicted**: the mean difference is below 0.9" in readme
+    assert "| [Paper](https://arxiv.org/abs/2306.14040): H2O beats random tokens. | – | minilm: +0.5" in readme
+    assert r"a \| b" not in readme and r"a \| b (the abstract was read, not the paper) |" in page
+    papers, ours = page.split("## Of papers and of the field")[1].split("## Of ours, controls among them")
+    ours, revisions = ours.split("## Revisions")
+    assert r"a \| b" in papers and "H2O beats random tokens" not in papers and "H2O beats random tokens" in ours
+    assert "**not reproduced here** (revised: narrowed): the mean difference is below 0.9" in papers
+    assert "as registered before: reproduced here (minilm: +0.500" in papers
+    assert "- *narrowed* (2026-11-28): more than nothing" in revisions
+    assert "minilm and smollm2; label, needle; 512 tokens; protocol prompt; h2o 20% against random 20%" in papers
     assert pd.read_csv(table)["id"].tolist() == ["another", "one"]
+    assert checksums.problems(place["results"]) == [] and set(checksums.listed(place["results"])) == {
+        "VERDICTS.md", "claims.yaml", "ledger.csv"
+    }  # fmt: skip
 
     place["readme"].write_text(readme.replace("1 holds", "2 holds"))
     assert stale(place)
     write(**place)
     assert place["readme"].read_text() == readme
-    table.write_text(table.read_text().replace("contradicted", "holds"))
+    table.write_text(table.read_text().replace("not reproduced", "reproduced"))
     assert stale(place)
     write(**place)
     WINS.assign(value=1 - WINS["value"]).to_parquet(place["results"] / "small.parquet")
@@ -572,15 +862,18 @@ def test_written_files_are_fresh_until_something_changes(place):
 
 
 def test_the_ledger_is_the_same_each_time(place):
-    """Neither the order of claims and rows nor other claims change a line."""
+    """Neither the order of claims and rows nor other claims change a line, but for the correction for all of them."""
     write(**place)
-    first = (place["results"] / "ledger.csv").read_bytes()
-    claims = yaml.safe_load(place["claims"].read_text())
-    place["claims"].write_text(yaml.safe_dump([*claims[::-1], CLAIM | {"id": "third", "rule": {"below": 0.2}}]))
+    first = pd.read_csv(place["results"] / "ledger.csv")
+    file = yaml.safe_load(place["claims"].read_text())
+    file["claims"] = [*file["claims"][::-1], CLAIM | {"id": "third", "rule": {"below": 0.2}}]
+    place["claims"].write_text(yaml.safe_dump(file))
     WINS.sample(frac=1, random_state=0).to_parquet(place["results"] / "small.parquet")
     write(**place)
-    again = (place["results"] / "ledger.csv").read_bytes()
-    assert [line for line in again.splitlines() if not line.startswith(b"third")] == first.splitlines()
+    again = pd.read_csv(place["results"] / "ledger.csv")
+    kept, holm = again[again["id"] != "third"], ["holm", "holm_across"]
+    pd.testing.assert_frame_equal(kept.drop(columns=holm), first.drop(columns=holm))
+    assert (kept["holm"] > first["holm"]).all()
 
 
 @pytest.mark.parametrize(
@@ -604,22 +897,36 @@ def test_the_command(place, monkeypatch, capsys):
         monkeypatch.setattr(command, name, place["claims" if name == "CLAIMS" else "readme"])
     monkeypatch.setattr(ledger.paths, "RESULTS", place["results"])
     monkeypatch.setattr("sys.argv", ["ledger", "--check"])
-    with pytest.raises(SystemExit, match="ledger.csv, README.md: not what claims and tables say now: make ledger"):
+    with pytest.raises(
+        SystemExit, match="ledger.csv, VERDICTS.md, README.md: not what claims and tables say now: make ledger"
+    ):
         command.main()
     monkeypatch.setattr("sys.argv", ["ledger"])
     command.main()
-    printed = capsys.readouterr().out.splitlines()[-3:]
-    assert printed == [
-        "holds              H2O beats random tokens.",
-        "contradicted       a | b",
-        "1 holds, 1 contradicted, 0 inconclusive, 0 not testable here (2 claims); README.md has the numbers",
-    ]
+    printed = capsys.readouterr().out.splitlines()[-4:]
+    assert printed[:2] == ["holds: H2O beats random tokens. [one]", "not reproduced here: a | b [another]"]
+    assert printed[2].endswith("1 claims of ours and controls: 1 holds (1 of them across families).")
     monkeypatch.setattr("sys.argv", ["ledger", "--check"])
     command.main()
     assert capsys.readouterr().out.splitlines() == printed
     place["readme"].write_text("no markers")
     with pytest.raises(SystemExit, match="README.md needs"):
         command.main()
+
+
+def test_another_models_verdicts(place, monkeypatch, capsys, tmp_path):
+    """From a folder of its own; nothing is written."""
+    place["claims"].write_text(as_file(CLAIM | {"models": ["smollm2"]}, CLAIM | {"id": "two", "models": ["minilm"]}))
+    monkeypatch.setattr(command, "CLAIMS", place["claims"])
+    folder = tmp_path / "own"
+    folder.mkdir()
+    WINS[WINS["model"] == "minilm"].assign(model="Own-8B").to_parquet(folder / "small.parquet")
+    monkeypatch.setattr("sys.argv", ["ledger", "--model", "Own-8B", "--results", str(folder)])
+    command.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and printed[0].startswith("holds (Own-8B: +0.500 [0.")
+    assert printed[1].startswith("- On Own-8B: 1 claims of ours and controls: 1 holds")
+    assert [file.name for file in folder.iterdir()] == ["small.parquet"]
 
 
 # What is registered
@@ -632,13 +939,13 @@ def test_registered_claims(monkeypatch):
     assert len(claims) >= 15 and {claim.evidence for claim in claims} <= set(EVIDENCE)
     assert all(claim.primary in PRIMARY and (claim.reason or cells_of(claim, ("needle",))) for claim in claims)
     table = ledger.ledger(claims)
-    assert set(table["verdict"]) <= set(VERDICTS) and (table["reason"] != "").all()
+    assert set(table["verdict"].map(plain)) <= set(VERDICTS) and (table["reason"] != "").all()
 
 
 def test_studies_have_the_cells_of_registered_claims(monkeypatch):
     """Or a claim waits for rows that nobody makes."""
     monkeypatch.undo()
-    for claim in (claim for claim in read() if claim.table):
+    for claim in (claim for claim in read() if claim.table in STUDIES):
         study = STUDIES[claim.table]
         made = {(c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in study.configurations}
         for cell in cells_of(claim, study.tasks):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab import definitions
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.configuration import Configuration
@@ -23,7 +23,6 @@ from kvlib.lab.results import __main__ as command
 from kvlib.lab.results import keys, making, studies, tables, verification
 from kvlib.lab.results.studies import Study, samples_of
 from kvlib.lab.results.summaries import summarise
-from kvlib.minilm import checksums
 
 TOKENIZER = paths.MODELS / "minilm"
 STUDY = Study(
@@ -375,7 +374,7 @@ def test_a_share_is_of_the_samples_of_all_models(folder, monkeypatch, capsys):
     assert "study: 100.0% of the rows of 20 recomputed samples agree" in capsys.readouterr().out
     monkeypatch.setitem(studies.STUDIES, "study", replace(STUDY, models={"minilm-test": 1}))
     command.main(["study", "--verify", "1"])
-    assert asked[-1] == (2, 0)  # all that there are
+    assert asked[-1] == (2, verification.todays_seed())  # all that there are, drawn by the date
 
 
 def test_cleaning_leaves_other_tables(folder, monkeypatch):
@@ -383,8 +382,11 @@ def test_cleaning_leaves_other_tables(folder, monkeypatch):
     making.make("study", STUDY)
     other = folder / "results" / "timings.parquet"
     pd.DataFrame({"seconds": [1.0]}).to_parquet(other)
+    assert [*checksums.listed(folder / "results")] == ["study.csv", "study.parquet"]
+    assert checksums.problems(folder / "results") == []
     command.main(["study", "--clean"])
-    assert sorted(path.name for path in (folder / "results").iterdir()) == [other.name]
+    assert sorted(path.name for path in (folder / "results").iterdir()) == [checksums.NAME, other.name]
+    assert checksums.listed(folder / "results") == {}
     assert not list((folder / "build" / "study").glob("*.parquet"))
 
 

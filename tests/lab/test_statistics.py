@@ -15,6 +15,7 @@ from scipy import stats
 from kvlib.lab.statistics import (
     RESAMPLES,
     Estimate,
+    across,
     detectable,
     detectable_shift,
     holm,
@@ -329,3 +330,60 @@ def test_one_fraction_among_many_cells_does_not_make_agreement_certain():
     groups = [np.zeros(2) for _ in range(15)] + [np.array([0.5, 0.0])]
     estimate = paired_difference(groups, groups)
     assert estimate.low < -0.02 and estimate.high > 0.02 and estimate.above(-0.001) > 0.05
+
+
+# Across tasks
+
+
+def test_across_tasks_is_students_t():
+    """On one number a task, however many samples it has."""
+    rng = np.random.default_rng(10)
+    first, second = ([rng.normal(level, 1, n) for level, n in zip(rng.normal(shift, 1, 9), range(3, 12))]
+                     for shift in (0.5, 0))  # fmt: skip
+    for sides in ((first,), (first, second)):
+        means = np.array([[values.mean() for values in side] for side in sides])
+        changes = means[0] - means[1] if len(sides) == 2 else means[0]
+        found = across(*sides)
+        assert found.value == pytest.approx(changes.mean())
+        for boundary in (-0.3, 0, 0.2, changes.mean() + 0.1):
+            exact = stats.ttest_1samp(changes, boundary).pvalue
+            likelier = found.above if changes.mean() > boundary else found.below
+            other = found.below if changes.mean() > boundary else found.above
+            assert likelier(boundary) == pytest.approx(exact) and other(boundary) == 1
+
+
+def test_across_tasks_of_a_ratio():
+    """The scale of either side changes the ratio and nothing else; the error is nearly that of leaving out tasks."""
+    rng = np.random.default_rng(11)
+    second = [rng.uniform(1, 3, 4) for _ in range(40)]
+    first = [values * rng.uniform(0.4, 0.6) for values in second]
+    found = across(first, second, ratio=True)
+    scaled = across([10 * values for values in first], second, ratio=True)
+    assert scaled.value == pytest.approx(10 * found.value) and scaled.error == pytest.approx(10 * found.error)
+    assert scaled.above(4.7) == pytest.approx(found.above(0.47))
+    x, y = (np.array([values.mean() for values in side]) for side in (first, second))
+    without = [np.delete(x, i).mean() / np.delete(y, i).mean() for i in range(40)]
+    assert found.error == pytest.approx(np.std(without) * 39**0.5 * (39 / 40) ** 0.5, rel=0.03)
+    assert found.value == pytest.approx(x.mean() / y.mean()) and found.freedom == 39
+
+
+@pytest.mark.parametrize("tasks", [3, 8, 16])
+def test_across_tasks_is_wrong_one_time_in_twenty(tasks):
+    """Where tasks differ, which resampled prompts of the same tasks do not show."""
+    rng, runs, wrong, narrow = np.random.default_rng(12), 600, 0, 0
+    for seed in range(runs):
+        leads = rng.normal(0, 0.09, tasks).clip(-0.19, 0.19)
+        pairs = [answers(rng, 100, 0.2 + lead, 0.2 - lead) for lead in leads]
+        found = across(*zip(*pairs))
+        wrong += min(found.above(0), found.below(0)) <= 0.05
+        if seed < 60:
+            one = paired_difference(*zip(*pairs), resamples=199, seed=seed)
+            narrow += min(one.above(0), one.below(0)) <= 0.05
+    assert wrong / runs < 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
+    assert narrow / 60 > 0.35
+
+
+def test_across_one_task_is_nothing_and_equal_tasks_are_certain():
+    assert across([np.ones(5)]) is None
+    same = across([np.array([0.1, 0.2])] * 3, [np.zeros(2)] * 3)
+    assert same.value == 0.15 and same.above(0) == 0 and same.below(0) == 1 and same.above(0.15) == 1

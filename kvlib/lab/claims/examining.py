@@ -12,6 +12,7 @@ from kvlib.lab.claims import places
 from kvlib.lab.claims.claim import Cell, Claim
 from kvlib.lab.claims.samples import Missing, per_sample, rows_of
 
+NO_EFFECT = {"mean_difference": 0, "ratio": 1}
 BYTES_AGREE = 0.02  # rounding to whole tokens per head makes methods differ by a per cent at small budgets
 
 
@@ -157,7 +158,7 @@ def evidence(claim: Claim, estimate) -> Evidence:
 
 def opposite(claim: Claim, estimate) -> float:
     """p-value for the other side of no effect, where the claim is one of an effect."""
-    none = {"mean_difference": 0.0, "ratio": 1.0}.get(claim.statistic)
+    none = NO_EFFECT.get(claim.statistic)
     low, high = claim.rule
     if none is not None and low >= none:
         return estimate.below(none)

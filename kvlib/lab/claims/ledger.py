@@ -26,7 +26,7 @@ from kvlib.lab import statistics
 from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, cells_of, configurations, named
 from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
-from kvlib.lab.claims.examining import Result, examine
+from kvlib.lab.claims.examining import NO_EFFECT, Result, examine
 from kvlib.lab.claims.places import PLACES
 from kvlib.lab.claims.registered import EVIDENCE
 from kvlib.lab.claims.samples import Missing, load
@@ -37,6 +37,7 @@ WORDS = {  # of papers, of ours
     "outside": ("not reproduced here", "contradicted"),
     "undecided": ("undecided here", "undecided here"),
 }
+REAL = "smollm2"
 UNTESTABLE = "not testable here"
 VERDICTS = (
     "reproduced here", "holds", "not reproduced here", "opposite here", "contradicted", "undecided here", UNTESTABLE,
@@ -71,13 +72,19 @@ def ledger(claims: list[Claim], results: Path = paths.RESULTS) -> pd.DataFrame:
     return table[COLUMNS].astype(str)
 
 
+def of_model(claims: list[Claim], model: str) -> list[Claim]:
+    """The claims about the real model, of another one."""
+    return [replace(claim, models=(model,)) for claim in claims if claim.models == (REAL,)]
+
+
 def row_of(claim: Claim, tables: Tables) -> dict:
     """The row of one claim, before p-values are corrected for all of them."""
     row = {name: getattr(claim, name) for name in ("id", "paper", "claim", "evidence", "protocol")}
     row |= {"source": EVIDENCE[claim.evidence], "theirs": claim.published, "length": claim.length or ""}
-    row |= {"models": "; ".join(claim.models), "scope": scope(claim)}
+    row |= {"models": "; ".join(claim.models)}
     row |= {"revised": "; ".join(revision.name for revision in claim.revised)}
     row |= judge(claim, tables)
+    row["scope"] = scope(claim, row["protocol"])
     if claim.confounded_by and row["verdict"] != UNTESTABLE:
         row |= through(claim, row, tables)
     if claim.before:
@@ -169,7 +176,7 @@ def through(claim: Claim, row: dict, tables: Tables) -> dict:
     return {"verdict": ", ".join([verdict, *rest]), "reason": reason}
 
 
-def scope(claim: Claim) -> str:
+def scope(claim: Claim, protocol: str) -> str:
     """What was tested: models, tasks, length, protocol, settings, and which settings are the authors'."""
     if not claim.table:
         return ""
@@ -177,7 +184,7 @@ def scope(claim: Claim) -> str:
         " and ".join(claim.models),
         tasks_in_words(claim.tasks),
         f"{claim.length} tokens",
-        claim.protocol and f"protocol {claim.protocol}",
+        protocol and f"protocol {protocol}",
         " against ".join(named(side) + share(side.budget) for side in configurations(claim)),
         claim.budgets and f"at{' and'.join(share(budget) for budget in claim.budgets)}",
         claim.equal_bytes and f"equal {claim.equal_bytes} bytes",
@@ -205,7 +212,7 @@ def reason_of(claim: Claim, findings: dict, found: dict, missing: dict) -> str:
     what = "the share of wins" if claim.statistic == "win_count" else f"the {claim.statistic.replace('_', ' ')}"
     phrases = {
         "inside": f"{what} is {in_words(claim.rule)}",
-        "opposite": "the opposite is found",
+        "opposite": opposite_in_words(claim, what),
         "outside": f"{what} is {in_words(claim.rule, outside=True)}",
         "undecided": f"the interval does not tell whether {what} is {in_words(claim.rule)}",
     }
@@ -219,6 +226,12 @@ def reason_of(claim: Claim, findings: dict, found: dict, missing: dict) -> str:
         if clamped := max(result.clamped for result in results):
             parts.append(f"{model}: {clamped:.0%} of rows clamped")
     return "; ".join(parts)
+
+
+def opposite_in_words(claim: Claim, what: str) -> str:
+    if claim.statistic == "win_count":
+        return "most families are lost"
+    return f"{what} is {'below' if np.isfinite(claim.rule[0]) else 'above'} {NO_EFFECT.get(claim.statistic, 0)}"
 
 
 def in_words(rule: tuple[float, float], outside: bool = False) -> str:

@@ -12,10 +12,9 @@ from functools import cache
 import pandas as pd
 from transformers import AutoTokenizer
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab import tasks
 from kvlib.lab.claims.samples import Missing
-from kvlib.lab.results import checksums
 
 FILE = paths.DATA / "answer_places.csv"
 FIRST = 20  # tokens, as many as VATP forces to stay

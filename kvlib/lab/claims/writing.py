@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab.claims.claim import Claim, Revision
 from kvlib.lab.claims.ledger import UNTESTABLE, VERDICTS, ledger, plain
 from kvlib.lab.claims.registered import CLAIMS, read
-from kvlib.lab.results import checksums
 
 README = paths.ROOT / "README.md"
 MARKERS = ("<!-- verdicts -->", "<!-- end of verdicts -->")

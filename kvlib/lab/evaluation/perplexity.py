@@ -22,11 +22,10 @@ import torch
 from tqdm import tqdm
 
 import kvlib
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab.evaluation import benchmarks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.prompts import Prompts, compressed, device_name, losses, one_by_one, window_of
-from kvlib.lab.results import checksums
 
 FULL = (Configuration("full", 1.0),)
 LN_2 = math.log(2)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvlib import paths
-from kvlib.lab.results import checksums
+from kvlib import checksums, paths
 from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.results.summaries import named, task_sets
 

@@ -14,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 import kvlib
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.evaluate import BLOCK, CELL, check_window
-from kvlib.lab.results import checksums, tables
+from kvlib.lab.results import tables
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.studies import Study, samples_of
 from kvlib.lab.results.summaries import summarise

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
-from kvlib.lab.results import checksums
 
 BUILD = paths.ROOT / "build" / "results"
 COLUMNS = [*CELL, "sample", *MEASURED, "torch", "device", "key"]

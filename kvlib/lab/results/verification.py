@@ -11,11 +11,10 @@ from datetime import date
 import numpy as np
 import pandas as pd
 
-from kvlib import paths
+from kvlib import checksums, paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
-from kvlib.lab.results import checksums
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.making import Loader
 from kvlib.lab.results.studies import Study

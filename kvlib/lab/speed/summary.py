@@ -5,8 +5,7 @@ python -m kvlib.lab.speed.summary       write it, from data/results/decoding_spe
 
 import pandas as pd
 
-from kvlib import paths
-from kvlib.lab.results import checksums
+from kvlib import checksums, paths
 from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"

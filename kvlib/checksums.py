@@ -1,4 +1,4 @@
-"""The SHA256SUMS of a folder, in the format of `sha256sum`: a line for every file, rewritten by who writes the file."""
+"""The SHA256SUMS of a folder, in the format of `sha256sum`; `kvlib.load` checks a model's, `make check` all."""
 
 import hashlib
 import os
@@ -21,11 +21,18 @@ def record(file: Path) -> None:
     """List a file as it is now, or not any more if it is gone. Lines of other files stay as they are."""
     lines = listed(file.parent)
     lines.pop(file.name, None)
-    if file.is_file():
-        lines[file.name] = digest(file)
-    part = file.with_name(f"{NAME}.{os.getpid()}.part")
+    _write(file.parent, lines | ({file.name: digest(file)} if file.is_file() else {}))
+
+
+def write(folder: Path) -> None:
+    """List every file in `folder` but the list itself."""
+    _write(folder, {file.name: digest(file) for file in folder.iterdir() if file.is_file() and file.name != NAME})
+
+
+def _write(folder: Path, lines: dict[str, str]) -> None:
+    part = folder / f"{NAME}.{os.getpid()}.part"
     part.write_text("".join(f"{checksum}  {name}\n" for name, checksum in sorted(lines.items())), encoding="utf-8")
-    part.replace(file.parent / NAME)
+    part.replace(folder / NAME)
 
 
 def problems(folder: Path) -> list[str]:
