@@ -62,7 +62,7 @@ def on_host(host: str) -> tuple[Configuration, ...]:
 VALUES = (
     Configuration("full", 1.0),
     *(configuration for host in HOSTS for configuration in on_host(host)),
-    *(c for method in ("pyramidkv", "tova") for c in with_arguments(method, (*BUDGETS, 0.5))),
+    *with_arguments("tova", (*BUDGETS, 0.5)),
 )
 STUDIES = {
     "00_kv_cache": Study(
