@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from kvlib.lab.tasks.composing import FIRST, HELDOUT
-from kvlib.lab.tasks.planted import words
+from kvlib.lab.tasks.planted import long_words
 from kvlib.lab.tasks.real_code import family
 
 GROUP = "code"
@@ -122,10 +122,10 @@ def choices(same_file: bool, seed: int, tokens: int, tokenizer) -> list[tuple[Pl
 
 
 def away_from_ends(text: str, word: str, answer: str, tokenizer) -> bool:
-    """Whether neither the first tokens of a prompt nor the last line of its context tells how the identifier goes on."""
+    """Whether neither the first tokens of a prompt nor the last line of its context tells how `word` goes on."""
     start = tokenizer.decode(tokenizer(text[: 40 * FIRST]).input_ids[:FIRST])
     ends = start + text[text.rstrip("\n").rfind("\n") :]
-    return word not in ends and words(answer).isdisjoint(words(ends))
+    return word not in ends and long_words(answer).isdisjoint(long_words(ends))
 
 
 def tail(text: str, room: int, count) -> str:

@@ -45,7 +45,7 @@ def prompt(
         rng = random.Random(f"{family.name} {tokens} {seed} {split}")
         drawn = draft(family.name, tokens, Draw(rng, split), **options)
         question, answer = drawn.questions[0]
-        unsaid = replace(drawn, names=drawn.names | words(answer.lower()))
+        unsaid = replace(drawn, names=drawn.names | long_words(answer.lower()))
         inside = room - sum(count([head, question, answer]))
         context = head + compose(unsaid, inside, rng, text or filler(split), count, ends=split == "train")
         return cut(family.name, seed, context + question, len(context), answer, tokenizer)
@@ -53,6 +53,6 @@ def prompt(
     return fitted(tokens, tokens, build)
 
 
-def words(text: str) -> set[str]:
+def long_words(text: str) -> set[str]:
     """Its words of four characters or more."""
     return set(re.findall(r"\w{4,}", text))
