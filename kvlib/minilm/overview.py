@@ -172,20 +172,14 @@ def commonest(task: str, length: int) -> str:
 
 
 def catalogue() -> str:
-    """All families of the embedded models: group, what they ask, an example, whether trained, and at the greatest length what guessing and
-    both models score."""
+    """The families of the embedded models: group, what they ask, an example, whether trained, and at the greatest
+    length what guessing and both models score."""
     records = [read(folder, "evaluation")["retrieval"] for folder in (MODEL, SIBLING)]
     scores = [by_length(each) for each in records]
     length = max(scores[0]["needle"])
     rows = []
-    shown = {
-        **tasks.FAMILIES,
-        **tasks.DROPPED,
-        **tasks.PROBES,
-        **tasks.COMPLETIONS,
-        "code_bits": tasks.find("code_bits"),
-    }
-    for name, family in shown.items():
+    for name in (*tasks.FAMILIES, *tasks.DROPPED, *tasks.PROBES, *tasks.COMPLETIONS, "code_bits"):
+        family = tasks.find(name)
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
         other = OTHER[family.metric]
         both = (percent(s[name][length]) if name in s else other for s in scores)

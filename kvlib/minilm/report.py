@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def answered(model, drawn: list[Prompt], size: int) -> list[float]:
     tokenizer, shares = load_tokenizer(), []
     for start in tqdm(range(0, len(drawn), size), desc="answers"):
         batch = drawn[start : start + size]
-        prompts = [sum(prompt.ids(tokenizer), []) for prompt in batch]
+        prompts = [[*chain(*prompt.ids(tokenizer))] for prompt in batch]
         answers = [prompt.answer_ids(tokenizer) for prompt in batch]
         rows = [p + a for p, a in zip(prompts, answers)]
         ids = torch.full((len(rows), max(map(len, rows))), PAD)

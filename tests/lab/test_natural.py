@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn():
     with pytest.raises(ValueError, match="tokens=255: at least 256"):
         tasks.sample("number", 255, 0, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="too few tokens"):
-        tasks.sample("label", 256, 0, tokenizer=tokenizer())
+        tasks.sample("class_label", 256, 0, tokenizer=tokenizer())
     with pytest.raises(ValueError, match=r"seed=100000: held-out code has \d+ such lines"):
         tasks.sample("repeated_line", 1024, 100_000, tokenizer=tokenizer())
 

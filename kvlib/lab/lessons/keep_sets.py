@@ -1,5 +1,7 @@
 """What methods keep of a prompt, and what the model then answers."""
 
+from itertools import chain
+
 import pandas as pd
 import torch
 
@@ -49,7 +51,7 @@ def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) ->
     rows = {}
     for number in samples:
         drawn = tasks.sample(task, tokens, number, tokenizer=tokenizer)
-        prefill = kvlib.snapshot(model, torch.tensor([sum(drawn.ids(tokenizer), [])], device=model.device))
+        prefill = kvlib.snapshot(model, torch.tensor([[*chain(*drawn.ids(tokenizer))]], device=model.device))
         rows[number] = {"answer": drawn.answer}
         for name, method in methods.items():
             with method(model) as run:

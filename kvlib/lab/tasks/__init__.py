@@ -35,6 +35,7 @@ NATURAL = {name: find(name) for name in PASSED}
 PROBES, COMPLETIONS, LABEL_FREE = of_group("probe"), of_group("completion"), of_group("label-free")
 
 __all__ = [
-    "CATALOGUE", "COMPLETIONS", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES", "SHORTEST", "Draft",
-    "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find", "judge", "new_tokens", "sample", "score",
+    "CATALOGUE", "COMPLETIONS", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES", "SHORTEST",
+    "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find", "judge", "new_tokens",
+    "sample", "score",
 ]  # fmt: skip

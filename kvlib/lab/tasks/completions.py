@@ -2,7 +2,7 @@
 
 They stand beside the families, whose group "code" completes identifiers. A prompt ends with a newline; the answer is
 the line behind it, with its indentation and without its newline. Tokenizers whose tokens may span a newline split
-prompt + answer differently from the two apart, as with the published sets; only of `code_bits`, whose answer is fed, the
+prompt + answer differently from the two apart, as with the published sets; of `code_bits`, whose answer is fed, the
 indentation then belongs to the prompt.
 """
 

@@ -25,7 +25,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """All that is fed. It holds the text of the token that begins every prompt, so tokenise without special ones."""
+        """All that is fed, with the text of the token that begins every prompt: tokenise without special tokens."""
         return self.context + self.question + self.lead
 
     @property

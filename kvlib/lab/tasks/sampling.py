@@ -10,7 +10,7 @@ def sample(task: str, tokens: int, seed: int, *, tokenizer, **options) -> Prompt
     options: `text`, what hides the facts instead of the family's own filler; others go to the task (`depth` of a
     needle).
 
-    Raises ValueError for an unknown task, a prompt too short, an option out of range, a seed for which there is no text.
+    Raises ValueError for an unknown task, a prompt too short, an option out of range, a seed without text.
     """
     family = find(task)
     if tokens < family.shortest:

@@ -36,10 +36,8 @@ def similarity(prompt: Prompt, written: str) -> float:
 
 def whole(answer: str) -> re.Pattern:
     """The answer, and not as a part of longer words."""
-    before, behind = (
-        r"(?<!\w)" if re.match(r"\w", answer[0]) else "",
-        r"(?!\w)" if re.match(r"\w", answer[-1]) else "",
-    )
+    before = r"(?<!\w)" if re.match(r"\w", answer[0]) else ""
+    behind = r"(?!\w)" if re.match(r"\w", answer[-1]) else ""
     return re.compile(before + re.escape(answer) + behind)
 
 
