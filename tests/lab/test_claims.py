@@ -1,7 +1,6 @@
 """The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pandas as pd
