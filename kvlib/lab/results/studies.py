@@ -77,25 +77,25 @@ STUDIES = {
             # a number is five one-digit tokens, more than half of the default kernel of 7 reaches
             *(Configuration("snapkv", b, '{"kernel": 15}') for b in BUDGETS),
         ),
-        models={"minilm": 200, "minilm-gqa": 200},
+        models={"minilm": 200},
     ),
     "01_vatp": Study(
         tasks=tuple(tasks.FAMILIES),
         length=2048,
         configurations=VALUES,
-        models={"minilm": 200, "minilm-gqa": 200},
+        models={"minilm": 200},
     ),
     "01_vatp_lines": Study(
         tasks=("next_line",),
         length=2048,
         configurations=VALUES,
-        models={"minilm": 100, "minilm-gqa": 100},
+        models={"minilm": 100},
     ),
     # token by token, which takes ten times as long as an answer; for the claims about H2O
     "01_vatp_bits": Study(
         tasks=("code_bits",),
         length=2048,
         configurations=(Configuration("full", 1.0), *on_host("h2o")),
-        models={"minilm": 100, "minilm-gqa": 100},
+        models={"minilm": 100},
     ),
 }
