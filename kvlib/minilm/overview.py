@@ -1,4 +1,4 @@
-"""The model and its pilots side by side (data/models/README.md) and the task catalogue (a section of data/README.md), from files."""
+"""The model beside its pilots (data/models/README.md) and the task catalogue (a section of data/README.md)."""
 
 import json
 import random
@@ -28,9 +28,9 @@ PAGE = """\
 smaller runs: two depths, by which its depth was chosen, and two more seeds. This page is written by
 `python -m kvlib.minilm overview` from the files in the folders. `smollm2/` is the card of the real model.
 
-Until 2026-11-29 there was a second one, `minilm-gqa`, with 5.3 million parameters and grouped queries. It shared recipe,
-corpus and prompts with `minilm` and so was no second opinion; since there is a real model, which has grouped queries too,
-it is neither shipped nor in any table.
+Until 2026-11-29 there was a second one, `minilm-gqa`, with 5.3 million parameters and grouped queries. It shared
+recipe, corpus and prompts with `minilm` and so was no second opinion; since there is a real model, which has grouped
+queries too, it is neither shipped nor in any table.
 
 {models}
 
