@@ -438,7 +438,7 @@ def test_the_ledger_asks_again_when_rows_are_there(judged):
 
 
 def test_families_in_natural_language(monkeypatch):
-    monkeypatch.setattr("kvlib.lab.tasks.asking.NATURAL", ("needle", "label"))
+    monkeypatch.setattr(tasks, "NATURAL", {name: tasks.find(name) for name in ("needle", "label")})
     assert task_names("natural") == ("label", "needle") and task_names("natural few-shot") == ("label",)
 
 

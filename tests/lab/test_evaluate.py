@@ -48,46 +48,60 @@ def table(model):
     return evaluate.evaluate(*model, CONFIGURATIONS, "needle", LENGTH, range(6), name="minilm", block=4)
 
 
-def test_values_are_what_greedy_decoding_gives(model, table):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_values_are_what_an_answer_to_the_question_gives(model, protocol):
+    """What is compressed and what is asked behind it, one prompt at a time, by `run.read` and `run.ask`."""
     model, tokenizer = model
+    table = evaluate.evaluate(
+        model, tokenizer, CONFIGURATIONS, "needle", LENGTH, range(6), name="minilm", protocol=protocol
+    )
     for configuration in CONFIGURATIONS:
         for number in range(6):
             drawn = tasks.sample("needle", LENGTH, number, tokenizer=tokenizer)
-            inputs = tokenizer(drawn.prompt, return_tensors="pt")
-            with configuration.make()(model) as run:
-                model(**inputs)
-                stored, full = run.stored_bytes(), run.full_bytes()
-                out = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-            text = tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+            text, stored, full = answered(model, tokenizer, configuration.make(), drawn, protocol, 8)
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            assert row["value"] == tasks.correct(drawn, text)
-            assert (row["stored_bytes"], row["full_bytes"]) == (stored, full)
+            assert row["value"] == tasks.score(drawn, text)
+            assert (row["stored_bytes"], row["full_bytes"], row["protocol"]) == (stored, full, protocol)
     assert 0 < table["value"].mean() < 1, "all right or all wrong compares nothing"
+    assert table[["divergence", "agreement"]].isna().all(axis=None), "the answer is known"
 
 
-def test_a_question_decoded_after_compression(model):
-    """The context is compressed before the question is known: slower for every method, and harder for SnapKV."""
-    model, tokenizer = model
-    table = evaluate.evaluate(
-        model, tokenizer, CONFIGURATIONS, "needle", 160, range(4), name="minilm", protocol="decoded"
+def parts(drawn, tokenizer, protocol: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is compressed and what is fed behind it, `(1, tokens)` each."""
+    context, question, lead = drawn.ids(tokenizer)
+    first = context + question if protocol == "asked" else context
+    return torch.tensor([first]), torch.tensor([(context + question + lead)[len(first) :]])
+
+
+def answered(model, tokenizer, method, drawn, protocol: str, tokens: int) -> tuple[str, int, int]:
+    """What is written, the bytes stored before it and those of everything read."""
+    first, rest = parts(drawn, tokenizer, protocol)
+    with method(model) as run:
+        run.read(input_ids=first)
+        stored, full = run.stored_bytes(), run.full_bytes()
+        out = run.ask(rest, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, rest.shape[1] :], skip_special_tokens=True), stored, full
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_token_of_the_answer_is_chosen_before_the_eviction(small, registered, protocol):
+    """A method that forgets everything it has read leaves no trace of it in the answer."""
+    model, tokenizer = small
+    seen = []
+
+    class Spy(SnapKV):
+        def compress(self, view):
+            if view.layer_idx == 0 and view.step.ends_prompt:
+                seen.append(view.tokens.tolist())
+            return super().compress(view)
+
+    registered(Spy)
+    evaluate.evaluate(
+        model, tokenizer, [Configuration("Spy", 0.2)], "needle", 400, range(4), name="", protocol=protocol
     )
-    for configuration in CONFIGURATIONS:
-        for number in range(4):
-            drawn = tasks.sample("needle", 160, number, tokenizer=tokenizer)
-            context = tokenizer(drawn.prompt[: -len(drawn.question)], return_tensors="pt").input_ids
-            question = tokenizer(drawn.question, return_tensors="pt", add_special_tokens=False).input_ids
-            with configuration.make()(model) as run, torch.no_grad():
-                model(context)
-                stored, text = run.stored_bytes(), []
-                for token in question[0]:
-                    logits = model(token.view(1, 1), past_key_values=run.cache).logits
-                for _ in range(6):
-                    text.append(logits[:, -1].argmax(-1))
-                    logits = model(text[-1][:, None], past_key_values=run.cache).logits
-            row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            assert row["value"] == tasks.correct(drawn, tokenizer.decode(torch.cat(text)))
-            assert row["stored_bytes"] == stored and row["protocol"] == "decoded"
-    assert 0 < table["value"].mean() < 1
+    drawn = [tasks.sample("needle", 400, number, tokenizer=tokenizer) for number in range(4)]
+    assert seen[0] == [parts(prompt, tokenizer, protocol)[0].shape[1] for prompt in drawn]
+    assert all(parts(prompt, tokenizer, protocol)[1].shape[1] >= 1 for prompt in drawn)
 
 
 def test_one_pass_over_the_answer_is_as_good_as_one_token_at_a_time(model, monkeypatch):
@@ -214,52 +228,58 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
         for number in range(3):
             drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            if protocol == "prompt":
-                text = generated(model, tokenizer, configuration.make(), drawn)
-            else:
-                text = decoded(model, tokenizer, configuration.make(), drawn)
+            text = answered(model, tokenizer, configuration.make(), drawn, protocol, 64)[0]
             assert row["value"] == code_similarity(text, drawn.answer)
     assert table["value"].nunique() > 1
 
 
+READERS = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
+
+
+@pytest.mark.parametrize("task", ["code_bits", "prose_bits", "summary"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
+def test_what_needs_no_label_token_by_token(small, task, protocol):
+    """Bits of the text that follows, and how far a method is from the full cache along it or along its own answer."""
     model, tokenizer = small
-    configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
-    arguments = ("code_bits", 512, range(3))
-    table = evaluate.evaluate(model, tokenizer, configurations, *arguments, name="", protocol=protocol)
-    for _, row in table.iterrows():
-        drawn = tasks.sample("code_bits", 512, row["sample"], tokenizer=tokenizer)
-        begun = drawn.prompt if protocol == "prompt" else drawn.prompt[: -len(drawn.question)]
-        fed = tokenizer(drawn.prompt[len(begun) :] + drawn.answer, add_special_tokens=False).input_ids
-        answer = len(tokenizer(drawn.answer, add_special_tokens=False).input_ids)
-        assert answer >= 64 and drawn.answer.endswith("\n")
-        with kvlib.method(row["method"], budget=row["budget"])(model) as run, torch.no_grad():
-            logits, nats = model(**tokenizer(begun, return_tensors="pt")).logits[0, -1], []
-            for token in fed:
-                nats.append(-logits.log_softmax(-1)[token].item())
-                logits = model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1]
-        assert row["value"] == pytest.approx(sum(nats[-answer:]) / math.log(2) / len(drawn.answer), rel=1e-4)
-    assert table["value"].nunique() == 9
+    table = evaluate.evaluate(model, tokenizer, READERS, task, 512, range(3), name="", protocol=protocol)
+    for number in range(3):
+        drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
+        if task == "summary":
+            first, rest = parts(drawn, tokenizer, protocol)
+            with kvlib.method("full")(model) as run:
+                run.read(input_ids=first)
+                out = run.ask(rest, max_new_tokens=64, do_sample=False, pad_token_id=0)
+            target = out[0, rest.shape[1] :].tolist()
+        else:
+            target = drawn.answer_ids(tokenizer)
+            assert len(target) >= 60
+        expected = along(model, tokenizer, kvlib.method("full"), drawn, protocol, target)
+        for configuration in READERS:
+            found = along(model, tokenizer, configuration.make(), drawn, protocol, target)
+            row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
+            divergence = (expected.exp() * (expected - found)).sum(-1)[:64].mean()
+            same = (expected.argmax(-1) == found.argmax(-1))[:64].double().mean()
+            assert row["divergence"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+            assert row["agreement"] == pytest.approx(same)
+            if task == "summary":
+                assert row["value"] == float(same == 1)
+            else:
+                nats = -found[range(len(target)), target].sum()
+                assert row["value"] == pytest.approx(nats / math.log(2) / len(drawn.answer), rel=1e-4)
+    full = table["method"] == "full"
+    assert (table.loc[full, "agreement"] == 1).all() and table.loc[full, "divergence"].abs().max() < 1e-6
+    assert (table.loc[~full, "divergence"] > 0).all() and table.loc[~full, "agreement"].nunique() > 2
 
 
-def generated(model, tokenizer, method, drawn) -> str:
-    inputs = tokenizer(drawn.prompt, return_tensors="pt")
-    with method(model):
-        out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-    return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def decoded(model, tokenizer, method, drawn) -> str:
-    """64 tokens after a question that was fed token by token."""
-    context = tokenizer(drawn.prompt[: -len(drawn.question)], return_tensors="pt").input_ids
-    question = tokenizer(drawn.question, return_tensors="pt", add_special_tokens=False).input_ids
+def along(model, tokenizer, method, drawn, protocol: str, target: list[int]) -> torch.Tensor:
+    """Log-probabilities `(tokens, vocabulary)` at every token of `target`, fed one by one, in float64."""
+    first, rest = parts(drawn, tokenizer, protocol)
     with method(model) as run, torch.no_grad():
-        model(context)
-        for token in question[0]:
-            logits = model(token.view(1, 1), past_key_values=run.cache).logits[:, -1]
-        made, _ = tiny.decode(model, run, logits, 64)
-    return tokenizer.decode(made[0], skip_special_tokens=True)  # the small model has no end token
+        run.read(input_ids=first)
+        logits = [run.follow(rest).logits[0, -1]]
+        for token in target[:-1]:
+            logits.append(model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1])
+    return torch.stack(logits).double().log_softmax(-1)
 
 
 def test_lines_end_with_the_window(small, monkeypatch):

@@ -134,7 +134,7 @@ def test_answers_are_what_generate_writes():
     assert list(written.columns) == ["answer", "all", "some"]
     assert written["all"].tolist() == written["answer"].tolist()
     task = tasks.sample("needle", 256, 3, tokenizer=tokenizer)
-    inputs = tokenizer(task.prompt, return_tensors="pt")
+    inputs = tokenizer(task.text, add_special_tokens=False, return_tensors="pt")
     with methods["some"](model):
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert tokenizer.decode(out[0, task.length :]) == written.loc[3, "some"]
+    assert tokenizer.decode(out[0, inputs.input_ids.shape[1] :]) == written.loc[3, "some"]

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from kvlib import paths
+from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate, sinks
 from kvlib.lab.evaluation.configuration import Configuration
-from kvlib.lab.tasks import asking
 
 TASK = "transform"
 FULL = Configuration("full", 1.0)
@@ -48,7 +48,7 @@ def test_values_of_sinks(small, monkeypatch, protocol, last, share):
     table = sinks.evaluate(model, tokenizer, [FULL], TASK, 160, range(3), name="tiny", protocol=protocol, block=3)
     read = []
     for number, value in zip(range(3), table["value"], strict=True):
-        context, question, _ = asking.prompt(TASK, 160, number, tokenizer=tokenizer).ids(tokenizer)
+        context, question, _ = tasks.sample(TASK, 160, number, tokenizer=tokenizer).ids(tokenizer)
         read.append(context + (question if protocol == "asked" else []))
         expected = by_hand(read[-1], last, share)
         assert value == pytest.approx(expected, rel=1e-6, nan_ok=True)

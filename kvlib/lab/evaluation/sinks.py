@@ -9,10 +9,10 @@ import torch
 
 from kvlib.core.attention import column_sums
 from kvlib.core.snapshot import Snapshot
+from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK, CELL, MEASURED, check_window, prepare
 from kvlib.lab.evaluation.prompts import compressed, device_name, window_of
-from kvlib.lab.tasks import asking
 
 LAST = 128  # queries
 SHARE = 0.3  # of their attention: a head in which the first token takes as much has a sink
@@ -42,7 +42,7 @@ def evaluate(
     check_window(window_of(model), length)
     samples, rows = list(samples), []
     for numbers in progress([samples[i : i + block] for i in range(0, len(samples), block)]):
-        drawn = [asking.prompt(task, length, number, tokenizer=tokenizer) for number in numbers]
+        drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
         prompts, _ = prepare(model, tokenizer, drawn, protocol)
         values = sink_value(prompts.snapshot).tolist()
         for configuration in configurations:

@@ -1,5 +1,7 @@
 """What methods keep of a prompt, and what the model then answers."""
 
+from itertools import chain
+
 import pandas as pd
 import torch
 
@@ -49,12 +51,12 @@ def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) ->
     rows = {}
     for number in samples:
         drawn = tasks.sample(task, tokens, number, tokenizer=tokenizer)
-        prefill = kvlib.snapshot(model, tokenizer(drawn.prompt, return_tensors="pt").input_ids.to(model.device))
+        prefill = kvlib.snapshot(model, torch.tensor([[*chain(*drawn.ids(tokenizer))]], device=model.device))
         rows[number] = {"answer": drawn.answer}
         for name, method in methods.items():
             with method(model) as run:
                 cache, made = run.fork(prefill), [prefill.logits.argmax(-1)]
-                for _ in tokenizer(drawn.answer, add_special_tokens=False).input_ids[1:]:
+                for _ in drawn.answer_ids(tokenizer)[1:]:
                     made.append(model(made[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
             rows[number][name] = tokenizer.decode(torch.cat(made))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample")
