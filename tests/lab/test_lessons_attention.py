@@ -108,12 +108,8 @@ def test_looking_heads(snapshot):
     ("prompt", "answer", "tokens", "found"),
     [
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, True),
-        (
-            "key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ",
-            "48213",
-            9,
-            True,
-        ),  # <s>, key, =, a space and five digits
+        # <s>, key, =, a space and five digits
+        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 9, True),
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 8, False),
         (30 * "y = 2\n" + "key = 48213\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, False),
         ("# warm_river.py\n" + 300 * "y = 2\n" + 'assert f.__module__ == "', 'warm_river"', 20, True),
@@ -122,7 +118,7 @@ def test_looking_heads(snapshot):
 )
 def test_answers_that_stand_at_the_start(prompt, answer, tokens, found):
     tokenizer = kvlib.load("minilm")[1]
-    sample = tasks.Sample("needle", prompt, answer, "", 0, 0)
+    sample = tasks.Prompt("needle", 0, f"<s>{prompt}", "", "", (answer,), 0)
     assert excerpts.answer_at_start(sample, tokenizer, tokens) is found
 
 
