@@ -141,7 +141,7 @@ def test_setup_says_when_the_prose_is_about_another_model(monkeypatch, capsys):
         lessons.setup("minilm", written_for="minilm")
         assert not shown and not torch.is_grad_enabled()
         lessons.setup("minilm")
-    assert "This run is on `minilm`" in shown[0] and "numbers in the text are those of `smollm2`" in shown[0]
+    assert "This run is on `minilm`" in shown[0] and "are those of `smollm2`" in shown[0]
     assert "2 layers of 4 query heads on 2 KV heads" in capsys.readouterr().out
 
 
