@@ -33,8 +33,8 @@ def setup(model_name: str, device: str = "cpu", *, written_for: str = "smollm2")
     return model, tokenizer
 
 
-BANNER = """> **This run is on `{model_name}`.** Questions and formulas hold for any model; the numbers in the prose, and what
-> it says about them, are those of `{written_for}`."""
+BANNER = """> **This run is on `{model_name}`.** Questions and formulas hold for any model; the numbers in the prose,
+> and what it says about them, are those of `{written_for}`."""
 
 
 def kv_heads(model) -> int:
