@@ -54,14 +54,24 @@ def interval_points(axes, table: pd.DataFrame, zero: float | None = 0) -> None:
 
 
 def annotated_grid(
-    axes, table, label: str, *, limits: tuple[float, float], digits: int = 0, neutral: float | None = None, log=False
+    axes,
+    table,
+    label: str | None,
+    *,
+    limits: tuple,
+    digits: int = 0,
+    neutral: float | None = None,
+    log=False,
+    numbers=True,
 ) -> None:
     """Coloured cells with their numbers, and a bar that says what they are.
 
     Args:
         table: `(rows, columns)`, a frame or a tensor such as a number per layer and head.
+        label: what the numbers are; without one there is no bar, as when a panel beside this one has it.
         limits: ends of the colour scale. neutral: where a diverging scale has its pale middle, if it has one.
         log: whether colours go by the logarithm.
+        numbers: whether cells show them.
     """
     if torch.is_tensor(table):
         table = pd.DataFrame(table.cpu().numpy())
@@ -70,10 +80,11 @@ def annotated_grid(
     cells = min(axes.get_window_extent().width / table.shape[1], 2.2 * axes.get_window_extent().height / len(table))
     sns.heatmap(
         table.clip(lower=low) if log else table,
-        annot=table.map(lambda value: "" if pd.isna(value) else f"{value:.{digits}f}"),
+        annot=table.map(lambda value: "" if pd.isna(value) else f"{value:.{digits}f}") if numbers else None,
         fmt="",
         annot_kws={"fontsize": float(np.clip(cells / 4, 6, 10))},
         cmap="cividis" if neutral is None else "vlag",
+        cbar=label is not None,
         cbar_kws={"label": label, "format": "{x:g}"},
         linewidths=0.5,
         rasterized=True,
@@ -81,6 +92,7 @@ def annotated_grid(
         **scale,
     )
     axes.tick_params(length=0, labelrotation=0)
+    axes.grid(False)
 
 
 def strips(axes, kept: dict, *, marks: dict | None = None, labels: list[str] | None = None) -> None:

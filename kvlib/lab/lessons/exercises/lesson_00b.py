@@ -105,9 +105,9 @@ def check_smallest_budget(function, table) -> None:
 
 def smallest_budget(table, task: str, configuration: str, loss: float) -> float | None:
     """Smallest budget whose paired difference to the full cache has a 95 % interval entirely above -loss."""
-    rows = table[table["task"] == task].sort_values("sample")
+    rows = table[table["task"] == task].set_index("sample").sort_index()
     full = rows.loc[rows["method"] == "full", "value"]
     for budget, cell in rows[rows["configuration"] == configuration].groupby("budget"):
-        if paired_difference([cell["value"]], [full]).low > -loss:
+        if paired_difference([cell["value"]], [full[cell.index]]).low > -loss:
             return budget
     return None
