@@ -26,7 +26,7 @@ from kvlib.paths import NOTEBOOKS, ROOT
 EVERY = [pytest.param(path, id=path.stem) for path in files.all_notebooks()]
 SOLUTIONS = [pytest.param(path, id=path.stem) for path in sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))]
 TAGS = {"parameters", "hide-input", "hide-cell", "check", "exercise", "solution", files.GOES_ON}
-LESSON = ["Method", "Experiment", "Figure", "Checks", "Exercises", "What we saw", "References"]
+LESSON = ["Method", "Experiment", "Checks", "Exercises", "What we saw", "References"]
 
 
 def copy_project(root: Path) -> None:
@@ -115,6 +115,10 @@ def test_reads_like_the_others(path):
     prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
     assert re.match(r"# \d\d[a-z]? ", cells[0]["source"]) and len(re.findall(r"(?m)^# ", prose)) == 1
     assert [heading for heading in LESSON if not re.search(rf"(?m)^## {heading}", prose)] == []
+    drawn = sum(len(re.findall(r"(?m)^\s*save\(", cell["source"])) for cell in cells)
+    assert re.findall(r"(?m)^\*\*Figure (\d+)\.\*\*", prose) == [str(number + 1) for number in range(drawn)], "captions"
+    exercises = re.findall(r"(?m)^\*\*Exercise (\d+) ★{1,3} \((?:\d+ minutes|open)\)\.", prose)
+    assert exercises and len(exercises) == len(re.findall(r"(?m)^\*\*Exercise", prose)), "graded, with minutes"
     assert not re.search(r"!\[[^\]]*\]\(https?:|<img[^>]*https?:", prose), "images are files of this repository"
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", prose), "a control character: a backslash that Python has read"
     assert [cell["id"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])] == ["parameters"]
@@ -365,6 +369,20 @@ def test_students_get_a_copy_without_outputs_and_keep_it(lesson, capsys):
     students.copies(root)
     assert copy.read_text() == "worked in"
     assert "77_toy.ipynb is there already" in capsys.readouterr().out
+
+
+def test_stubs_are_refused_and_stop_nobody(tmp_path):
+    """The first lesson as a student runs it, on tiny inputs: each check of an exercise fails, nothing else does."""
+    path = files.all_notebooks()[0]
+    notebook = nbformat.read(path, as_version=4)
+    values = [f"{name} = {value!r}" for name, value in parameters.parameters(path, "smoke").items()]
+    notebook.cells.insert(
+        1 + [cell.id for cell in notebook.cells].index("parameters"), nbformat.v4.new_code_cell("\n".join(values))
+    )
+    environment = os.environ | {"KVLIB_FIGURES": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    nbclient.execute(notebook, kernel_name="python3", env=environment)
+    failed = [cell.id for cell in files.code_cells(notebook) if any(o.output_type == "error" for o in cell.outputs)]
+    assert failed == [cell.id for cell in files.code_cells(notebook) if files.GOES_ON in cell.metadata.get("tags", [])]
 
 
 def test_another_model_runs_in_a_folder_of_its_own(lesson, monkeypatch):
