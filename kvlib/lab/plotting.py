@@ -134,9 +134,7 @@ def save(figure, name: str, live: bool = False) -> Path:
     """
     notebooks = [path.stem for path in NOTEBOOKS.glob("*.ipynb") if name.startswith(f"{path.stem}_")]
     if not notebooks:
-        raise ValueError(
-            f"figure {name!r}: a name is that of its notebook, then what it shows, as in 00a_cache_bytes"
-        )
+        raise ValueError(f"figure {name!r}: a name is that of its notebook, then what it shows, as in 00a_cache_bytes")
     folder = Path(os.environ.get("KVLIB_FIGURES", FIGURES))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.svg"

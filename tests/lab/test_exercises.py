@@ -476,14 +476,23 @@ def unpaired(table, task, configuration, loss):
     ("answer", "message"),
     [
         (lambda *a: ..., "smallest_budget returned Ellipsis"),
-        (lambda *a: 0.2, "needle, snapkv: expected 0.4, found 0.2; too optimistic"),
-        (lambda *a: None, "needle, snapkv: expected 0.4, found None"),
-        (lambda *a: smallest(*a, enough=lambda found, loss: found.value > -loss), "expected None, found 0.8; too opt"),
+        (lambda *a: 0.2, "needle, snapkv, loss 0.1: expected 0.4, found 0.2; too optimistic"),
+        (lambda *a: None, "needle, snapkv, loss 0.1: expected 0.4, found None"),
+        (lambda *a: smallest(*a, enough=lambda found, loss: found.value > -loss), "; too optimistic"),
         (lambda *a: smallest(*a, enough=lambda found, loss: found.high > -loss), "too optimistic"),
-        (lambda *a: smallest(*a, enough=lambda found, loss: found.low > 0), "needle, snapkv: expected 0.4, found"),
+        (
+            lambda *a: smallest(*a, enough=lambda found, loss: found.low > 0),
+            "needle, snapkv, loss 0.1: ",
+        ),
         (lambda *a: smallest(*a, budgets=lambda b: sorted(b, reverse=True)), "expected 0.4, found 0.8"),
-        (lambda t, task, c, loss: smallest(t, task, "snapkv", loss), "needle, random: expected 0.8, found 0.4"),
-        (lambda *a: smallest(*a, enough=lambda found, loss: found.low > loss), "needle, snapkv: expected 0.4"),
+        (
+            lambda t, task, c, loss: smallest(t, task, "snapkv", loss),
+            "needle, random, loss 0.1: ",
+        ),
+        (
+            lambda *a: smallest(*a, enough=lambda found, loss: found.low > loss),
+            "needle, snapkv, loss 0.1: expected 0.4",
+        ),
         (unpaired, "needle, "),
     ],
 )

@@ -371,7 +371,7 @@ def test_students_get_a_copy_without_outputs_and_keep_it(lesson, capsys):
     assert "77_toy.ipynb is there already" in capsys.readouterr().out
 
 
-def test_stubs_are_refused_and_stop_nobody(tmp_path):
+def test_stubs_are_refused_and_stop_nobody(tmp_path, monkeypatch):
     """The first lesson as a student runs it, on tiny inputs: each check of an exercise fails, nothing else does."""
     path = files.all_notebooks()[0]
     notebook = nbformat.read(path, as_version=4)
@@ -379,8 +379,9 @@ def test_stubs_are_refused_and_stop_nobody(tmp_path):
     notebook.cells.insert(
         1 + [cell.id for cell in notebook.cells].index("parameters"), nbformat.v4.new_code_cell("\n".join(values))
     )
-    environment = os.environ | {"KVLIB_FIGURES": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    nbclient.execute(notebook, kernel_name="python3", env=environment)
+    for name, value in {"KVLIB_FIGURES": tmp_path, "PYTHONPATH": ROOT}.items():
+        monkeypatch.setenv(name, str(value))
+    nbclient.execute(notebook, kernel_name="python3")
     failed = [cell.id for cell in files.code_cells(notebook) if any(o.output_type == "error" for o in cell.outputs)]
     assert failed == [cell.id for cell in files.code_cells(notebook) if files.GOES_ON in cell.metadata.get("tags", [])]
 

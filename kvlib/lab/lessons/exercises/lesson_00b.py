@@ -1,5 +1,7 @@
 """Exercises of 00b_eviction."""
 
+from itertools import product
+
 import torch
 
 import kvlib
@@ -91,15 +93,15 @@ def hints(attention, mine: list[int]) -> str:
 
 def check_smallest_budget(function, table) -> None:
     """The smallest budget that surely loses at most `loss`, or None: `function(table, task, configuration, loss)`."""
-    for task in table["task"].unique():
-        for configuration in table.loc[table["method"].isin(("random", "snapkv", "knorm")), "configuration"].unique():
-            expected = smallest_budget(table, task, configuration, loss=0.1)
-            found = function(table, task, configuration, 0.1)
-            expect(found is not ..., "smallest_budget returned Ellipsis: replace the `...`")
-            hint = ""
-            if found is not None and (expected is None or found < expected):
-                hint = "; too optimistic: not the mean but the lower end of its interval has to be above -loss"
-            expect(found == expected, f"{task}, {configuration}: expected {expected}, found {found}{hint}")
+    configurations = table.loc[table["method"].isin(("random", "snapkv", "knorm")), "configuration"].unique()
+    for task, configuration, loss in product(table["task"].unique(), configurations, (0.1, 0.3, 0.9)):
+        expected = smallest_budget(table, task, configuration, loss)
+        found = function(table, task, configuration, loss)
+        expect(found is not ..., "smallest_budget returned Ellipsis: replace the `...`")
+        hint = ""
+        if found is not None and (expected is None or found < expected):
+            hint = "; too optimistic: not the mean but the lower end of its interval has to be above -loss"
+        expect(found == expected, f"{task}, {configuration}, loss {loss}: expected {expected}, found {found}{hint}")
     print("smallest_budget is right")
 
 
