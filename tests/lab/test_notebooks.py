@@ -25,7 +25,8 @@ from kvlib.paths import NOTEBOOKS, ROOT
 
 EVERY = [pytest.param(path, id=path.stem) for path in files.all_notebooks()]
 SOLUTIONS = [pytest.param(path, id=path.stem) for path in sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))]
-TAGS = {"parameters", "hide-input", "hide-cell", "check", "exercise", "solution", files.GOES_ON}
+GOES_ON = "raises-exception"
+TAGS = {"parameters", "hide-input", "hide-cell", "check", "exercise", "solution", GOES_ON}
 LESSON = ["Method", "Experiment", "Checks", "Exercises", "What we saw", "References"]
 
 
@@ -144,7 +145,7 @@ def test_solutions_stand_apart(path):
     for cell in files.code_cells(files.read(NOTEBOOKS / path.name)):
         tags = cell["metadata"].get("tags", [])
         assert "solution" not in tags
-        assert cell["id"] == "checks-run" or ("check" in tags) == (files.GOES_ON in tags)
+        assert cell["id"] == "checks-run" or ("check" in tags) == (GOES_ON in tags)
 
 
 @pytest.mark.parametrize("path", [case for case in EVERY if "ledger.csv" in case.values[0].read_text()])
@@ -316,7 +317,7 @@ def lesson(tmp_path) -> Path:
     return path
 
 
-CHECK = ["check", files.GOES_ON]
+CHECK = ["check", GOES_ON]
 
 
 def write_solution(path: Path, source: str, name: str = "x-solution") -> None:
@@ -335,6 +336,12 @@ def test_a_lesson_runs_with_its_solutions_and_is_stored_apart_from_them(lesson):
     shown = [cell["outputs"][0]["text"] for cell in files.code_cells(files.read(lesson)) if cell["outputs"]]
     assert shown == ["right\n", "1\n"]
     assert "mine = 1" not in lesson.read_text()
+    file = lesson.parent / "solutions" / lesson.name
+    text = file.read_text()
+    assert json.loads(text)["cells"][0]["execution_count"] == 1  # it was run, and stored
+    file.write_text(text + "\n")
+    with pytest.raises(ValueError, match="notebooks/solutions/77_toy.ipynb is not in normal form"):
+        outputs.check(root)
     write_solution(lesson, "mine = 1.0")
     with pytest.raises(ValueError, match="77_toy.ipynb: its outputs are stale"):
         outputs.check(root)
@@ -383,7 +390,7 @@ def test_stubs_are_refused_and_stop_nobody(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(value))
     nbclient.execute(notebook, kernel_name="python3")
     failed = [cell.id for cell in files.code_cells(notebook) if any(o.output_type == "error" for o in cell.outputs)]
-    assert failed == [cell.id for cell in files.code_cells(notebook) if files.GOES_ON in cell.metadata.get("tags", [])]
+    assert failed == [cell.id for cell in files.code_cells(notebook) if GOES_ON in cell.metadata.get("tags", [])]
 
 
 def test_another_model_runs_in_a_folder_of_its_own(lesson, monkeypatch):
@@ -547,6 +554,9 @@ def test_figures_are_named_after_their_notebook(folder):
 def test_each_method_has_its_own_look():
     assert len(set(plotting.COLORS.values())) == len(plotting.COLORS) == len(set(plotting.MARKERS.values()))
     assert plotting.series("my_method")["label"] == "my_method"
+    own, variant = plotting.series("h2o"), plotting.series("h2o (x=1)")
+    assert (own["label"], variant["label"]) == ("H2O", "H2O (x=1)") and own["color"] == variant["color"]
+    assert variant["linestyle"] == "-" != own["linestyle"] and variant["markerfacecolor"] == "white"
 
 
 def test_labels_keep_their_distance():

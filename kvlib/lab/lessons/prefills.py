@@ -1,7 +1,6 @@
 """Prompts that were read once, kept on disk: reading is the slow part of a live cell."""
 
 import hashlib
-import inspect
 import os
 from pathlib import Path
 
@@ -20,7 +19,7 @@ FILES = 12  # of up to 100 MB each; the ones used longest ago go
 def prefill(model, ids: list[int], folder: Path = FOLDER) -> Snapshot:
     """`kvlib.snapshot` of one prompt, from disk if this very model has read these very tokens before.
 
-    The file's name is a hash over weights, configuration, tokens, device, versions and how a snapshot is taken; the
+    The file's name is a hash over weights, configuration, tokens, device, versions and the library's core; the
     file holds the hash of its content. One that is damaged or cut short is read as if it were not there.
 
     Args:
@@ -60,7 +59,7 @@ def key(model, ids: list[int]) -> str:
     for name, weight in model.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    code = inspect.getsource(inspect.getmodule(Snapshot))
+    code = [file.read_text() for file in sorted((paths.ROOT / "kvlib" / "core").glob("*.py"))]
     rest = (model.config.to_json_string(), ids, str(model.device), torch.__version__, transformers.__version__, code)
     found.update(repr(rest).encode())
     return found.hexdigest()

@@ -1,7 +1,8 @@
 """Notebooks as files: found, read, written in the form that is committed.
 
 A lesson, notebooks/NN_name.ipynb, has stubs (cells `x-stub`); their solutions (cells `x-solution`) stand apart, in
-notebooks/solutions/NN_name.ipynb, and are put behind the stubs when the lesson is run.
+notebooks/solutions/NN_name.ipynb, and are put behind the stubs when the lesson is run. Checks of stubs have Jupyter's
+tag `raises-exception`: in JupyterLab "run all" passes over one that fails, papermill ends with its error.
 
 Without nbformat, whose jsonschema takes a second to import: make starts the tool once per notebook.
 """
@@ -15,7 +16,6 @@ from pathlib import Path
 from kvlib.paths import ROOT
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-GOES_ON = "raises-exception"  # a tag of Jupyter: "run all" passes over a failing check, as of a stub
 CELL_METADATA = ("tags", "mystnb")  # mystnb holds captions and alternative texts of figures
 
 
@@ -51,7 +51,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def lesson(path: Path) -> dict:
-    """The notebook that is run: each stub followed by its solution, and no failing check passed over.
+    """The notebook that is run: each stub followed by its solution.
 
     Raises:
         ValueError: for a solution without a stub.
@@ -60,8 +60,7 @@ def lesson(path: Path) -> dict:
     found = {cell["id"]: cell for file in solutions for cell in code_cells(file)}
     cells = []
     for cell in notebook["cells"]:
-        tags = [tag for tag in cell["metadata"].get("tags", []) if tag != GOES_ON]
-        cells.append(cell | {"metadata": cell["metadata"] | {"tags": tags}})
+        cells.append(cell)
         solution = f"{cell['id'].removesuffix('-stub')}-solution"
         if cell["id"].endswith("-stub") and solution in found:
             cells.append(found.pop(solution))
