@@ -58,15 +58,13 @@ def list_methods() -> None:
 
 def demonstrate() -> None:
     """The same question with the full cache and under three ways of keeping a fifth of it."""
-    from kvlib.lab.tasks import correct, sample
+    from kvlib.lab.tasks import sample, score
 
     model, tokenizer = kvlib.load()
     task = sample("needle", 1024, seed=1, tokenizer=tokenizer, depth=0.4)
-    inputs = tokenizer(task.prompt, return_tensors="pt")
-    print(
-        f"minilm reads {task.length} tokens of Python. At 40 % of them stands {task.prompt.rsplit(maxsplit=2)[1]} = ",
-        end="",
-    )
+    inputs = tokenizer(task.text, add_special_tokens=False, return_tensors="pt")
+    print(f"minilm reads {inputs.input_ids.shape[1]} tokens of Python. At 40 % of them stands ", end="")
+    print(f"{task.text.rsplit(maxsplit=2)[1]} = ", end="")
     print(f"{task.answer}, at the end the question what it is.\n")
     print(f"{'method':25} {'kept':>4} {'stored':>10}   answer")
     for name, arguments in [
@@ -77,10 +75,10 @@ def demonstrate() -> None:
     ]:
         method = kvlib.method(name, **arguments)
         with method(model) as run:
-            answer = tokenizer(task.answer, add_special_tokens=False).input_ids
+            answer = task.answer_ids(tokenizer)
             text = complete(model.generate, tokenizer, inputs, len(answer))
         label = name + (f" (kernel {method.kernel})" if name == "snapkv" else "")
-        verdict = "found" if correct(task, text) else "lost"
+        verdict = "found" if score(task, text) == 1 else "lost"
         print(f"{label:25} {method.budget:4.0%} {run.stored_bytes() / 2**20:6.2f} MiB   {text!r:9} {verdict}")
     print(
         "\nIn SnapKV a token that the question looks at saves its neighbours, 3 on each side with the usual kernel 7."

@@ -22,7 +22,7 @@ from oracle import answer_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import kvlib
-from kvlib.lab.tasks import sample, share_of_lines
+from kvlib.lab.tasks import sample, score
 from kvlib.minilm import HELDOUT, MODEL, corpus, data, tokens
 from kvlib.minilm.__main__ import main
 from kvlib.minilm.data import PROSE_EVERY, Sequences, loader
@@ -541,10 +541,10 @@ def test_teacher_forcing_judges_as_greedy_decoding_does(task):
     # float64, or rounding could decide between two tokens
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
     drawn = sample(task, 128, 1, tokenizer=tokenizer)
-    inputs = tokenizer(drawn.prompt, return_tensors="pt")
+    inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
     enough = len(tokenizer(drawn.answer).input_ids) + 8
     out = model.generate(**inputs, max_new_tokens=enough, do_sample=False, pad_token_id=PAD)
-    made = out[0, drawn.length :].tolist()
+    made = out[0, inputs.input_ids.shape[1] :].tolist()
     answers = [drawn.answer]
     for size in range(1, len(made)):
         changed = [*made[: size // 2], 10 + size, *made[size // 2 + 1 : size]]
@@ -552,8 +552,8 @@ def test_teacher_forcing_judges_as_greedy_decoding_does(task):
             text = tokenizer.decode(ids)
             if encode(tokenizer, [text]) == [ids]:  # the same text in other tokens would count as wrong
                 answers.append(text)
-    wanted = [replace(drawn, answer=answer) for answer in answers]
-    shares = [share_of_lines(one, tokenizer.decode(made)) for one in wanted]
+    wanted = [replace(drawn, answers=(answer,)) for answer in answers]
+    shares = [score(one, tokenizer.decode(made)) for one in wanted]
     assert answered(model, wanted, size=3) == pytest.approx(shares)
     assert 0 in shares and 1 in shares and len(shares) > 6
 

@@ -109,7 +109,7 @@ class Sequences(Dataset):
         texts = [text for question, answer in asked for text in (question, answer, "\n")]
         parts = encode(self.tokenizer, texts)
         room = tokens - sum(map(len, parts))
-        context = compose(drawn, room, rng, self.filler, self.count)
+        context = compose(drawn, room, rng, self.filler, self.count, ends=True)
         parts = encode(self.tokenizer, [context]) + parts
         return [(ids, self.recipe.answer_weight if i % 3 == 2 else 1.0) for i, ids in enumerate(parts)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kvlib.lab import tasks
+from kvlib.lab.tasks import planted
 from kvlib.minilm import MODEL, PILOTS, SIBLING
 from kvlib.minilm.card import by_length, cell_size, percent, table
 from kvlib.minilm.heads import KINDS, SINK, compare, sinks
@@ -100,7 +101,7 @@ def shared_sinks(models: dict[str, Path], reports: dict[str, pd.DataFrame], name
 def families_table(models: dict[str, Path], length: int) -> str:
     records = [read(folder, "evaluation")["retrieval"] for folder in models.values()]
     scores = [by_length(each) for each in records]
-    names = [*tasks.FAMILIES, "long_generation"]
+    names = [*tasks.FAMILIES, *tasks.DROPPED, "long_generation"]
     rows = [("samples a cell", "", *map(cell_size, records))]
     rows += [
         (f"`{n}`", "yes" if tasks.CATALOGUE[n].trained else "no", *(percent(s[n][length]) for s in scores))
@@ -144,9 +145,8 @@ def page() -> str:
 
 def example(task: str) -> str:
     """The end of a prompt and its answer, in one line of Markdown."""
-    length = max(EXAMPLE, tasks.code.SHORTEST_CODE) if tasks.find(task).group in tasks.REAL_CODE else EXAMPLE
-    drawn = tasks.sample(task, length, 0, tokenizer=load_tokenizer())
-    question = drawn.prompt.rstrip("\n").split("\n")[-1].strip()
+    drawn = tasks.sample(task, max(EXAMPLE, tasks.find(task).shortest), 0, tokenizer=load_tokenizer())
+    question = drawn.text.rstrip("\n").split("\n")[-1].strip()
     answer = drawn.answer.split("\n")
     return f"`{question}` → `{answer[0]}`" + (" …" if len(answer) > 1 else "")
 
@@ -161,7 +161,7 @@ def commonest(task: str, length: int) -> str:
     """Share of the questions about one prompt that the answer given most often there gets right: what knowing all
     answers, and not which belongs to the question, is worth. Mean over `DRAFTS` prompts; empty if one question is all.
     """
-    if tasks.find(task).group in tasks.REAL_CODE:
+    if tasks.find(task).draw is not planted.prompt:
         return ""
     shares = []
     for seed in range(DRAFTS):
@@ -172,19 +172,20 @@ def commonest(task: str, length: int) -> str:
 
 
 def catalogue() -> str:
-    """All families: group, what they ask, an example, whether trained, and at the greatest length what guessing and
-    both models score."""
+    """The families of the embedded models: group, what they ask, an example, whether trained, and at the greatest
+    length what guessing and both models score."""
     records = [read(folder, "evaluation")["retrieval"] for folder in (MODEL, SIBLING)]
     scores = [by_length(each) for each in records]
     length = max(scores[0]["needle"])
     rows = []
-    for name, family in tasks.CATALOGUE.items():
+    for name in (*tasks.FAMILIES, *tasks.DROPPED, *tasks.PROBES, *tasks.COMPLETIONS, "code_bits"):
+        family = tasks.find(name)
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
         other = OTHER[family.metric]
         both = (percent(s[name][length]) if name in s else other for s in scores)
         trained = "yes" if family.trained else "no"
         rows.append((family.group, f"`{name}`", what, example(name), trained, floor(name, length, records[0]), *both))
-    order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion"))}
+    order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion", "label-free"))}
     rows.sort(key=lambda row: order[row[0]])
     header = "group | family | what is asked | end of a prompt → answer | trained | guessing"
     header += f" | `minilm` at {length} | `minilm-gqa`"

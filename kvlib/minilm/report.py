@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvlib.lab.tasks import FAMILIES, Sample, find, judge, sample
-from kvlib.lab.tasks.code import SHORTEST_CODE
+from kvlib.lab.tasks import DROPPED, FAMILIES, Prompt, find, judge, sample
 from kvlib.lab.tasks.probes import DISTANCES
 from kvlib.minilm import HELDOUT, MODEL
 from kvlib.minilm.corpus import load
 from kvlib.minilm.heads import attention_report
-from kvlib.minilm.tokenizer import BOS, EOS, PAD, encode
+from kvlib.minilm.tokenizer import BOS, EOS, PAD
 from kvlib.minilm.tokens import flatten
 
 LENGTHS = (1024, 2048, 4096)
@@ -90,21 +90,21 @@ def cells(lengths: tuple[int, ...]) -> list[Cell]:
     The floor of the group "code" is what is completed without the source. At lengths too short for them, completions of
     real code are left out.
     """
-    families = [Cell(task, length) for task in (*FAMILIES, "long_generation") for length in lengths]
+    families = [Cell(task, length) for task in (*FAMILIES, *DROPPED, "long_generation") for length in lengths]
     needles = [Cell("needle", length, (("depth", depth),)) for length in lengths for depth in DEPTHS]
     distances = [Cell("distance", max(lengths), (("lines", lines),)) for lines in DISTANCES]
     floors = [Cell(c.task, c.length, (("source", False),)) for c in families if find(c.task).group == "code"]
     every = families + needles + distances + floors
-    return [c for c in every if find(c.task).group != "code" or c.length >= SHORTEST_CODE]
+    return [c for c in every if c.length >= find(c.task).shortest]
 
 
-def draw(job: tuple[Cell, int]) -> Sample:
+def draw(job: tuple[Cell, int]) -> Prompt:
     cell, seed = job
     return sample(cell.task, cell.length, seed, tokenizer=load_tokenizer(), **dict(cell.option))
 
 
 @torch.no_grad()
-def answered(model, drawn: list[Sample], size: int) -> list[float]:
+def answered(model, drawn: list[Prompt], size: int) -> list[float]:
     """Share of each answer's lines that greedy decoding gets right before its first mistake: 1 or 0 for one line.
 
     One forward pass over prompt and answer tells what greedy decoding would give: every answer token must be the most
@@ -113,8 +113,8 @@ def answered(model, drawn: list[Sample], size: int) -> list[float]:
     tokenizer, shares = load_tokenizer(), []
     for start in tqdm(range(0, len(drawn), size), desc="answers"):
         batch = drawn[start : start + size]
-        prompts = tokenizer([s.prompt for s in batch]).input_ids
-        answers = encode(tokenizer, [s.answer for s in batch])
+        prompts = [[*chain(*prompt.ids(tokenizer))] for prompt in batch]
+        answers = [prompt.answer_ids(tokenizer) for prompt in batch]
         rows = [p + a for p, a in zip(prompts, answers)]
         ids = torch.full((len(rows), max(map(len, rows))), PAD)
         for i, row in enumerate(rows):  # padding on the right is never seen by a causal model's earlier positions
@@ -122,8 +122,8 @@ def answered(model, drawn: list[Sample], size: int) -> list[float]:
         ids = ids.to(model.device)
         # Without a mask grouped queries in float32 would go to CUDA's unfused attention, at gigabytes a layer.
         best = model(input_ids=ids, attention_mask=ids != PAD, use_cache=False).logits.argmax(-1).cpu()
-        for row, prompt, answer in zip(best.tolist(), prompts, answers):
-            shares.append(judge(answer, row[len(prompt) - 1 : len(prompt) + len(answer)], tokenizer))
+        for asked, row, prompt, answer in zip(batch, best.tolist(), prompts, answers):
+            shares.append(judge(asked, row[len(prompt) - 1 : len(prompt) + len(answer)], tokenizer))
     return shares
 
 

@@ -53,14 +53,14 @@ def test_values_are_what_greedy_decoding_gives(model, table):
     for configuration in CONFIGURATIONS:
         for number in range(6):
             drawn = tasks.sample("needle", LENGTH, number, tokenizer=tokenizer)
-            inputs = tokenizer(drawn.prompt, return_tensors="pt")
+            inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
             with configuration.make()(model) as run:
                 model(**inputs)
                 stored, full = run.stored_bytes(), run.full_bytes()
                 out = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
             text = tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            assert row["value"] == tasks.correct(drawn, text)
+            assert row["value"] == tasks.score(drawn, text)
             assert (row["stored_bytes"], row["full_bytes"]) == (stored, full)
     assert 0 < table["value"].mean() < 1, "all right or all wrong compares nothing"
 
@@ -74,8 +74,7 @@ def test_a_question_decoded_after_compression(model):
     for configuration in CONFIGURATIONS:
         for number in range(4):
             drawn = tasks.sample("needle", 160, number, tokenizer=tokenizer)
-            context = tokenizer(drawn.prompt[: -len(drawn.question)], return_tensors="pt").input_ids
-            question = tokenizer(drawn.question, return_tensors="pt", add_special_tokens=False).input_ids
+            context, question = halves(drawn, tokenizer)
             with configuration.make()(model) as run, torch.no_grad():
                 model(context)
                 stored, text = run.stored_bytes(), []
@@ -85,7 +84,7 @@ def test_a_question_decoded_after_compression(model):
                     text.append(logits[:, -1].argmax(-1))
                     logits = model(text[-1][:, None], past_key_values=run.cache).logits
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            assert row["value"] == tasks.correct(drawn, tokenizer.decode(torch.cat(text)))
+            assert row["value"] == tasks.score(drawn, tokenizer.decode(torch.cat(text)))
             assert row["stored_bytes"] == stored and row["protocol"] == "decoded"
     assert 0 < table["value"].mean() < 1
 
@@ -230,12 +229,13 @@ def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
     table = evaluate.evaluate(model, tokenizer, configurations, *arguments, name="", protocol=protocol)
     for _, row in table.iterrows():
         drawn = tasks.sample("code_bits", 512, row["sample"], tokenizer=tokenizer)
-        begun = drawn.prompt if protocol == "prompt" else drawn.prompt[: -len(drawn.question)]
-        fed = tokenizer(drawn.prompt[len(begun) :] + drawn.answer, add_special_tokens=False).input_ids
-        answer = len(tokenizer(drawn.answer, add_special_tokens=False).input_ids)
+        context, question = halves(drawn, tokenizer)
+        whole = tokenizer(drawn.text + drawn.answer, add_special_tokens=False, return_tensors="pt").input_ids
+        begun = context.shape[1] + (question.shape[1] if protocol == "prompt" else 0)
+        fed, answer = whole[0, begun:].tolist(), whole.shape[1] - context.shape[1] - question.shape[1]
         assert answer >= 64 and drawn.answer.endswith("\n")
         with kvlib.method(row["method"], budget=row["budget"])(model) as run, torch.no_grad():
-            logits, nats = model(**tokenizer(begun, return_tensors="pt")).logits[0, -1], []
+            logits, nats = model(whole[:, :begun]).logits[0, -1], []
             for token in fed:
                 nats.append(-logits.log_softmax(-1)[token].item())
                 logits = model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1]
@@ -243,8 +243,14 @@ def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
     assert table["value"].nunique() == 9
 
 
+def halves(drawn, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids `(1, tokens)` of the context and of what follows it."""
+    context, question, lead = drawn.ids(tokenizer)
+    return torch.tensor([context]), torch.tensor([[*question, *lead]])
+
+
 def generated(model, tokenizer, method, drawn) -> str:
-    inputs = tokenizer(drawn.prompt, return_tensors="pt")
+    inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
     with method(model):
         out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -252,8 +258,7 @@ def generated(model, tokenizer, method, drawn) -> str:
 
 def decoded(model, tokenizer, method, drawn) -> str:
     """64 tokens after a question that was fed token by token."""
-    context = tokenizer(drawn.prompt[: -len(drawn.question)], return_tensors="pt").input_ids
-    question = tokenizer(drawn.question, return_tensors="pt", add_special_tokens=False).input_ids
+    context, question = halves(drawn, tokenizer)
     with method(model) as run, torch.no_grad():
         model(context)
         for token in question[0]:
@@ -272,7 +277,7 @@ def test_lines_end_with_the_window(small, monkeypatch):
         monkeypatch.setattr(model.config, "max_position_embeddings", window)
         evaluate.evaluate(model, tokenizer, full, "next_line", 512, range(4), name="")
         drawn = [tasks.sample("next_line", 512, number, tokenizer=tokenizer) for number in range(4)]
-        assert limits.pop() == [min(64, 512 - s.length + room) for s in drawn]
+        assert limits.pop() == [min(64, 512 - sum(map(len, s.ids(tokenizer))) + room) for s in drawn]
         assert limits == []
 
 
@@ -318,7 +323,7 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
     for number, row in table.iterrows():
         drawn = tasks.sample(task, length, number, tokenizer=tokenizer)
         with configuration.make()(used) as run, torch.no_grad():
-            logits = used(**tokenizer(drawn.prompt, return_tensors="pt")).logits[:, -1]
+            logits = used(**tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")).logits[:, -1]
             stored, full = run.stored_bytes(), run.full_bytes()
             made, reads = [], []
             for _ in range(64 if task == "next_line" else 8):
@@ -326,7 +331,7 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
                 logits = used(made[-1][:, None], past_key_values=run.cache).logits[:, -1]
                 reads.append(run.read_bytes())
         text = tokenizer.decode(torch.cat(made), skip_special_tokens=task == "next_line")
-        assert row["value"] == (tasks.correct(drawn, text) if task == "needle" else code_similarity(text, drawn.answer))
+        assert row["value"] == (tasks.score(drawn, text) if task == "needle" else code_similarity(text, drawn.answer))
         assert (row["stored_bytes"], row["full_bytes"]) == (stored, full)
         assert row["read_bytes"] == (reads[0] if cls is Reader else stored)
 
@@ -345,5 +350,6 @@ def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     registered(Sparse)
     table = evaluate.evaluate(*small, [Configuration("Sparse", 1.0)], task, 512, range(3), name="", protocol=protocol)
     drawn = [tasks.sample(task, 512, number, tokenizer=small[1]) for number in range(3)]
-    begun = [s.length if protocol == "prompt" else s.length - len(small[1](s.question).input_ids) + 1 for s in drawn]
+    parts = [s.ids(small[1]) for s in drawn]
+    begun = [len(sum(each, [])) if protocol == "prompt" else len(each[0]) for each in parts]
     assert table["read_bytes"].tolist() == [2 * 100 * (2 + tokens) for tokens in begun]  # of two layers

@@ -8,7 +8,6 @@ from scipy import stats
 import kvlib
 from kvlib.lab import tasks
 from kvlib.lab.lessons import attention_maps, evictions, excerpts, keep_sets
-from kvlib.lab.tasks import natural
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +139,13 @@ def test_short_keys(snapshot):
 )
 def test_answers_that_stand_at_the_start(prompt, answer, tokens, found):
     tokenizer = kvlib.load("minilm")[1]
-    sample = tasks.Sample("needle", prompt, answer, "", 0, 0)
+    sample = tasks.Prompt("needle", 0, f"<s>{prompt}", "", "", (answer,), 0)
     assert excerpts.answer_at_start(sample, tokenizer, tokens) is found
 
 
 def test_answer_places():
     tokenizer = kvlib.load()[1]
-    prompt = natural.sample("number", 300, 2, tokenizer=tokenizer)
+    prompt = tasks.sample("needle", 300, 2, tokenizer=tokenizer)
     ids = prompt.ids(tokenizer)[0]
     places = excerpts.answer_places(prompt, tokenizer)
     assert places == list(range(places[0], places[-1] + 1))

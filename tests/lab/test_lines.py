@@ -7,12 +7,13 @@ import re
 import token
 import tokenize
 from functools import cache
+from itertools import chain
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvlib.lab.tasks import COMPLETIONS, Sample, lines, sample
+from kvlib.lab.tasks import COMPLETIONS, Prompt, find, lines, sample
 from kvlib.paths import DATA, MODELS
 
 FILES = [json.loads(line) for line in (DATA / "heldout" / "code.jsonl").open()]
@@ -30,22 +31,29 @@ def ids(text: str) -> list[int]:
     return tokenizer()(text, add_special_tokens=False).input_ids
 
 
-def check_sizes(drawn: Sample, tokens: int) -> None:
+def said(drawn: Prompt) -> str:
+    """The prompt without the text of its BOS."""
+    assert drawn.context.startswith("<s>")
+    return drawn.text.removeprefix("<s>")
+
+
+def check_sizes(drawn: Prompt, tokens: int) -> None:
     """As for the other tasks: no token crosses the end of the prompt, and hardly a token is left over."""
-    prompt, answer = ids(drawn.prompt), ids(drawn.answer)
-    assert ids(drawn.prompt + drawn.answer) == prompt + answer
-    assert drawn.length == len(prompt) + 1 == len(tokenizer()(drawn.prompt).input_ids)
-    assert 0 <= tokens - drawn.length - len(answer) <= 8 + tokens // 50
+    prompt, answer = [*chain(*drawn.ids(tokenizer()))], drawn.answer_ids(tokenizer())
+    assert prompt == tokenizer()(said(drawn)).input_ids and answer == ids(drawn.answer)
+    assert ids(said(drawn) + drawn.answer) == prompt[1:] + answer
+    assert drawn.length == len(prompt) + len(answer)
+    assert 0 <= tokens - drawn.length <= 8 + tokens // 50
 
 
-def check_line(drawn: Sample) -> None:
-    assert drawn.prompt.endswith("\n") and "\n" not in drawn.answer
+def check_line(drawn: Prompt) -> None:
+    assert drawn.text.endswith("\n") and "\n" not in drawn.answer
     line = drawn.answer.strip()
     assert len(line) >= 10 and not {"#", "`"} & set(line) and "//" not in line
     assert not re.match(r"(import|from)\s", line)
     kinds = list(tokenize.generate_tokens(io.StringIO(line.rstrip("\\")).readline)) if balanced(line) else []
     assert not kinds or any(kind.type == token.NAME for kind in kinds)
-    assert drawn.prompt.endswith(drawn.question)
+    assert drawn.lead == "\n" and drawn.context.endswith("\n")
     assert drawn.question.strip() and "\n" not in drawn.question.rstrip("\n")
 
 
@@ -160,7 +168,7 @@ def test_what_is_worth_asking(line, expected):
 def test_the_prompt_is_what_stands_before_the_line(tokens):
     for seed in range(15):
         drawn = sample("next_line", tokens, seed, tokenizer=tokenizer())
-        assert any(drawn.prompt + drawn.answer + "\n" in text for text in TEXTS.values())
+        assert any(said(drawn) + drawn.answer + "\n" in text for text in TEXTS.values())
         check_line(drawn)
         check_sizes(drawn, tokens)
 
@@ -172,7 +180,7 @@ def test_the_file_that_defines_the_name_comes_first(tokens):
         line = lines.cross_file_lines()[seed]
         source, file = FILES[line.source], FILES[line.file]
         assert source["distribution"] == file["distribution"]
-        first, _, here = drawn.prompt.rpartition(f"# {file['file']}\n")
+        first, _, here = said(drawn).rpartition(f"# {file['file']}\n")
         assert first.startswith(f"# {source['file']}\n")
         # the own file: the text before the line
         before = file["text"][: line.at]
@@ -198,7 +206,7 @@ def test_definitions_stand_at_all_depths():
     for seed in range(60):
         drawn = sample("cross_file_line", 1024, seed, tokenizer=tokenizer())
         line = lines.cross_file_lines()[seed]
-        first = drawn.prompt.rpartition(f"# {FILES[line.file]['file']}\n")[0]
+        first = said(drawn).rpartition(f"# {FILES[line.file]['file']}\n")[0]
         depths.append(first.index(f"\n{definition(line)}\n") / len(first))
     assert min(depths) < 0.1 and max(depths) > 0.85
     assert sum(0.2 < depth < 0.8 for depth in depths) > 15
@@ -236,11 +244,15 @@ def merging() -> PreTrainedTokenizerFast:
 def test_tokenizers_that_merge_lines():
     foreign = merging()
     assert any("Ċ" in word.strip("Ċ") for word in foreign.get_vocab())  # Ċ is the newline's byte
-    for task in COMPLETIONS:
+    for task in (*COMPLETIONS, "code_bits"):
         for seed in range(8):
             drawn = sample(task, 1024, seed, tokenizer=foreign)
-            left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
-            assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
+            assert drawn.length == len(foreign(drawn.text + drawn.answer).input_ids)
+            assert 0 <= 1024 - drawn.length <= 8 + 1024 // 50
+            if find(task).metric == "bits":
+                assert [*chain(*drawn.ids(foreign)), *drawn.answer_ids(foreign)] == foreign(
+                    drawn.text + drawn.answer
+                ).input_ids
 
 
 def test_as_many_lines_as_hold_64_tokens_are_foretold():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import kvlib
+from kvlib.lab import tasks
 from kvlib.lab.tasks import natural
 from kvlib.lab.tasks.natural import pilot, texts
 
@@ -39,7 +40,7 @@ def all_ids(prompt):
 @families
 @pytest.mark.parametrize(("tokens", "seed", "chat"), [(768, 0, True), (1536, 7, False)])
 def test_a_prompt_has_its_length_and_answers_only_where_no_method_keeps_everything(task, tokens, seed, chat):
-    prompt = natural.sample(task, tokens, seed, tokenizer=tokenizer(chat))
+    prompt = tasks.sample(task, tokens, seed, tokenizer=tokenizer(chat))
     whole = prompt.context + prompt.question + prompt.lead
     assert tokens - 8 - tokens // 50 <= count(whole + prompt.answer) == prompt.length <= tokens
     for answer in prompt.answers:
@@ -53,13 +54,13 @@ def test_a_prompt_has_its_length_and_answers_only_where_no_method_keeps_everythi
 @formats
 def test_parts_are_tokens_of_the_whole_text(task, chat):
     """The same ids in every protocol, and at least one that is fed when a cache has been compressed."""
-    prompt = natural.sample(task, 768, 3, tokenizer=tokenizer(chat))
+    prompt = tasks.sample(task, 768, 3, tokenizer=tokenizer(chat))
     parts = prompt.ids(tokenizer(chat))
     whole = tokenizer(chat)(prompt.context + prompt.question + prompt.lead, add_special_tokens=False).input_ids
     assert [*parts[0], *parts[1], *parts[2]] == whole and all(parts)
     for part, text in zip(parts, (prompt.context, prompt.question, prompt.lead)):
         assert tokenizer(chat).decode(part) == text
-    if natural.find(task).metric == "exact":
+    if tasks.find(task).metric == "exact":
         ids = prompt.answer_ids(tokenizer(chat))
         assert tokenizer(chat).decode(ids) == prompt.answer
         assert (
@@ -69,16 +70,16 @@ def test_parts_are_tokens_of_the_whole_text(task, chat):
 
 
 def test_the_chat_format_is_the_models():
-    prompt = natural.sample("number", 512, 0, tokenizer=tokenizer(True))
+    prompt = tasks.sample("number", 512, 0, tokenizer=tokenizer(True))
     assert prompt.context.startswith("<s>user\n") and prompt.question.endswith("?</s>\n<s>assistant\n")
-    base = natural.sample("number", 512, 0, tokenizer=tokenizer(False))
+    base = tasks.sample("number", 512, 0, tokenizer=tokenizer(False))
     assert base.context.startswith("<s>Some special") and base.question.endswith("?\nAnswer:")
     assert base.lead == " " + prompt.lead and base.answers == prompt.answers
 
 
 @families
 def test_prompts_follow_from_their_seed(task):
-    first, again, other = (natural.sample(task, 768, seed, tokenizer=tokenizer()) for seed in (5, 5, 6))
+    first, again, other = (tasks.sample(task, 768, seed, tokenizer=tokenizer()) for seed in (5, 5, 6))
     assert first == again
     assert first.context != other.context and first.answers != other.answers
 
@@ -89,7 +90,7 @@ def test_answers_stand_at_all_depths_evenly(task, begin):
     """Whatever run of samples is taken."""
     depths = []
     for seed in range(begin, begin + 20):
-        prompt = natural.sample(task, 1024, seed, tokenizer=tokenizer())
+        prompt = tasks.sample(task, 1024, seed, tokenizer=tokenizer())
         depths.append(prompt.context.rindex(prompt.answer.strip()) / len(prompt.context))
     even = (np.arange(20) + 0.5) / 20
     assert np.abs(np.sort(depths) - (0.06 + 0.86 * even)).max() < 0.12
@@ -97,18 +98,18 @@ def test_answers_stand_at_all_depths_evenly(task, begin):
 
 def test_what_cannot_be_drawn():
     with pytest.raises(ValueError, match=r"unknown task 'numbr'; did you mean 'number'\?"):
-        natural.sample("numbr", 512, 0, tokenizer=tokenizer())
+        tasks.sample("numbr", 512, 0, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="tokens=255: at least 256"):
-        natural.sample("number", 255, 0, tokenizer=tokenizer())
+        tasks.sample("number", 255, 0, tokenizer=tokenizer())
     with pytest.raises(ValueError, match="too few tokens"):
-        natural.sample("label", 256, 0, tokenizer=tokenizer())
+        tasks.sample("class_label", 256, 0, tokenizer=tokenizer())
     with pytest.raises(ValueError, match=r"seed=100000: held-out code has \d+ such lines"):
-        natural.sample("repeated_line", 1024, 100_000, tokenizer=tokenizer())
+        tasks.sample("repeated_line", 1024, 100_000, tokenizer=tokenizer())
 
 
 def test_repeated_lines_stood_in_the_context_word_for_word():
     for seed in range(5):
-        prompt = natural.sample("repeated_line", 1024, seed, tokenizer=tokenizer())
+        prompt = tasks.sample("repeated_line", 1024, seed, tokenizer=tokenizer())
         line = prompt.answer.strip()
         assert prompt.answer.endswith("\n") and line in [other.strip() for other in prompt.context.split("\n")]
 
@@ -139,25 +140,25 @@ def test_sentences():
 def test_any_text_can_hide_the_facts(tmp_path, monkeypatch):
     (tmp_path / "own.txt").write_text("The cat sat on the mat. " * 400)
     monkeypatch.setenv("KVLIB_DATA", str(tmp_path))
-    prompt = natural.sample("number", 512, 0, tokenizer=tokenizer(), text=natural.prose("own.txt"))
+    prompt = tasks.sample("number", 512, 0, tokenizer=tokenizer(), text=natural.prose("own.txt"))
     assert prompt.context.count("The cat sat on the mat.") > 20 and prompt.answer in prompt.context
     with pytest.raises(FileNotFoundError, match=r"other.txt is missing"):
         natural.prose("other.txt")
     with pytest.raises(ValueError, match="the text is too short"):
-        natural.sample("number", 8192, 0, tokenizer=tokenizer(), text=natural.prose("own.txt"))
+        tasks.sample("number", 8192, 0, tokenizer=tokenizer(), text=natural.prose("own.txt"))
 
 
 def test_sentences_that_hold_an_answer_are_left_out():
-    answer = natural.sample("number", 512, 0, tokenizer=tokenizer()).answer.strip()
+    answer = tasks.sample("number", 512, 0, tokenizer=tokenizer()).answer.strip()
     text = natural.sentences(f"They spoke of {answer} then. The cat sat on the mat. " * 300)
-    assert natural.sample("number", 512, 0, tokenizer=tokenizer(), text=text).context.count(answer) == 1
+    assert tasks.sample("number", 512, 0, tokenizer=tokenizer(), text=text).context.count(answer) == 1
 
 
 # Scores
 
 
 def prompt_with(task, *answers):
-    return natural.Prompt(task, 0, "", "", "", answers, 0)
+    return tasks.Prompt(task, 0, "", "", "", answers, 0)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def prompt_with(task, *answers):
     ],
 )
 def test_scores(task, answers, written, expected):
-    assert natural.score(prompt_with(task, *answers), written) == expected
+    assert tasks.score(prompt_with(task, *answers), written) == expected
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_scores(task, answers, written, expected):
 def test_judging_by_first_choices(chosen, expected):
     ids = [tokenizer()(text, add_special_tokens=False).input_ids for text in (" 123", chosen)]
     assert len(ids[1]) == len(ids[0]) + 1
-    assert natural.judge(prompt_with("number", " 123"), *ids, tokenizer()) == expected
+    assert tasks.judge(prompt_with("number", " 123"), *ids, tokenizer()) == expected
 
 
 # The pilot
@@ -203,20 +204,20 @@ def test_judging_by_first_choices(chosen, expected):
 @pytest.mark.parametrize("task", ["constant", "all_numbers"])
 def test_the_full_cache_scores_what_stock_transformers_writes(task):
     model = kvlib.load()[0]
-    drawn = [natural.sample(task, tokens, seed, tokenizer=tokenizer()) for seed, tokens in enumerate((512, 640))]
+    drawn = [tasks.sample(task, tokens, seed, tokenizer=tokenizer()) for seed, tokens in enumerate((512, 640))]
     table = pilot.measure(model, tokenizer(), drawn, block=1 if task == "constant" else 2)
     expected = []
     for prompt in drawn:
         ids = all_ids(prompt)
-        out = model.generate(ids, max_new_tokens=natural.new_tokens(prompt, tokenizer()), do_sample=False)
-        expected.append(natural.score(prompt, tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+        out = model.generate(ids, max_new_tokens=tasks.new_tokens(prompt, tokenizer()), do_sample=False)
+        expected.append(tasks.score(prompt, tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
     assert table[table.method == "full"].value.tolist() == expected
     assert sum(expected) > 0 or task == "all_numbers"
     assert table.groupby("method").size().to_dict() == {"full": 2, "snapkv": 2, "streaming_llm": 2}
 
 
 def test_a_batch_holds_all_but_the_last_tokens_of_its_prompts():
-    drawn = [natural.sample("constant", tokens, 1, tokenizer=tokenizer()) for tokens in (300, 400)]
+    drawn = [tasks.sample("constant", tokens, 1, tokenizer=tokenizer()) for tokens in (300, 400)]
     prompts, last = pilot.batch(kvlib.load()[0], tokenizer(), drawn)
     for prompt, row, mask, end in zip(drawn, prompts.ids, prompts.mask, last):
         assert [*row[mask.bool()], *end] == all_ids(prompt)[0].tolist() and mask[-1] == 1
@@ -224,7 +225,7 @@ def test_a_batch_holds_all_but_the_last_tokens_of_its_prompts():
 
 def test_greedy_decoding_of_a_batch_is_that_of_each_prompt():
     model = kvlib.load()[0]
-    drawn = [natural.sample(*asked, 1, tokenizer=tokenizer()) for asked in (("constant", 300), ("number", 400))]
+    drawn = [tasks.sample(*asked, 1, tokenizer=tokenizer()) for asked in (("constant", 300), ("number", 400))]
     prompts, last = pilot.batch(model, tokenizer(), drawn)
     with torch.no_grad(), pilot.compressed(prompts, kvlib.method("full")) as read:
         logits = read.feed(last)[:, -1]

@@ -1,4 +1,4 @@
-"""Prompts of the sixteen families whose answers stand where a method keeps tokens whatever they say.
+"""Prompts of the families whose answers stand where a method keeps tokens whatever they say.
 
 python -m kvlib.lab.claims.places       write data/answer_places.csv anew (minutes)
 
@@ -25,13 +25,13 @@ PLACES = {
 LENGTH, SAMPLES = 2048, 200
 
 
-def places(sample: tasks.Sample, tokenizer) -> Iterator[str]:
+def places(prompt: tasks.Prompt, tokenizer) -> Iterator[str]:
     """The places in which a word of the answer, of four characters or more, stands."""
-    ids = tokenizer(sample.prompt[: 40 * FIRST]).input_ids[:FIRST]  # the rest need not be read
-    context = sample.prompt.removesuffix(sample.question).rstrip("\n")
+    ids = tokenizer(prompt.text[: 40 * FIRST], add_special_tokens=False).input_ids[:FIRST]  # the rest need not be read
+    context = prompt.context.rstrip("\n")
     texts = {"start": tokenizer.decode(ids, skip_special_tokens=True), "end": context[context.rfind("\n") + 1 :]}
     for place, text in texts.items():
-        if words(text) & words(sample.answer):
+        if words(text) & words(prompt.answer):
             yield place
 
 

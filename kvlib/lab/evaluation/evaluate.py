@@ -20,9 +20,8 @@ import torch
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.answers import NEW_TOKENS, bits, end_tokens, first_choices, write
 from kvlib.lab.evaluation.configuration import Configuration
-from kvlib.lab.evaluation.metrics import code_similarity
 from kvlib.lab.evaluation.prompts import Prompts, compressed, device_name, one_by_one, read_per_row, window_of
-from kvlib.lab.tasks import Sample
+from kvlib.lab.tasks import Prompt
 
 BLOCK = 4  # prompts per prefill
 CELL = ["model", "method", "budget", "arguments", "task", "length", "protocol"]
@@ -84,19 +83,19 @@ def check_window(window: int | None, length: int) -> None:
         raise ValueError(f"length={length}: the model's window is {window} tokens")
 
 
-def prepare(model, tokenizer, drawn: list[Sample], protocol: str) -> tuple[Prompts, torch.Tensor]:
+def prepare(model, tokenizer, drawn: list[Prompt], protocol: str) -> tuple[Prompts, torch.Tensor]:
     """The prompts, or their contexts, and the ids `(batch, tokens)` of the questions that are still to be fed."""
-    texts = [s.prompt if protocol == "prompt" else s.prompt[: -len(s.question)] for s in drawn]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    parts = [prompt.ids(tokenizer) for prompt in drawn]
+    rows = [[*c, *q, *lead] if protocol == "prompt" else c for c, q, lead in parts]
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     prompts = Prompts(model, inputs.input_ids, inputs.attention_mask)
     if protocol == "prompt":
         return prompts, inputs.input_ids[:, :0]
-    question = tokenizer([s.question for s in drawn], add_special_tokens=False, return_tensors="pt").input_ids
-    return prompts, question.to(model.device)
+    return prompts, torch.tensor([[*q, *lead] for _, q, lead in parts], device=model.device)
 
 
 @torch.no_grad()
-def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample], tokenizer) -> dict[str, list]:
+def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Prompt], tokenizer) -> dict[str, list]:
     """Columns of `evaluate` with one entry per prompt, for one method."""
     model, reads = prompts.model, []
     with compressed(prompts, method) as read:
@@ -114,19 +113,19 @@ def score(method, prompts: Prompts, question: torch.Tensor, drawn: list[Sample],
         window = window_of(model)
         left = [math.inf if window is None else window - n - question.shape[1] for n in prompts.counts]
         metric = tasks.find(drawn[0].task).metric
-        answers = [tokenizer(s.answer, add_special_tokens=False).input_ids for s in drawn]
+        answers = [prompt.answer_ids(tokenizer) for prompt in drawn]
         # Shorter answers are filled up, which one pass would count as part of a prompt that is too long.
         stepwise = one_by_one(method) or max(map(len, answers)) > min(left)
         if metric == "similarity":
             written = write(
                 feed, read.keep, logits, tokenizer, end_tokens(model), [min(NEW_TOKENS, n + 1) for n in left]
             )
-            values = [code_similarity(text, s.answer) for text, s in zip(written, drawn)]
+            values = [tasks.score(prompt, text) for prompt, text in zip(drawn, written)]
         elif metric == "bits":
             values = bits(feed, logits, answers, [len(s.answer) for s in drawn], stepwise)
         else:
             chosen = first_choices(feed, read.keep, logits, answers, stepwise)
-            values = [tasks.judge(answer, row, tokenizer) for answer, row in zip(answers, chosen)]
+            values = [tasks.judge(prompt, row, tokenizer) for prompt, row in zip(drawn, chosen)]
         if method.hooks("attend") and not reads:
             feed(logits.argmax(-1)[:, None])  # nothing was fed, because the first choice decided
     dense = [math.nan] * len(drawn) if method.own_prefill else prompts.flops

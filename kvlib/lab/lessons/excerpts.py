@@ -5,7 +5,7 @@ import re
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.tasks import Sample
+from kvlib.lab.tasks import Prompt
 
 
 def heldout_code(file: str) -> str:
@@ -38,11 +38,13 @@ def token_labels(tokenizer, ids) -> list[str]:
     return [tokenizer.decode([i]).replace("\n", r"\n").replace(" ", "·") for i in ids]
 
 
-def answer_at_start(sample: Sample, tokenizer, tokens: int) -> bool:
+def answer_at_start(prompt: Prompt, tokenizer, tokens: int) -> bool:
     """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
-    ids = tokenizer(sample.prompt[: 40 * tokens]).input_ids[:tokens]  # the rest need not be read
+    ids = tokenizer(prompt.text[: 40 * tokens], add_special_tokens=False).input_ids[
+        :tokens
+    ]  # the rest need not be read
     start, answer = (
-        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), sample.answer)
+        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), prompt.answer)
     )
     return bool(start & answer)
 

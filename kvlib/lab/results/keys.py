@@ -36,7 +36,8 @@ def key(model: str, task: str, study: Study, configuration: Configuration) -> st
     Checkpoint, held-out text, parameters, and the code of evaluator, task and method: what they reach by name, in
     whichever module it stands (`kvlib.lab.definitions`). Recomputed samples vouch for the library under everything.
     """
-    reached = (evaluate, tasks.sample, tasks.find(task).make, METHODS[configuration.method])
+    family = tasks.find(task)
+    reached = (evaluate, tasks.sample, family.draw, family.make, METHODS[configuration.method])
     code = definitions.digest(*map(definitions.name_of, reached))
     parts = [checkpoint(model), heldout(), code, task, study.length, study.protocol, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,27 +1,41 @@
-"""The task catalogue: sixteen families in the six groups of LongBench, two probes, and two that complete lines of code.
+"""The task catalogue: one way to draw a prompt of any family, `sample`, and to score what a model writes, `score`.
 
-A task states facts (assignments, dictionary entries, functions) among lines of real source code and asks about them at
-the end: `assert blue_river == ` wants `48213`. Everything is drawn from a seed. Training and test samples share no
-name, no value and no filler text, so a right answer was read from the prompt. Two families complete identifiers of real
-code instead, and `COMPLETIONS` whole lines of it.
+`FAMILIES`: fourteen families in the six groups of LongBench, for the embedded models. A task states facts (assignments,
+dictionary entries, functions) among lines of real source code and asks about them at the end: `assert blue_river == `
+wants `48213`. Everything is drawn from a seed. Training and test samples share no name, no value and no filler text, so
+a right answer was read from the prompt. Two of them complete identifiers of real code instead.
 
-Scoring: an answer is right when the text that is generated starts with it and it ends there (`correct`). A line that is
-completed is compared with the answer as LongBench does it.
+`NATURAL`: families in natural language, for other models; those that passed the pilot (`kvlib.lab.tasks.natural`).
+
+`DROPPED`: two more of the first kind, with which the models were trained or tested, but that are in no mean. The answer
+of `count` is a digit, chosen before anything is evicted; `override` the models answer worse than somebody who guesses.
+
+`PROBES` and `COMPLETIONS` (of whole lines) stand beside the families, `LABEL_FREE` has no answer that is right.
 """
 
 from kvlib.lab.tasks import single_document, multi_document, aggregation, few_shot, synthetic, code, probes, completions  # noqa: F401, I001
-from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS, REAL_CODE, SHORTEST, Draft, Family, Sample, find
-from kvlib.lab.tasks.composing import Filler, compose, filler
-from kvlib.lab.tasks.sampling import correct, draft, ends, judge, sample, share_of_lines
+from kvlib.lab.tasks import natural
+from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS, Family, find
+from kvlib.lab.tasks.composing import Draft, Filler, compose, filler
+from kvlib.lab.tasks.natural.passed import PASSED
+from kvlib.lab.tasks.planted import SHORTEST, draft
+from kvlib.lab.tasks.prompt import Prompt
+from kvlib.lab.tasks.sampling import sample
+from kvlib.lab.tasks.scoring import judge, new_tokens, score
 from kvlib.lab.tasks.words import Draw
 
-FAMILIES = {name: family for name, family in CATALOGUE.items() if family.group in GROUPS}
-PROBES = {name: family for name, family in CATALOGUE.items() if family.group == "probe"}
-NATURAL: dict[str, Family] = {}  # families in natural language
-COMPLETIONS = {name: family for name, family in CATALOGUE.items() if family.group == "completion"}
+
+def of_group(*groups: str) -> dict[str, Family]:
+    return {name: family for name, family in CATALOGUE.items() if family.group in groups}
+
+
+DROPPED = {name: find(name) for name in ("count", "override")}
+FAMILIES = {name: family for name, family in of_group(*GROUPS).items() if name not in {*natural.FAMILIES, *DROPPED}}
+NATURAL = {name: find(name) for name in PASSED}
+PROBES, COMPLETIONS, LABEL_FREE = of_group("probe"), of_group("completion"), of_group("label-free")
 
 __all__ = [
-    "CATALOGUE", "COMPLETIONS", "FAMILIES", "GROUPS", "NATURAL", "PROBES", "REAL_CODE", "SHORTEST", "Draft", "Draw",
-    "Family", "Filler", "Sample", "compose", "correct", "draft", "ends", "filler", "find", "judge", "sample",
-    "share_of_lines",
+    "CATALOGUE", "COMPLETIONS", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES", "SHORTEST",
+    "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find", "judge", "new_tokens",
+    "sample", "score",
 ]  # fmt: skip

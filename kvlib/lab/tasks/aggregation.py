@@ -2,7 +2,8 @@
 
 from itertools import islice
 
-from kvlib.lab.tasks.catalogue import Draft, family
+from kvlib.lab.tasks.composing import Draft
+from kvlib.lab.tasks.planted import family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "aggregation"

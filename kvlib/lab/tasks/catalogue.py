@@ -1,11 +1,11 @@
-"""What every task is made of: facts stated in a prompt, and questions about them."""
+"""The families of tasks by name, whatever kind of text they are made of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvlib import nearest
 
-GROUPS = (  # of LongBench, with as many families in each as it has tasks
+GROUPS = (  # of LongBench
     "single-document QA",
     "multi-document QA",
     "aggregation",
@@ -13,68 +13,40 @@ GROUPS = (  # of LongBench, with as many families in each as it has tasks
     "synthetic",
     "code",
 )
-REAL_CODE = ("code", "completion")  # groups whose prompts are held-out code and nothing else
-SHORTEST = 128  # tokens; below it there is no room for filler
-MOST = 512  # facts, however long the prompt
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt that ends where its answer begins.
-
-    question: the end of the prompt, what is not context. length: that of the prompt in tokens, BOS included.
-    """
-
-    task: str
-    prompt: str
-    answer: str
-    question: str
-    seed: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What a task states and asks, before filler is added.
-
-    facts: (place, text ending in a newline). A place is a depth in [0, 1] or, as an int, a number of filler lines
-    between the fact and the question. questions: (text up to the answer, answer). names: identifiers that filler must
-    not contain.
-    """
-
-    facts: list[tuple[float, str]]
-    questions: list[tuple[str, str]]
-    names: set[str]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task. `make(draw, tokens, **options)` gives a `Draft`, or a prompt and its answer (`REAL_CODE`).
+    """A kind of task. `draw(family, tokens, seed, *, tokenizer, **options)` gives a `Prompt`, of what `make` makes up.
 
-    group: one of `GROUPS`, or "probe" or "completion" for what is measured beside the sixteen families.
-    trained: whether the embedded models were trained on it.
-    metric: "exact", the answer or not; "similarity" of the line that is generated and the answer; "bits" per character
-        that the answer costs the model, where less is better.
+    group: one of `GROUPS`; "probe" and "completion" for what is measured beside them; "label-free" where no answer is
+        right or wrong.
+    metric: "exact", the answer or not, of several lines the share before the first mistake; "share" of several answers;
+        "similarity" of the line that is written and the answer; "bits" per character that the answer costs the model,
+        where less is better; "reference" if there is no answer and what the full cache writes stands for it.
+    guess: what somebody scores who knows all that a prompt states but not what belongs to which question; NaN where
+        that depends on the length.
+    shortest: tokens of the shortest prompt. trained: whether the embedded models were trained on it.
     """
 
     name: str
     group: str
-    trained: bool
+    metric: str
+    guess: float
     make: Callable
-    metric: str = "exact"
+    draw: Callable
+    shortest: int
+    trained: bool = False
 
 
 CATALOGUE: dict[str, Family] = {}
 
 
-def family(group: str, trained: bool, metric: str = "exact") -> Callable:
-    """Enter a function in the catalogue under its name."""
-
-    def enter(make: Callable) -> Callable:
-        CATALOGUE[make.__name__] = Family(make.__name__, group, trained, make, metric)
-        return make
-
-    return enter
+def enter(family: Family) -> None:
+    """Raises ValueError for a name that is taken."""
+    if family.name in CATALOGUE:
+        raise ValueError(f"there are two families {family.name!r}")
+    CATALOGUE[family.name] = family
 
 
 def find(task: str) -> Family:

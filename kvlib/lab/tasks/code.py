@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from kvlib.lab.tasks.catalogue import family
-from kvlib.lab.tasks.composing import HELDOUT
+from kvlib.lab.tasks.composing import FIRST, HELDOUT
+from kvlib.lab.tasks.planted import long_words
+from kvlib.lab.tasks.real_code import family
 
 GROUP = "code"
 IDENTIFIER = re.compile(r"\b[A-Za-z_]{8,}\b")  # long ones, so that something is left to complete
 COMPOUND = re.compile(r"[A-Za-z]_[A-Za-z]|[a-z][A-Z]")  # what plain words of comments lack
 TYPED = 3  # characters of the identifier in the prompt, at least
 FILES = 3  # held-out files that have the identifier, at most
-SHORTEST_CODE = 512  # tokens
+CHOICES = 4  # places for each seed, of which the first that fits is taken
 APART = 16  # lines since the identifier was last seen
 
 
@@ -106,17 +107,25 @@ def usable(same_file: bool, tokenizer) -> list[tuple[Place, str, int, int]]:
     return result
 
 
-def choose(same_file: bool, seed: int, tokens: int, tokenizer) -> tuple[Place, str, int]:
-    """The place for a seed, the line up to the identifier, and how much of it is typed; seeds give distinct places.
+def choices(same_file: bool, seed: int, tokens: int, tokenizer) -> list[tuple[Place, str, int]]:
+    """Places for a seed, each with the line up to the identifier and how much of it is typed; no seeds share any.
 
     In the same file the identifier was last seen in the first three quarters of the prompt: the longer the prompt, the
     longer the memory that it takes.
     """
     nearest = tokens // 4 if same_file else -1
     fitting = [row[:3] for row in usable(same_file, tokenizer) if nearest < row[3] < tokens - tokens // 50 - 8]
-    if not 0 <= seed < len(fitting):
-        raise ValueError(f"seed={seed}: held-out code has {len(fitting)} such places")
-    return fitting[seed]
+    seeds = len(fitting) // CHOICES
+    if not 0 <= seed < seeds:
+        raise ValueError(f"seed={seed}: held-out code has {seeds} such places")
+    return fitting[seed::seeds][:CHOICES]
+
+
+def away_from_ends(text: str, word: str, answer: str, tokenizer) -> bool:
+    """Whether neither the first tokens of a prompt nor the last line of its context tells how `word` goes on."""
+    start = tokenizer.decode(tokenizer(text[: 40 * FIRST]).input_ids[:FIRST])
+    ends = start + text[text.rstrip("\n").rfind("\n") :]
+    return word not in ends and long_words(answer).isdisjoint(long_words(ends))
 
 
 def tail(text: str, room: int, count) -> str:
@@ -181,39 +190,30 @@ def without(text: str, word: str) -> str:
     return text.replace(word, random.Random(word).choice(others))
 
 
-def check(split: str, tokens: int) -> None:
-    if split != "test":
-        raise ValueError(f"split={split!r}: real code is completed in tests only")
-    if tokens < SHORTEST_CODE:
-        raise ValueError(f"tokens={tokens}: at least {SHORTEST_CODE} for the completion of real code")
-
-
-@family(GROUP, trained=False)
-def completion(
-    seed: int, tokens: int, *, room: int, tokenizer, split: str, count, source: bool = True
-) -> tuple[str, str]:
+@family(GROUP)
+def completion(seed: int, tokens: int, *, room: int, tokenizer, count, source: bool = True) -> tuple[str, str]:
     """An identifier that this file used before, but not in the last quarter of the prompt."""
-    check(split, tokens)
-    place, line, typed = choose(True, seed, tokens, tokenizer)
     rows = heldout_files()
-    others = "".join(row["text"] + "\n" for row in rows[place.file + 1 :] + rows[: place.file])
-    text = others + rows[place.file]["text"][: place.at - len(line)]
-    end, answer = line + place.word[:typed], place.word[typed:]
-    text = tail(text, room - len(tokenizer(end).input_ids) - sum(count([answer])), count)
-    return (text if source else without(text, place.word)) + end, answer
+    for place, line, typed in choices(True, seed, tokens, tokenizer):
+        others = "".join(row["text"] + "\n" for row in rows[place.file + 1 :] + rows[: place.file])
+        text = others + rows[place.file]["text"][: place.at - len(line)]
+        end, answer = line + place.word[:typed], place.word[typed:]
+        text = tail(text, room - len(tokenizer(end).input_ids) - sum(count([answer])), count)
+        if away_from_ends(text, place.word, answer, tokenizer):
+            return (text if source else without(text, place.word)) + end, answer
+    raise ValueError(f"seed={seed}: held-out code has no place whose answer is far enough from both ends")
 
 
-@family(GROUP, trained=False)
-def cross_file(
-    seed: int, tokens: int, *, room: int, tokenizer, split: str, count, source: bool = True
-) -> tuple[str, str]:
+@family(GROUP)
+def cross_file(seed: int, tokens: int, *, room: int, tokenizer, count, source: bool = True) -> tuple[str, str]:
     """An identifier that only another file of the package has used so far."""
-    check(split, tokens)
-    place, line, typed = choose(False, seed, tokens, tokenizer)
     rows = heldout_files()
-    end, answer = line + place.word[:typed], place.word[typed:]
-    room -= sum(count([answer])) + len(tokenizer(end).input_ids)
-    start = rows[place.source]["text"].rfind("\n", 0, place.seen) + 1
-    text = rows[place.file]["text"][: place.at - len(line)]
-    text = two_files(place.source, start, place.file, text, room, seed, count)
-    return (text if source else without(text, place.word)) + end, answer
+    for place, line, typed in choices(False, seed, tokens, tokenizer):
+        end, answer = line + place.word[:typed], place.word[typed:]
+        left = room - sum(count([answer])) - len(tokenizer(end).input_ids)
+        start = rows[place.source]["text"].rfind("\n", 0, place.seen) + 1
+        text = rows[place.file]["text"][: place.at - len(line)]
+        text = two_files(place.source, start, place.file, text, left, seed, count)
+        if away_from_ends(text, place.word, answer, tokenizer):
+            return (text if source else without(text, place.word)) + end, answer
+    raise ValueError(f"seed={seed}: held-out code has no place whose answer is far enough from both ends")

@@ -1,48 +1,49 @@
 """Completion of whole lines of held-out code, in the way of LongBench's LCC and RepoBench-P, and what lines cost.
 
-They stand beside the sixteen families, whose group "code" completes identifiers. A prompt ends with a newline; the
-answer is the line behind it, with its indentation and without its newline. Tokenizers whose tokens may span a newline
-split prompt + answer differently from the two apart, as with the published sets.
+They stand beside the families, whose group "code" completes identifiers. A prompt ends with a newline; the answer is
+the line behind it, with its indentation and without its newline. Tokenizers whose tokens may span a newline split
+prompt + answer differently from the two apart, as with the published sets; of `code_bits`, whose answer is fed, the
+indentation then belongs to the prompt.
 """
 
 import bisect
 from functools import lru_cache
 from itertools import accumulate
 
-from kvlib.lab.tasks.catalogue import family
-from kvlib.lab.tasks.code import check, heldout_files, tail, two_files
+from kvlib.lab.tasks.code import heldout_files, tail, two_files
 from kvlib.lab.tasks.lines import Line, code_lines, cross_file_lines, line_starts, next_lines
+from kvlib.lab.tasks.prompt import boundary
+from kvlib.lab.tasks.real_code import family
 
 GROUP = "completion"
 FORETOLD = 64  # tokens, at least
 
 
-@family(GROUP, trained=False, metric="similarity")
-def next_line(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+@family(GROUP, metric="similarity")
+def next_line(seed: int, tokens: int, *, room: int, tokenizer, count) -> tuple[str, str]:
     """The next line of a file, of which nothing but the text before it is shown, as in LCC."""
-    check(split, tokens)
     text, answer = cut(choose(fitting(tokens, tokenizer), seed))
     return tail(text, room - others(answer, tokenizer, count), count), answer
 
 
-@family(GROUP, trained=False, metric="similarity")
-def cross_file_line(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+@family(GROUP, metric="similarity")
+def cross_file_line(seed: int, tokens: int, *, room: int, tokenizer, count) -> tuple[str, str]:
     """The first line that uses a name of another file, whose definition is shown first, as in RepoBench-P."""
-    check(split, tokens)
     line = choose(cross_file_lines(), seed)
     text, answer = cut(line)
     room -= others(answer, tokenizer, count)
     return two_files(line.source, line.defined, line.file, text, room, seed, count), answer
 
 
-@family(GROUP, trained=False, metric="bits")
-def code_bits(seed: int, tokens: int, *, room: int, tokenizer, split: str, count) -> tuple[str, str]:
+@family("label-free", metric="bits")
+def code_bits(seed: int, tokens: int, *, room: int, tokenizer, count) -> tuple[str, str]:
     """The next lines of a file, 64 tokens or a line more, in bits per character that the model needs for them."""
-    check(split, tokens)
     line = choose(continued(tokens, tokenizer), seed)
     text, _ = cut(line)
     answer = heldout_files()[line.file]["text"][line.at : end_of_answer(line, tokenizer)]
-    return tail(text, room - others(answer, tokenizer, count), count), answer
+    text = tail(text, room - others(answer, tokenizer, count), count)
+    indent = len(answer) - len(answer.lstrip(" "))
+    return boundary(text, answer, (0, max(0, indent - 1), indent), tokenizer)
 
 
 def others(answer: str, tokenizer, count) -> int:

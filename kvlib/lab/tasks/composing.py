@@ -5,14 +5,29 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
-from kvlib.lab.tasks.catalogue import Draft
 from kvlib.paths import DATA, ROOT
 
 HELDOUT = DATA / "heldout" / "code.jsonl"
 CORPUS = ROOT / "build/minilm/corpus/train-code.jsonl"
+FIRST = 20  # tokens in which no fact of a test stands, as many as VATP forces to stay
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a task states and asks, before filler is added.
+
+    facts: (place, text ending in a newline). A place is a depth in [0, 1] or, as an int, a number of filler lines
+    between the fact and the question. questions: (text up to the answer, answer). names: words that filler must not
+    contain.
+    """
+
+    facts: list[tuple[float, str]]
+    questions: list[tuple[str, str]]
+    names: set[str]
 
 
 class Filler:
@@ -41,10 +56,15 @@ def filler(split: str) -> Filler:
         return Filler("\n".join(json.loads(line)["text"] for line in file))
 
 
-def compose(drawn: Draft, room: int, rng: random.Random, text, count: Callable[[list[str]], list[int]]) -> str:
+def compose(
+    drawn: Draft, room: int, rng: random.Random, text, count: Callable[[list[str]], list[int]], *, ends: bool
+) -> str:
     """The facts among lines of `text` (a `Filler`), at most `room` tokens by `count` (text by text).
 
-    Raises ValueError when the facts do not fit, or not as many lines of filler as one of them wants behind it.
+    ends: whether depths reach from the first line to the last. Otherwise they do from token `FIRST` to the last line
+    that has another one behind it, blank ones not counted.
+
+    Raises ValueError when the facts do not fit, or not as many lines of filler as one of them wants around it.
     """
     left = room - sum(count([fact for _, fact in drawn.facts]))
     if left < 0:
@@ -57,9 +77,12 @@ def compose(drawn: Draft, room: int, rng: random.Random, text, count: Callable[[
             sizes.append(size)
             left -= size
     starts = list(accumulate(sizes, initial=0))
+    first, last = (0, len(lines)) if ends else inner(lines, starts)
 
     def index(place: float) -> int:
-        return len(lines) - place if isinstance(place, int) else bisect_left(starts, place * starts[-1])
+        if isinstance(place, int):
+            return len(lines) - place
+        return first + bisect_left(starts[first : last + 1], starts[first] + place * (starts[last] - starts[first]))
 
     # by depth within a place; where that is the same too, in the order of the draft, which may matter
     facts = sorted(((index(place), place, fact) for place, fact in drawn.facts), key=lambda fact: fact[:2])
@@ -68,3 +91,12 @@ def compose(drawn: Draft, room: int, rng: random.Random, text, count: Callable[[
     for at, _, fact in reversed(facts):  # from the end, so that earlier places stay valid
         lines.insert(at, fact)
     return "".join(lines)
+
+
+def inner(lines: list[str], starts: list[int]) -> tuple[int, int]:
+    """The first and the last line before which facts stand that are not at an end."""
+    first = bisect_left(starts, FIRST)
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    if first > last:
+        raise ValueError(f"too few tokens: there is room for {starts[-1]} of filler")
+    return first, last

@@ -2,7 +2,8 @@
 
 from itertools import permutations, product
 
-from kvlib.lab.tasks.catalogue import MOST, Draft, family
+from kvlib.lab.tasks.composing import Draft
+from kvlib.lab.tasks.planted import MOST, family
 from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, Draw, belongs, nouns_of
 
 GROUP = "few-shot"

@@ -1,6 +1,7 @@
 """Two facts from different places, or from different files, are needed for an answer."""
 
-from kvlib.lab.tasks.catalogue import MOST, Draft, family
+from kvlib.lab.tasks.composing import Draft
+from kvlib.lab.tasks.planted import MOST, family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "multi-document QA"

@@ -1,6 +1,7 @@
-"""Measured beside the sixteen families: long answers, and how far apart two lines may be."""
+"""Measured beside the families: long answers, and how far apart two lines may be."""
 
-from kvlib.lab.tasks.catalogue import Draft, family
+from kvlib.lab.tasks.composing import Draft
+from kvlib.lab.tasks.planted import family
 from kvlib.lab.tasks.words import Draw
 
 ENTRIES = 48  # of a long answer: more than 512 tokens

@@ -1,6 +1,7 @@
 """One fact of one document answers the question."""
 
-from kvlib.lab.tasks.catalogue import MOST, Draft, family
+from kvlib.lab.tasks.composing import Draft
+from kvlib.lab.tasks.planted import MOST, family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "single-document QA"

@@ -1,7 +1,8 @@
 """What long-context models are commonly probed with."""
 
-from kvlib.lab.tasks.catalogue import Draft, family
+from kvlib.lab.tasks.composing import Draft
 from kvlib.lab.tasks.multi_document import files
+from kvlib.lab.tasks.planted import family
 from kvlib.lab.tasks.words import Draw
 
 GROUP = "synthetic"

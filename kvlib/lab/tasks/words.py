@@ -69,9 +69,9 @@ class Draw:
         return self.rng.sample(self.value_pool, count)
 
     def depth(self) -> float:
-        """Where a fact stands, evenly; one in ten at an end, or the first and the last line would hardly occur."""
-        place = self.rng.uniform(-0.05, 1.05)
-        return min(1.0, max(0.0, place))
+        """Where a fact stands, evenly; in training one in ten at an end, or those lines would hardly occur."""
+        beyond = 0.05 if self.split == "train" else 0
+        return min(1.0, max(0.0, self.rng.uniform(-beyond, 1 + beyond)))
 
     def pattern(self, patterns: list):
         """One of `patterns`; the other split never sees it."""

@@ -1,17 +1,17 @@
 """Tasks in natural language, for any instruction-tuned or base model: facts among the sentences of a novel.
 
-A family (`FAMILIES`) draws a task from a seed: facts, a question, how the answer begins, and the answers. `sample` puts
-it into a text, in the model's chat format if it has one. Answers stand at all depths, evenly, but never in the first 32
-or the last 64 tokens of the context, which methods keep whatever is asked.
+A family draws a task from a seed: facts, a question, how the answer begins, and the answers. They are put into a text,
+in the model's chat format if it has one. Answers stand at all depths, evenly, but never in the first 32 or the last 64
+tokens of the context, which methods keep whatever is asked. `FAMILIES` are all that the pilot tried.
 """
 
-from kvlib.lab.tasks.natural import facts, lists, memory, needles, programs  # noqa: F401
-from kvlib.lab.tasks.natural.composing import Prompt, sample
-from kvlib.lab.tasks.natural.family import FAMILIES, Family, find
-from kvlib.lab.tasks.natural.scoring import judge, new_tokens, score
+from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS
+from kvlib.lab.tasks.natural import facts, label_free, lists, memory, needles, programs  # noqa: F401
+from kvlib.lab.tasks.natural.composing import in_code, in_prose
 from kvlib.lab.tasks.natural.texts import Text, novel, prose, sentences
 
-__all__ = [
-    "FAMILIES", "Family", "Prompt", "Text", "find", "judge", "new_tokens", "novel", "prose", "sample", "score",
-    "sentences",
-]  # fmt: skip
+FAMILIES = {
+    name: family for name, family in CATALOGUE.items() if family.draw in (in_code, in_prose) and family.group in GROUPS
+}
+
+__all__ = ["FAMILIES", "Text", "novel", "prose", "sentences"]

@@ -4,111 +4,69 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 
+from kvlib.lab.tasks.catalogue import Family
 from kvlib.lab.tasks.code import tail
 from kvlib.lab.tasks.natural import texts
-from kvlib.lab.tasks.natural.family import Draft, find
+from kvlib.lab.tasks.natural.draft import Draft
 from kvlib.lab.tasks.natural.repeated import FIRST, LAST, SPARE
 from kvlib.lab.tasks.natural.texts import PARAGRAPH, Text
 from kvlib.lab.tasks.natural.words import Draw
+from kvlib.lab.tasks.prompt import Prompt, begin, counter, fitted
 
 SHORTEST = 256  # tokens
 CHARACTERS = 8  # a token has fewer of them in any text, with what is left out for holding an answer
 MARK = "[the text and the question]"
+NEVER = "(?!)"  # matches no text
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Text in three parts, and what a model should write behind them.
-
-    context: what can be read before the question is known, with all that the chat format puts before it.
-    question: up to where the answer begins. lead: how it begins; fed when a cache has been compressed, so that no
-    answer token is chosen before. answers: each as it would continue the lead; all of them count if there are several.
-    length: tokens of all, answers included.
-    """
-
-    task: str
-    seed: int
-    context: str
-    question: str
-    lead: str
-    answers: tuple[str, ...]
-    length: int
-
-    @property
-    def answer(self) -> str:
-        """All answers in a row, as the one who is asked might write them."""
-        return ",".join(self.answers)
-
-    def ids(self, tokenizer) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of context, question and lead, of the text as a whole: the same ids however it is fed.
-
-        A token that reaches from one part into the next belongs to the next.
-        """
-        whole = tokenizer(
-            self.context + self.question + self.lead, add_special_tokens=False, return_offsets_mapping=True
-        )
-        ends = [end for _, end in whole.offset_mapping]
-        first = bisect_right(ends, len(self.context))
-        second = bisect_right(ends, len(self.context + self.question))
-        return whole.input_ids[:first], whole.input_ids[first:second], whole.input_ids[second:]
-
-    def answer_ids(self, tokenizer) -> list[int]:
-        """Tokens of the only answer. Raises ValueError if the tokenizer joins its beginning with the lead's end."""
-        text = self.question + self.lead
-        before, whole = (tokenizer(t, add_special_tokens=False).input_ids for t in (text, text + self.answer))
-        if whole[: len(before)] != before:
-            raise ValueError(f"{self.task}, seed {self.seed}: a token spans the lead and the answer {self.answer!r}")
-        return whole[len(before) :]
+def in_prose(family: Family, tokens: int, seed: int, *, tokenizer, text: Text | None = None) -> Prompt:
+    """Facts among the sentences of the novel, or of `text`, in the model's format."""
+    drawn = drafted(family, tokens, seed, tokenizer)
+    return placed(family, tokens, seed, tokenizer, drawn, frame(drawn, tokenizer), text or texts.novel())
 
 
-def sample(task: str, tokens: int, seed: int, *, tokenizer, text: Text | None = None) -> Prompt:
-    """Draw one `Prompt` of at most `tokens` tokens, answers included, and at most 2 % (and 8) fewer.
+def in_code(family: Family, tokens: int, seed: int, *, tokenizer, text: Text | None = None) -> Prompt:
+    """Facts among the lines of the held-out code, or of `text`."""
+    drawn = drafted(family, tokens, seed, tokenizer)
+    return placed(family, tokens, seed, tokenizer, drawn, plain_frame(drawn, tokenizer), text or texts.code())
 
-    text: what hides the facts; the novel if left out, for families of code the held-out code.
 
-    Raises ValueError for an unknown task, a prompt too short, a seed for which there is no text.
-    """
-    family = find(task)
-    if tokens < SHORTEST:
-        raise ValueError(f"tokens={tokens}: at least {SHORTEST}")
+def drafted(family: Family, tokens: int, seed: int, tokenizer) -> Draft:
+    return family.make(Draw(random.Random(f"{family.make.__name__} {tokens} {seed}"), seed, tokens, tokenizer))
 
-    def count(pieces: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(pieces, add_special_tokens=False).input_ids] if pieces else []
 
-    drawn = family.make(Draw(random.Random(f"{task} {tokens} {seed}"), seed, tokens, tokenizer))
-    head, question, lead = plain_frame(drawn, tokenizer) if family.code else frame(drawn, tokenizer)
-    text = text or (texts.code() if family.code else texts.novel())
+def placed(
+    family: Family, tokens: int, seed: int, tokenizer, drawn: Draft, framed: tuple[str, str, str], text: Text
+) -> Prompt:
+    """The prompt of a draft. framed: what stands before the text, the question, the lead."""
+    (head, question, lead), count = framed, counter(tokenizer)
     ended = question + lead + ",".join(drawn.answers)
-    room = tokens - sum(count([head, ended]))
-    for _ in range(8):  # tokenizers that merge across pieces need a second try
+
+    def build(room: int) -> Prompt:
         rng = random.Random(f"text {tokens} {seed}")
         context = head + (tail(drawn.text, room, count) if drawn.text else hide(drawn, room, rng, text, count))
-        length = sum(count([context + ended]))
-        spare = tokens - length
-        if 0 <= spare <= 8 + tokens // 50:
-            return Prompt(task, seed, context, question, lead, drawn.answers, length)
-        room += spare
-    raise ValueError(f"no prompt of {tokens} tokens could be made for {task!r}, seed {seed}, with this tokenizer")
+        return Prompt(family.name, seed, context, question, lead, drawn.answers, sum(count([context + ended])))
+
+    return fitted(tokens, tokens - sum(count([head, ended])), build)
 
 
 def plain_frame(drawn: Draft, tokenizer) -> tuple[str, str, str]:
     """What stands before the text, the question and the lead, with nothing but a token that begins every text."""
-    return tokenizer.decode(tokenizer("").input_ids), f"\n{drawn.question}", drawn.lead
+    return begin(tokenizer), f"\n{drawn.question}", drawn.lead
 
 
 def frame(drawn: Draft, tokenizer) -> tuple[str, str, str]:
     """The same in the model's chat format, or as a question and an answer if it has none."""
     if tokenizer.chat_template is None:
-        begin, _, lead = plain_frame(drawn, tokenizer)
-        return f"{begin}{drawn.instruction}", f"{PARAGRAPH}Question: {drawn.question}\nAnswer:", f" {lead}"
+        begun = begin(tokenizer) + drawn.instruction
+        return begun, f"{PARAGRAPH}Question: {drawn.question}\nAnswer:", f" {drawn.lead}"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    begin, end = rendered.split(MARK)
-    return begin + drawn.instruction, PARAGRAPH + drawn.question + end, drawn.lead
+    before, behind = rendered.split(MARK)
+    return before + drawn.instruction, PARAGRAPH + drawn.question + behind, drawn.lead
 
 
 def hide(drawn: Draft, room: int, rng: random.Random, text: Text, count: Callable) -> str:
@@ -117,19 +75,19 @@ def hide(drawn: Draft, room: int, rng: random.Random, text: Text, count: Callabl
     left = room - sum(count([fact for _, fact in facts]))
     if left < FIRST + LAST:
         raise ValueError(f"too few tokens: facts leave room for {left}")
-    answers = re.compile("|".join(rf"(?<!\w){re.escape(answer.strip())}(?!\w)" for answer in drawn.answers))
+    answers = re.compile("|".join(rf"(?<!\w){re.escape(answer.strip())}(?!\w)" for answer in drawn.answers) or NEVER)
     pieces = [piece for piece in text.start(rng, CHARACTERS * left) if not answers.search(piece)]
     starts = list(accumulate(count(pieces), initial=0))
     whole = bisect_right(starts, left) - 1
     pieces = [*pieces[:whole], beginning(pieces[whole], left - starts[whole], count)]
     starts = [*starts[: whole + 1], left]
     pieces[0] = PARAGRAPH + pieces[0].lstrip()
-    begin, end = FIRST + SPARE, left - LAST - SPARE
-    first, last = bisect_left(starts, begin), bisect_right(starts, end) - 1
+    nearest, farthest = FIRST + SPARE, left - LAST - SPARE
+    first, last = bisect_left(starts, nearest), bisect_right(starts, farthest) - 1
     if first > last:
         raise ValueError("too few tokens: no place for a fact is far enough from both ends")
     for depth, fact in sorted(facts, reverse=True):  # from the end, so that earlier places stay valid
-        at = nearest_place(starts, begin + depth * (end - begin), first, last)
+        at = nearest_place(starts, nearest + depth * (farthest - nearest), first, last)
         if fact.startswith(PARAGRAPH):
             pieces[at] = PARAGRAPH + pieces[at].lstrip()
         pieces.insert(at, fact)

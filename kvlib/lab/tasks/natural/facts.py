@@ -1,6 +1,7 @@
 """Questions about statements that stand among the novel's sentences, most of them beside others of the same kind."""
 
-from kvlib.lab.tasks.natural.family import Draft, family
+from kvlib.lab.tasks.natural.draft import Draft
+from kvlib.lab.tasks.natural.family import family
 from kvlib.lab.tasks.natural.words import BUILDINGS, GOODS, PROFESSIONS, QUOTES, Draw
 
 SINGLE, MULTI = "single-document QA", "multi-document QA"

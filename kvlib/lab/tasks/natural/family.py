@@ -1,62 +1,21 @@
-"""What a task in natural language is made of, and the catalogue of families."""
+"""How a function becomes a family in natural language."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from kvlib import nearest
-
-INSTRUCTION = "Read the following text. I will ask a question about it afterwards."
+from kvlib.lab.tasks.catalogue import Family, enter
+from kvlib.lab.tasks.natural.composing import SHORTEST, in_code, in_prose
 
 
-@dataclass(frozen=True)
-class Draft:
-    """What a task states and asks, before it stands in a text and in a model's chat format.
+def family(
+    group: str, *, metric: str = "exact", guess: float = 0.0, code: bool = False, name: str | None = None
+) -> Callable:
+    """Enter a function in the catalogue under its name, or another if that is taken. `make(draw)` gives a `Draft`.
 
-    facts: (depth in [0, 1], text); one that holds a newline stands in a paragraph of its own.
-    lead: how the answer begins, at least one token. answers: what follows it, each as it would continue the lead.
-    text: what is read instead of facts in another text, as much of its end as there is room for.
-    """
-
-    facts: list[tuple[float, str]]
-    question: str
-    lead: str
-    answers: tuple[str, ...]
-    instruction: str = INSTRUCTION
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of task; `make(draw)` gives a `Draft`.
-
-    group: one of the six of LongBench. metric: "exact", the answer or not, or "share" of the answers that were written.
-    guess: what somebody scores who knows all that a prompt states but not what belongs to which question.
     code: whether the facts stand among lines of code and are asked for without the model's chat format.
     """
 
-    name: str
-    group: str
-    make: Callable
-    metric: str
-    guess: float
-    code: bool
-
-
-FAMILIES: dict[str, Family] = {}
-
-
-def family(group: str, *, metric: str = "exact", guess: float = 0.0, code: bool = False) -> Callable:
-    """Enter a function in the catalogue under its name."""
-
-    def enter(make: Callable) -> Callable:
-        FAMILIES[make.__name__] = Family(make.__name__, group, make, metric, guess, code)
+    def entered(make: Callable) -> Callable:
+        enter(Family(name or make.__name__, group, metric, guess, make, in_code if code else in_prose, SHORTEST))
         return make
 
-    return enter
-
-
-def find(task: str) -> Family:
-    """The family of that name. Raises ValueError with the nearest name."""
-    if task not in FAMILIES:
-        raise nearest.unknown("task", task, FAMILIES)
-    return FAMILIES[task]
+    return entered

@@ -2,7 +2,8 @@
 
 from itertools import pairwise
 
-from kvlib.lab.tasks.natural.family import Draft, family
+from kvlib.lab.tasks.natural.draft import Draft
+from kvlib.lab.tasks.natural.family import family
 from kvlib.lab.tasks.natural.words import GOODS, PROFESSIONS, Draw
 
 GROUP = "aggregation"

@@ -1,6 +1,7 @@
 """What stood in the text word for word, and rules that examples show."""
 
-from kvlib.lab.tasks.natural.family import Draft, family
+from kvlib.lab.tasks.natural.draft import Draft
+from kvlib.lab.tasks.natural.family import family
 from kvlib.lab.tasks.natural.texts import novel
 from kvlib.lab.tasks.natural.words import ADJECTIVES, KINDS, Draw
 
@@ -34,7 +35,7 @@ def saying(draw: Draw) -> Draft:
     return Draft(facts, question, f"The saying is: {half}", (rest,))
 
 
-@family("few-shot", guess=1 / 4)
+@family("few-shot", guess=1 / 4, name="class_label")
 def label(draw: Draw) -> Draft:
     """Things labelled by their class, with invented labels; asked for the label of one that has not occurred."""
     kinds, labels = draw.some(list(KINDS), 4), draw.invented(4)

@@ -1,6 +1,7 @@
 """Needles in the wordings of RULER (Hsieh et al., 2404.06654), and the pass key (Mohtashami and Jaggi, 2305.16300)."""
 
-from kvlib.lab.tasks.natural.family import Draft, family
+from kvlib.lab.tasks.natural.draft import Draft
+from kvlib.lab.tasks.natural.family import family
 from kvlib.lab.tasks.natural.words import Draw
 
 GROUP = "synthetic"

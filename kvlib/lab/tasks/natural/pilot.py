@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 import kvlib
+from kvlib.lab import tasks
 from kvlib.lab.evaluation.answers import end_tokens, first_choices
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.prompts import Compressed, Prompts, compressed, one_by_one
-from kvlib.lab.tasks import natural
-from kvlib.lab.tasks.natural import Prompt
+from kvlib.lab.tasks import Prompt, natural
 
 FULL = Configuration("full", 1.0)
 EVICTING = (Configuration("snapkv", 0.2), Configuration("streaming_llm", 0.2))
@@ -54,13 +54,13 @@ def answer(method, prompts: Prompts, last: torch.Tensor, drawn: list[Prompt], to
     """Scores of one method: `last` `(batch, 1)` are the tokens of the prompts that are fed after eviction."""
     with compressed(prompts, method) as read:
         logits = read.feed(last)[:, -1]
-        if natural.find(drawn[0].task).metric == "share":
-            most = max(natural.new_tokens(prompt, tokenizer) for prompt in drawn)
+        if tasks.find(drawn[0].task).metric == "share":
+            most = max(tasks.new_tokens(prompt, tokenizer) for prompt in drawn)
             written = greedy(read, logits, most, end_tokens(prompts.model), tokenizer)
-            return [natural.score(prompt, text) for prompt, text in zip(drawn, written)]
+            return [tasks.score(prompt, text) for prompt, text in zip(drawn, written)]
         answers = [prompt.answer_ids(tokenizer) for prompt in drawn]
         chosen = first_choices(read.feed, read.keep, logits, answers, one_by_one(method))
-        return [natural.judge(*row, tokenizer) for row in zip(drawn, answers, chosen)]
+        return [tasks.judge(prompt, row, tokenizer) for prompt, row in zip(drawn, chosen)]
 
 
 def greedy(read: Compressed, logits: torch.Tensor, most: int, ends: set[int], tokenizer) -> list[str]:
@@ -106,7 +106,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (task, length), cell in table.groupby(["task", "length"], sort=False):
         scores = cell.pivot(index="sample", columns="method", values="value")
-        family = natural.find(task)
+        family = tasks.find(task)
         evicted = [scores[configuration.method].to_numpy() for configuration in EVICTING]
         verdict = passes(scores["full"].to_numpy(), evicted, family.guess)
         means = {name: round(scores[name].mean(), 4) for name in ("full", *(c.method for c in EVICTING))}
@@ -138,7 +138,7 @@ def main() -> None:
     }
     asked = [(task, length, number) for task, length in cells.values() for number in range(arguments.samples)]
     with get_context("fork").Pool() as pool:  # before the model is on a device, which does not survive a fork
-        drawn = iter(pool.starmap(partial(natural.sample, tokenizer=tokenizer), asked, chunksize=arguments.samples))
+        drawn = iter(pool.starmap(partial(tasks.sample, tokenizer=tokenizer), asked, chunksize=arguments.samples))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for file, (_, length) in tqdm(cells.items(), disable=None):
         prompts = [next(drawn) for _ in range(arguments.samples)]

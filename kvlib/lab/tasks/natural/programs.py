@@ -1,9 +1,11 @@
 """Source code: no chat format, and the text is held-out code."""
 
 from kvlib.lab.tasks.code import heldout_files
-from kvlib.lab.tasks.natural.family import Draft, family
+from kvlib.lab.tasks.natural.draft import Draft
+from kvlib.lab.tasks.natural.family import family
 from kvlib.lab.tasks.natural.repeated import LINES, evenly
 from kvlib.lab.tasks.natural.words import Draw
+from kvlib.lab.tasks.prompt import boundary
 
 GROUP = "code"
 
@@ -46,10 +48,5 @@ def split(last: str, asked: str, tokenizer) -> tuple[str, str]:
 
     Most tokenizers join the last space of the indentation to the word behind it, and the others to the newline.
     """
-    indent = asked[: len(asked) - len(asked.lstrip())]
-    for shown in (indent[:-1], indent, ""):
-        lead, answer = f"\n{last}\n{shown}", f"{asked[len(shown) :]}\n"
-        before, whole = tokenizer([lead, lead + answer], add_special_tokens=False).input_ids
-        if whole[: len(before)] == before:
-            return lead, answer
-    raise ValueError(f"a token spans the beginning of the line {asked!r}")
+    indent = len(asked) - len(asked.lstrip())
+    return boundary(f"\n{last}\n", f"{asked}\n", (max(0, indent - 1), indent, 0), tokenizer)
