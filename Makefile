@@ -91,11 +91,11 @@ FRACTION ?= 0.2
 verify: $(INSTALLED)  ## recompute FRACTION=0.2 of the samples of the result tables, drawn by SEED or the date, and compare
 	$(PYTHON) -m kvlib.lab.results --verify $(FRACTION) $(if $(SEED),--seed $(SEED))
 
-minilm: $(INSTALLED)  ## make the embedded models again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
+minilm: $(INSTALLED)  ## make the embedded model again (needs a GPU; `python -m kvlib.minilm -h` lists the costs)
 	$(PYTHON) -m kvlib.minilm corpus tokenizer tokens
 	for recipe in pilot12 pilot16 seed1 seed2; do \
 	  $(PYTHON) -m kvlib.minilm train export evaluate keep --recipe $$recipe; done
-	for recipe in base gqa; do $(PYTHON) -m kvlib.minilm train export evaluate card --recipe $$recipe; done
+	$(PYTHON) -m kvlib.minilm train export evaluate card
 	$(PYTHON) -m kvlib.minilm overview
 	$(PYTHON) tests/test_minilm.py
 

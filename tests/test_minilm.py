@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 import kvlib
 from kvlib.core.models import verify
 from kvlib.lab.tasks import DROPPED, FAMILIES, PROBES, sample, score
-from kvlib.minilm import HELDOUT, MODEL, PILOTS, SIBLING, card, corpus, overview, tokens
+from kvlib.minilm import HELDOUT, MODEL, PILOTS, card, corpus, overview, tokens
 from kvlib.minilm import tokenizer as minilm_tokenizer
 from kvlib.minilm.__main__ import main
 from kvlib.minilm.recipe import RECIPES
@@ -32,7 +32,6 @@ from kvlib.paths import DATA, MODELS
 
 RECORDED = Path(__file__).with_name("minilm.json")
 RECORDED_TOKENS = 512
-SHIPPED = [MODEL, SIBLING]
 
 
 # Tokenizer
@@ -124,7 +123,7 @@ def assert_checksums(folder: Path) -> None:
     assert sorted([*listed, "SHA256SUMS"]) == sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("folder", [*SHIPPED, HELDOUT, *sorted(PILOTS.glob("*"))], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [MODEL, HELDOUT, *sorted(PILOTS.glob("*"))], ids=lambda folder: folder.name)
 def test_checksums(folder):
     assert_checksums(folder)
 
@@ -133,14 +132,13 @@ def test_the_pilots_are_all_kept():
     assert {path.name for path in PILOTS.iterdir()} == {"pilot12", "pilot16", "seed1", "seed2"}
 
 
-@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
-def test_the_card_is_that_of_the_files(folder, tmp_path):
-    copy = tmp_path / folder.name
+def test_the_card_is_that_of_the_files(tmp_path):
+    copy = tmp_path / MODEL.name
     copy.mkdir()
     for name in card.STATISTICS:
-        shutil.copy(folder / name, copy)
+        shutil.copy(MODEL / name, copy)
     card.write(copy)
-    assert (copy / "README.md").read_text() == (folder / "README.md").read_text()
+    assert (copy / "README.md").read_text() == (MODEL / "README.md").read_text()
     assert_checksums(copy)
 
 
@@ -149,9 +147,9 @@ def test_the_overviews_are_those_of_the_files():
     assert overview.BEGIN + overview.catalogue() + overview.END in (DATA / "README.md").read_text()
 
 
-@pytest.mark.parametrize("folder", [*SHIPPED, *sorted(PILOTS.glob("*"))], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [MODEL, *sorted(PILOTS.glob("*"))], ids=lambda folder: folder.name)
 def test_statistics_are_those_of_the_recipe(folder):
-    name = {"minilm": "base", "minilm-gqa": "gqa"}.get(folder.name, folder.name)
+    name = "base" if folder == MODEL else folder.name
     training = json.loads((folder / "training.json").read_text())
     assert training["recipe"] == asdict(RECIPES[name])
     assert training["parameters"] == LlamaForCausalLM(RECIPES[name].config()).num_parameters()
@@ -198,9 +196,9 @@ def test_the_guide_gives_the_versions_of_the_held_out_packages():
 
 
 @torch.no_grad()
-def replies(name: str) -> list[dict]:
+def replies() -> list[dict]:
     """What the model writes in answer to one sample of each family, and its five likeliest first tokens."""
-    model, tokenizer = kvlib.load(name)
+    model, tokenizer = kvlib.load("minilm")
     found = []
     for task in FAMILIES:
         drawn = sample(task, RECORDED_TOKENS, 0, tokenizer=tokenizer)
@@ -212,7 +210,6 @@ def replies(name: str) -> list[dict]:
         written = tokenizer.decode(out.sequences[0, inputs.input_ids.shape[1] :])
         found.append(
             {
-                "model": name,
                 "task": task,
                 "prompt_sha256": hashlib.sha256(drawn.text.encode()).hexdigest(),
                 "answer": drawn.answer,
@@ -225,16 +222,15 @@ def replies(name: str) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("name", [folder.name for folder in SHIPPED])
-def test_a_shipped_model_says_what_it_said(name):
+def test_the_shipped_model_says_what_it_said():
     """Prompts exactly; logits within what another CPU rounds differently (bfloat16 would be off by ten times that)."""
-    recorded = [reply for reply in json.loads(RECORDED.read_text()) if reply["model"] == name]
+    recorded = json.loads(RECORDED.read_text())
     assert [reply["task"] for reply in recorded] == list(FAMILIES)
     assert sum(reply["correct"] for reply in recorded) >= 8
-    for old, new in zip(recorded, replies(name), strict=True):
+    for old, new in zip(recorded, replies(), strict=True):
         assert new.pop("logits") == pytest.approx(old.pop("logits"), abs=2e-3)
         assert new == old
 
 
 if __name__ == "__main__":
-    RECORDED.write_text(json.dumps([reply for folder in SHIPPED for reply in replies(folder.name)], indent=1) + "\n")
+    RECORDED.write_text(json.dumps(replies(), indent=1) + "\n")

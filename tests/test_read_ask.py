@@ -84,6 +84,26 @@ def test_padding_chunks_and_company_change_nothing(method, chunks):
             assert ask(run, [QUESTIONS[row]]) == ([made[row]], [kept[row]])
 
 
+@every
+def test_following_reads_a_question_as_asking_does(method):
+    """In the document itself: what is decoded then is the answer, and the same is kept."""
+    model, answer = tiny.model("llama-gqa"), []
+    with method(model) as run:
+        read(run, DOCUMENTS)
+        made, kept = ask(run, QUESTIONS, extra=3)
+        read(run, DOCUMENTS)
+        logits = run.follow(*tiny.pad(QUESTIONS, 3)).logits[:, -1]
+        assert run.cache is run.document
+        with torch.no_grad():
+            for _ in range(len(made[0]) - 1):
+                answer.append(logits.argmax(-1))
+                logits = model(answer[-1][:, None], past_key_values=run.cache).logits[:, -1]
+        answer.append(logits.argmax(-1))
+        assert torch.stack(answer, dim=1).tolist() == made and tiny.kept(run) == kept
+    with pytest.raises(RuntimeError, match="inside the block"):
+        run.follow(QUESTIONS[0][None])
+
+
 @on([kvlib.method("snapkv", budget=0.4, window=4), kvlib.method("h2o", budget=0.4)])
 def test_a_document_may_be_read_a_few_columns_at_a_time(method):
     model, kept = tiny.model("llama-gqa"), []

@@ -91,6 +91,7 @@ class Run(Report):
         self.longest = 0  # tokens of the longest row in this pass
         self._signature = inspect.signature(model.forward)
         parameters = self._signature.parameters.values()
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in self._signature.parameters else {}
         self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
         self._prompt_columns: float | None = None  # where the prompt ends that is being read, if that is known
         self._unended: KVCache | None = None  # a document of which more will come
@@ -153,7 +154,6 @@ class Run(Report):
         columns, size = text.shape[1], text.shape[1] if prefill_chunk_size is None else prefill_chunk_size
         if size < 1:
             raise ValueError(f"prefill_chunk_size={size}: a number of columns >= 1")
-        options = {"logits_to_keep": 1} if "logits_to_keep" in self._signature.parameters else {}
         end = cache.seen + columns
         try:
             for start in range(0, columns, size):
@@ -162,7 +162,7 @@ class Run(Report):
                     name: x[:, start : start + size] if torch.is_tensor(x) and x.shape[1:2] == (columns,) else x
                     for name, x in inputs.items()
                 }
-                self.model(**chunk, **options, past_key_values=cache, use_cache=True)
+                self.model(**chunk, **self._last_logits, past_key_values=cache, use_cache=True)
         finally:
             self._prompt_columns = None
         if more:
@@ -213,6 +213,24 @@ class Run(Report):
             return self.model.generate(input_ids, attention_mask=mask, past_key_values=cache, **arguments)
         finally:
             self._answering = None
+
+    @torch.no_grad()
+    def follow(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
+        """Read a question into the latest cache itself, as `ask` does in its copy, and return the model's output.
+
+        What comes next is decoded, token by token.
+
+        Args:
+            input_ids, attention_mask: `(batch, tokens)`, padded on the left, a row for each row of the cache.
+        """
+        self._require_open()
+        _check_text("question", input_ids, attention_mask)
+        cache = self._answering = self.cache
+        self._prompt_columns = cache.seen + input_ids.shape[1]
+        try:
+            return self.model(input_ids, attention_mask=attention_mask, past_key_values=cache, **self._last_logits)
+        finally:
+            self._answering = self._prompt_columns = None
 
     def _require_open(self) -> None:
         if not self.active:

@@ -1,17 +1,17 @@
-"""Make the embedded models again, step by step. Times are measured: two CPU cores where no GPU is named.
+"""Make the embedded model again, step by step. Times are measured: two CPU cores where no GPU is named.
 
 corpus     fetch and read packages            87 s after 3 minutes of downloads (0.4 GB)
 tokenizer  learn 4096 byte-pair tokens        13 s, 1 GB of memory
 tokens     tokenise and compress the corpus   191 s, 47 MiB (188 MB unpacked), 1.6 GB of memory
-train      by --recipe                        one H200 and 14 processes: 12 minutes (base, gqa), 4 (pilots, two at once)
+train      by --recipe                        one H200 and 14 processes: 12 minutes (base), 4 (pilots, two at once)
            on several GPUs: torchrun --nproc-per-node 4 -m kvlib.minilm train (two were slower than one)
 export     write the transformers folder      seconds
-evaluate   loss, tasks, attention             5 (base) and 9 minutes (gqa) on a shared H200, hours on two CPU cores
+evaluate   loss, tasks, attention             5 minutes on a shared H200, hours on two CPU cores
 card       README.md and SHA256SUMS           a second
 keep       copy statistics of a pilot into data/models/pilots
-overview   compare the models; data/models/README.md and the catalogue in data/README.md
+overview   compare with the pilots; data/models/README.md and the catalogue in data/README.md
 
-`make minilm` runs all of it, for every model and pilot.
+`make minilm` runs all of it, for the model and every pilot.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from kvlib.minilm import BUILD, MODEL, PILOTS, SIBLING, card, corpus, overview, tokenizer, tokens
+from kvlib.minilm import BUILD, MODEL, PILOTS, card, corpus, overview, tokenizer, tokens
 from kvlib.minilm.data import load_sequences
 from kvlib.minilm.export import export
 from kvlib.minilm.recipe import RECIPES
@@ -29,7 +29,6 @@ from kvlib.minilm.report import report
 from kvlib.minilm.train import train
 
 STEPS = ("corpus", "tokenizer", "tokens", "train", "export", "evaluate", "card", "keep", "overview")
-FOLDERS = {"base": MODEL, "gqa": SIBLING}  # only these recipes may replace a shipped model unasked
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     recipe = RECIPES[arguments.recipe]
     run = arguments.out or BUILD / "runs" / arguments.recipe
-    folder = arguments.model or FOLDERS.get(arguments.recipe, BUILD / "models" / arguments.recipe)
+    shipped = arguments.recipe == "base"  # no other recipe replaces the shipped model unasked
+    folder = arguments.model or (MODEL if shipped else BUILD / "models" / arguments.recipe)
     if "train" in arguments.steps and not torch.cuda.is_available() and arguments.recipe != "tiny":
         parser.error("training takes minutes on a GPU, days without; no GPU was found (--recipe tiny runs on a CPU)")
     if {"train", "evaluate"} & set(arguments.steps):  # many processes, each of which would start a thread per core

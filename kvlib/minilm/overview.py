@@ -1,4 +1,4 @@
-"""The models side by side (data/models/README.md) and the task catalogue (a section of data/README.md), from files."""
+"""The model beside its pilots (data/models/README.md) and the task catalogue (a section of data/README.md)."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import pandas as pd
 
 from kvlib.lab import tasks
 from kvlib.lab.tasks import planted
-from kvlib.minilm import MODEL, PILOTS, SIBLING
+from kvlib.minilm import MODEL, PILOTS
 from kvlib.minilm.card import by_length, cell_size, percent, table
 from kvlib.minilm.heads import KINDS, SINK, compare, sinks
 from kvlib.minilm.report import load_tokenizer
@@ -23,12 +23,15 @@ DRAFTS = 100  # prompts whose answers are counted
 OTHER = {"exact": "see the card", "similarity": "judged by similarity", "bits": "bits per character"}
 
 PAGE = """\
-# The embedded models
+# The embedded model
 
-Two models are shipped, `minilm` and its sibling `minilm-gqa`, which has other weights, another width and grouped
-queries: a claim counts as holding here only if it holds on both. Under `pilots/` are the statistics, not the weights,
-of smaller runs: two depths, by which the depth of the shipped models was chosen, and two more seeds. This page is
-written by `python -m kvlib.minilm overview` from the files in the folders; each shipped model has a card of its own.
+`minilm` is shipped with its weights and has a card of its own. Under `pilots/` are the statistics, not the weights, of
+smaller runs: two depths, by which its depth was chosen, and two more seeds. This page is written by
+`python -m kvlib.minilm overview` from the files in the folders. `smollm2/` is the card of the real model.
+
+Until 2026-11-29 there was a second one, `minilm-gqa`, with 5.3 million parameters and grouped queries. It shared
+recipe, corpus and prompts with `minilm` and so was no second opinion; since there is a real model, which has grouped
+queries too, it is neither shipped nor in any table.
 
 {models}
 
@@ -58,8 +61,8 @@ Share of attention by kind of token, mean over all heads.
 
 
 def folders() -> dict[str, Path]:
-    """Name -> folder of every model that has statistics, shipped ones first."""
-    found = [MODEL, SIBLING, *sorted(PILOTS.glob("*"))]
+    """Name -> folder of every model that has statistics, the shipped one first."""
+    found = [MODEL, *sorted(PILOTS.glob("*"))]
     return {path.relative_to(MODELS).as_posix(): path for path in found if (path / "evaluation.json").is_file()}
 
 
@@ -172,23 +175,23 @@ def commonest(task: str, length: int) -> str:
 
 
 def catalogue() -> str:
-    """The families of the embedded models: group, what they ask, an example, whether trained, and at the greatest
-    length what guessing and both models score."""
-    records = [read(folder, "evaluation")["retrieval"] for folder in (MODEL, SIBLING)]
-    scores = [by_length(each) for each in records]
-    length = max(scores[0]["needle"])
+    """The families of the embedded model: group, what they ask, an example, whether trained, and at the greatest
+    length what guessing and the model score."""
+    records = read(MODEL, "evaluation")["retrieval"]
+    scores = by_length(records)
+    length = max(scores["needle"])
     rows = []
     for name in (*tasks.FAMILIES, *tasks.DROPPED, *tasks.PROBES, *tasks.COMPLETIONS, "code_bits"):
         family = tasks.find(name)
         what = family.make.__doc__.strip().split("\n\n")[0].replace("\n", " ")
         other = OTHER[family.metric]
-        both = (percent(s[name][length]) if name in s else other for s in scores)
+        score = percent(scores[name][length]) if name in scores else other
         trained = "yes" if family.trained else "no"
-        rows.append((family.group, f"`{name}`", what, example(name), trained, floor(name, length, records[0]), *both))
+        rows.append((family.group, f"`{name}`", what, example(name), trained, floor(name, length, records), score))
     order = {group: i for i, group in enumerate((*tasks.GROUPS, "probe", "completion", "label-free"))}
     rows.sort(key=lambda row: order[row[0]])
     header = "group | family | what is asked | end of a prompt → answer | trained | guessing"
-    header += f" | `minilm` at {length} | `minilm-gqa`"
+    header += f" | `minilm` at {length}"
     return table(header, [[str(cell).replace("|", "\\|") for cell in row] for row in rows], text=5) + "\n"
 
 

@@ -123,7 +123,7 @@ def test_a_record_changes_one_line(tmp_path_factory, files, name, content):
 def test_what_is_committed(capsys):
     command.main(["--check"])
     assert capsys.readouterr().out.startswith("Data as recorded")
-    assert {"claims.yaml", "VERDICTS.md", "answer_places.csv"} == set(checksums.listed(paths.DATA))
+    assert {"claims.yaml", "VERDICTS.md"} == set(checksums.listed(paths.DATA))
 
 
 def test_the_command_fails(data, monkeypatch):

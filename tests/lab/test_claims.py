@@ -1,8 +1,6 @@
 """The ledger on small made tables: verdicts and their reasons, guards, and the files that show them."""
 
 import dataclasses
-import itertools
-import json
 
 import numpy as np
 import pandas as pd
@@ -10,20 +8,19 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from kvlib import checksums, paths
+from kvlib import checksums
 from kvlib.core import method as registry
 from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
-from kvlib.lab.claims import attaining, examining, ledger, places
+from kvlib.lab.claims import attaining, examining, ledger, needed
 from kvlib.lab.claims.claim import Claim, cells_of
 from kvlib.lab.claims.deciding import Finding, deciding
 from kvlib.lab.claims.examining import Evidence, Result
 from kvlib.lab.claims.ledger import VERDICTS, plain
 from kvlib.lab.claims.registered import EVIDENCE, PRIMARY, read, task_names
-from kvlib.lab.claims.samples import Missing
 from kvlib.lab.claims.writing import write
+from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.studies import STUDIES
 
 MODELS = ("minilm", "smollm2")
@@ -42,6 +39,7 @@ CLAIM = {
     "statistic": "mean_difference",
     "rule": {"above": 0},
 }
+REVISIONS = {"new": {"when": pd.Timestamp("2026-11-29").date(), "removed": "the old protocol"}}
 MARKED = "# Title\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
 
 
@@ -76,10 +74,10 @@ WINS = both_models(("h2o", 30), ("random", 10))
 def judged(tmp_path):
     """What the ledger says about one claim, `CLAIM` with changes, given the rows of its table."""
 
-    def judge(table, **changes):
+    def judge(table, revisions=None, **changes):
         if table is not None:
             table.to_parquet(tmp_path / "small.parquet")
-        (tmp_path / "claims.yaml").write_text(as_file(CLAIM | changes))
+        (tmp_path / "claims.yaml").write_text(as_file(CLAIM | changes, revisions=revisions))
         return ledger.ledger(read(tmp_path / "claims.yaml", tmp_path), tmp_path).iloc[0]
 
     return judge
@@ -265,38 +263,41 @@ def test_tasks_one_by_one(judged):
 # Win counts
 
 
+FOURTEEN = sorted(tasks.FAMILIES)[:14]
+
+
 def by_family(wins: int, ties: int = 0) -> pd.DataFrame:
-    """The sixteen families: the first side wins so many, ties some and loses the rest."""
-    outcome = ["win"] * wins + ["tie"] * ties + ["lose"] * (16 - wins - ties)
+    """Fourteen families: the first side wins so many, ties some and loses the rest."""
+    outcome = ["win"] * wins + ["tie"] * ties + ["lose"] * (14 - wins - ties)
     right = {"win": (30, 10), "tie": (21, 20), "lose": (10, 30)}  # a lead of one is no win
     return pd.concat(
         rows(method, right[how][side], model=model, task=task)
         for model in MODELS
-        for task, how in zip(sorted(tasks.FAMILIES), outcome)
+        for task, how in zip(FOURTEEN, outcome)
         for side, method in enumerate(("h2o", "random"))
     )
 
 
-COUNTED = {"statistic": "win_count", "rule": {"above": 0.5}, "tasks": "families", "models": ["minilm"]}
+COUNTED = {"statistic": "win_count", "rule": {"above": 0.5}, "tasks": FOURTEEN, "models": ["minilm"]}
 
 
 @pytest.mark.parametrize(
     ("wins", "ties", "p", "of_ours", "of_papers"),
     [
-        (12, 0, 0.077, "undecided here", "undecided here"),
-        (13, 0, 0.021, "holds", "reproduced here"),
-        (10, 6, 0.45, "undecided here", "undecided here"),  # without ties: 10 of 10
-        (11, 4, 0.21, "undecided here", "undecided here"),
-        (3, 0, 0.021, "contradicted", "opposite here"),
-        (3, 13, 0.021, "contradicted", "not reproduced here"),
-        (0, 16, 3.1e-05, "contradicted", "not reproduced here"),
+        (11, 0, 0.057, "undecided here", "undecided here"),
+        (12, 0, 0.013, "holds", "reproduced here"),
+        (9, 5, 0.42, "undecided here", "undecided here"),  # without ties: 9 of 9
+        (10, 3, 0.18, "undecided here", "undecided here"),
+        (2, 0, 0.013, "contradicted", "opposite here"),
+        (2, 12, 0.013, "contradicted", "not reproduced here"),
+        (0, 14, 0.00012, "contradicted", "not reproduced here"),
     ],
 )
 def test_what_a_win_count_is_worth(judged, wins, ties, p, of_ours, of_papers):
     """Ties are no wins; families are counted, so that nothing is for these families only."""
     row = judged(by_family(wins, ties), **COUNTED)
-    assert row["verdict"] == of_ours and row["n"] == "16" and row["detectable"] == "13 of 16"
-    assert row["ours"].startswith(f"minilm: {wins} of 16 won, {16 - wins - ties} lost (p = {p:.2g})")
+    assert row["verdict"] == of_ours and row["n"] == "14" and row["detectable"] == "12 of 14"
+    assert row["ours"].startswith(f"minilm: {wins} of 14 won, {14 - wins - ties} lost (p = {p:.2g})")
     assert judged(by_family(wins, ties), **COUNTED, evidence="abstract")["verdict"] == of_papers
 
 
@@ -338,11 +339,11 @@ def test_words(judged, right, rule, where, evidence, primary):
 
 
 def families_that_differ(gains) -> pd.DataFrame:
-    """The sixteen families, in which the first side is right `gains` times more often of 40."""
+    """Fourteen families, in which the first side is right `gains` times more often of 40."""
     return pd.concat(
         rows(method, 20 + gain * (method == "h2o"), model=model, task=task)
         for model in MODELS
-        for task, gain in zip(sorted(tasks.FAMILIES), gains)
+        for task, gain in zip(FOURTEEN, gains)
         for method in ("h2o", "random")
     )
 
@@ -350,23 +351,23 @@ def families_that_differ(gains) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [
-        ([8] * 8 + [12] * 8, "holds"),
-        ([20] * 3 + [0] * 13, "holds, on these families only"),  # three of sixteen: others might have none
-        ([20] * 3 + [-20] * 3 + [0] * 10, "undecided here"),
-        ([-20] * 3 + [0] * 13, "contradicted, on these families only"),
+        ([8] * 7 + [12] * 7, "holds"),
+        ([20] * 3 + [0] * 11, "holds, on these families only"),  # three of fourteen: others might have none
+        ([20] * 3 + [-20] * 3 + [0] * 8, "undecided here"),
+        ([-20] * 3 + [0] * 11, "contradicted, on these families only"),
     ],
 )
 def test_two_levels(judged, gains, verdict):
-    row = judged(families_that_differ(gains), tasks="families")
+    row = judged(families_that_differ(gains), tasks=FOURTEEN)
     assert row["verdict"] == verdict
     assert (float(row["p"]) <= 0.05) == (verdict != "undecided here")
     assert (float(row["p_across"]) <= 0.05) == (verdict == "holds")
 
 
 def test_both_models_have_to_agree_across_families(judged):
-    wide, narrow = (families_that_differ(gains) for gains in ([8] * 8 + [12] * 8, [20] * 3 + [0] * 13))
+    wide, narrow = (families_that_differ(gains) for gains in ([8] * 7 + [12] * 7, [20] * 3 + [0] * 11))
     mixed = pd.concat([wide[wide["model"] == MODELS[0]], narrow[narrow["model"] == MODELS[1]]])
-    row = judged(mixed, tasks="families")
+    row = judged(mixed, tasks=FOURTEEN)
     assert row["verdict"] == "holds, on these families only" and float(row["p_across"]) > 0.05
 
 
@@ -385,101 +386,6 @@ def test_holm_over_all_claims(tmp_path):
     p = row["p"][:4].astype(float)
     assert row["holm"][:4].astype(float).tolist() == pytest.approx(statistics.holm(p).tolist(), rel=0.1)  # two digits
     assert p["c"] <= 0.05 < float(row.loc["c", "holm"]) and (row.loc["e", ["p", "holm", "holm_across"]] == "").all()
-
-
-# What may be the cause instead
-
-
-@pytest.fixture
-def early(monkeypatch):
-    """Answers of the first ten samples stand at the start."""
-    listed = [(task, sample) for task in CLAIM["tasks"] for sample in range(10)]
-    monkeypatch.setattr(places, "prompts", lambda place, length: listed if place == "start" else [])
-
-
-def test_a_verdict_through_its_confounder(judged, early):
-    """All that h2o wins are ten prompts."""
-    caused, spread = both_models(("h2o", 10), ("random", 0)), both_models(("h2o", 30), ("random", 0))
-    start = {"confounded_by": {"prompts": "start"}}
-    row = judged(caused, **start, evidence="abstract")
-    assert row["verdict"] == "reproduced here, through answers in the first 20 tokens"
-    assert "without answers in the first 20 tokens: undecided here (minilm: +0.000 [" in row["reason"]
-    assert row["ours"].startswith("minilm: +0.250") and row["n"] == "80; 80"
-    row = judged(spread, **start, evidence="abstract")
-    assert row["verdict"] == "reproduced here" and "tokens: reproduced here (minilm: +0.667 [" in row["reason"]
-    assert judged(caused, confounded_by={"prompts": "end"})["verdict"] == "holds"
-    none = both_models(("h2o", 10), ("random", 10))
-    assert judged(none, **start)["verdict"] == "undecided here"
-    # by families: what was through the cause and on these families alone says both
-    row = judged(pd.concat([caused[caused["task"] == "needle"], none[none["task"] == "label"]]), **start)
-    assert row["verdict"] == "holds, through answers in the first 20 tokens, on these families only"
-
-
-def between(**right) -> pd.DataFrame:
-    """Rows in which h2o and random are right on these ranges of samples, by task: `needle=((10, 30), (0, 0))`."""
-    parts = []
-    for model, (task, spans) in itertools.product(MODELS, right.items()):
-        for method, span in zip(("h2o", "random"), spans):
-            part = rows(method, 0, model=model, task=task)
-            parts.append(part.assign(value=part["sample"].between(*span, inclusive="left").astype(float)))
-    return pd.concat(parts)
-
-
-def test_what_only_an_undecided_verdict_or_the_families_lose(judged, early):
-    """Neither is through the confounder: what is undecided with all prompts stays so, and words are what counts."""
-    start = {"confounded_by": {"prompts": "start"}}
-    row = judged(between(needle=((10, 20), (0, 10)), label=((10, 20), (0, 10))), **start)
-    assert row["verdict"] == "undecided here" and "tokens: holds (minilm: +0.333 [" in row["reason"]
-    row = judged(between(needle=((10, 30), (0, 0)), label=((0, 20), (0, 0))), **start)
-    assert row["verdict"] == "holds" and "tokens: holds, on these families only (" in row["reason"]
-
-
-def test_other_rows_without_the_confounder(judged, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvlib.lab.claims.registered.STUDIES", {"small": None, "spread": None})
-    other = {"confounded_by": {"table": "spread", "through": "places"}}
-    row = judged(WINS, **other)
-    assert row["verdict"] == "holds, through places" and "there is no table spread.parquet" in row["reason"]
-    both_models(("h2o", 20), ("random", 20)).to_parquet(tmp_path / "spread.parquet")
-    assert judged(WINS, **other)["verdict"] == "holds, through places"
-    WINS.to_parquet(tmp_path / "spread.parquet")
-    assert judged(WINS, **other)["verdict"] == "holds"
-
-
-def test_prompts_left_out(judged, early):
-    row = judged(both_models(("h2o", 10), ("random", 0)), without=["start"])
-    assert row["verdict"] == "undecided here" and row["n"] == "60; 60"
-    assert "without answers in the first 20 tokens" in row["scope"]
-
-
-def test_places_of_answers():
-    """A word of the answer, of four characters or more, in the first tokens or in the line before the question."""
-    tokenizer = AutoTokenizer.from_pretrained(paths.MODELS / "minilm")
-
-    def found(prompt: str, answer: str = "48213") -> list[str]:
-        question = "assert blue_river == "
-        return [*places.places(tasks.Sample("needle", prompt + question, answer, question, 0, 0), tokenizer)]
-
-    other = "import os\n" * 30
-    assert found(f"a = 48213\n{other}") == ["start"] and found(f"{other}a = 48213\n") == ["end"]
-    assert found(f"{other}a = 48213\n\n\n") == ["end"]
-    assert found(f"{other}a = 48213\n{other}") == found(f"{other}a = 482130\n") == []
-    assert found("a = 48213\n") == ["start", "end"]
-    assert found(f"b = 482\n{other}", "482") == []
-
-
-def test_recorded_places():
-    """As many as the lesson counts, and some of them found again."""
-    table = places.recorded()
-    assert len(places.prompts("start", 2048)) == 127 and len(places.prompts("end", 2048)) == 111
-    assert not table.duplicated().any() and set(table["task"]) <= set(tasks.FAMILIES)
-    for task in ("needle", "label"):
-        some = sorted(table[table["task"] == task]["sample"].unique())[:3]
-        some = sorted({*some, 0, 1})
-        again = places.found([task], some)
-        listed = table[(table["task"] == task) & table["sample"].isin(some)]
-        assert sorted(again.itertuples(index=False, name=None)) == sorted(listed.itertuples(index=False, name=None))
-    with pytest.raises(Missing, match="no prompts of 4096 tokens"):
-        places.prompts("start", 4096)
 
 
 # Rules that cannot be met
@@ -532,9 +438,8 @@ def test_the_ledger_asks_again_when_rows_are_there(judged):
 
 
 def test_families_in_natural_language(monkeypatch):
-    made = {name: tasks.Family(name, group, False, None) for name, group in (("b", "synthetic"), ("a", "code"))}
-    monkeypatch.setattr(tasks, "NATURAL", made)
-    assert task_names("natural") == ("a", "b") and task_names("natural synthetic") == ("b",)
+    monkeypatch.setattr(tasks, "NATURAL", {name: tasks.find(name) for name in ("needle", "label")})
+    assert task_names("natural") == ("label", "needle") and task_names("natural few-shot") == ("label",)
 
 
 # Guards
@@ -600,6 +505,15 @@ def test_protocols_are_never_pooled(judged):
     assert judged(table, protocol="prompt")["verdict"] == "holds"
     row = judged(table, protocol="decoded")
     assert row["verdict"] == "contradicted" and row["protocol"] == "decoded"
+
+
+def test_rows_of_another_protocol_that_are_gone(judged):
+    """What was registered before a revision asks for rows that may not be kept."""
+    old = {"before": {"protocol": "decoded"}, "revised": ["new"]}
+    row = judged(WINS, revisions=REVISIONS, **old)
+    assert row["verdict"] == "holds"
+    assert row["reason"].endswith("as registered before: not testable here (rows of the protocol decoded are not kept)")
+    assert judged(WINS, protocol="decoded")["reason"] == "rows of the protocol decoded are not kept"
 
 
 def test_seeds_are_averaged_within_their_sample(judged):
@@ -733,13 +647,9 @@ def test_claims_of_the_four_papers_can_be_said(monkeypatch, tmp_path):
         ({"statistic": "win_count", "primary": "every task"}, "win_count counts over all tasks"),
         ({"statistic": "win_count", "rule": {"below": 0.5}}, "above a bound between 0 and 1"),
         ({"measure": "speed"}, "unknown measure 'speed'"),
-        ({"models": ["minilm-gqa"]}, "unknown independent model 'minilm-gqa'; did you mean 'minilm'?"),
+        ({"models": ["minilm2"]}, "unknown independent model 'minilm2'; did you mean 'minilm'?"),
         ({"models": "minilm"}, "models is a list"),
         ({"tasks": "natural gossip"}, "unknown group 'gossip'"),
-        ({"without": ["middle"]}, "unknown place 'middle'"),
-        ({"confounded_by": {"prompts": "middle"}}, "unknown place 'middle'"),
-        ({"confounded_by": "sinks"}, "confounded_by holds prompts, or table and through"),
-        ({"confounded_by": {"table": "smal", "through": "x"}}, "unknown table 'smal'"),
         ({"revised": ["twice"]}, "unknown revision 'twice'"),
         ({"before": {"budgets": [0.1]}}, "`before` needs a revision"),
         ({"expected": "much"}, "expected is a share, not 'much'"),
@@ -929,6 +839,89 @@ def test_another_models_verdicts(place, monkeypatch, capsys, tmp_path):
     assert [file.name for file in folder.iterdir()] == ["small.parquet"]
 
 
+# What tables have to hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """As much of a study as tells what its table holds."""
+
+    tasks: tuple
+    everything: tuple
+    models: dict
+    length: int = 512
+    protocol: str = "asked"
+
+    def samples(self, model, configuration):
+        return self.models[model]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Claims that ask for 100 and 200 samples of some of the same cells."""
+    host = {"arguments": {"sinks": 0, "host": "h2o"}}
+    one = CLAIM | {"protocol": "asked", "samples": 100, "models": ["minilm"]}
+    two = one | {"id": "two", "samples": 200, "tasks": ["needle"], "primary": "every budget", "budgets": [0.2, 0.5]}
+    two |= {"compare": {"first": {"method": "vatp"} | host, "second": {"method": "h2o", "budget": 0.2}}}
+    (tmp_path / "claims.yaml").write_text(as_file(one, two))
+    return read(tmp_path / "claims.yaml", tmp_path)
+
+
+def test_what_claims_need(asked):
+    found = needed.needed(asked)
+    assert (found[["table", "model", "length", "protocol"]] == ["small", "minilm", 512, "asked"]).all(axis=None)
+    vatp = ("vatp", '{"host": "h2o", "sinks": 0}')
+    columns = (found[name] for name in ("method", "arguments", "budget", "task", "samples"))
+    assert set(zip(*columns)) == {
+        ("h2o", "{}", 0.2, "label", 100),
+        ("h2o", "{}", 0.2, "needle", 200),  # for the claim that asks for more
+        ("random", "{}", 0.2, "label", 100),
+        ("random", "{}", 0.2, "needle", 100),
+        (*vatp, 0.2, "needle", 200),
+        (*vatp, 0.5, "needle", 200),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({}, {("h2o", "needle"): 100, ("vatp", "needle"): 100}),  # 100 samples of the 200
+        ({"models": {"minilm": 200}}, {}),
+        ({"models": {"minilm": 200, "smollm2": 5}}, {}),
+        ({"models": {"minilm": 200}, "tasks": ("needle",)}, {("h2o", "label"): 0, ("random", "label"): 0}),
+        ({"models": {"minilm": 200}, "length": 1024}, "all"),
+        ({"models": {"minilm": 200}, "protocol": "later"}, "all"),
+        ({"models": {"smollm2": 200}}, "all"),
+    ],
+)
+def test_what_studies_lack(asked, change, missing):
+    """Arguments are the same in any order."""
+    sides = [
+        ("h2o", 0.2, "{}"),
+        ("random", 0.2, "{}"),
+        *(("vatp", b, '{"sinks": 0, "host": "h2o"}') for b in (0.2, 0.5)),
+    ]
+    study = {"tasks": ("needle", "label"), "models": {"minilm": 100}}
+    study = Made(everything=tuple(Configuration(*side) for side in sides), **study | change)
+    wanted = needed.needed(asked)
+    lacking = needed.lacking(wanted, needed.held({"small": study, "other": study}))
+    found = {(row.method, row.task): row.held for row in lacking.itertuples()}
+    assert found == (missing if missing != "all" else {(row.method, row.task): 0 for row in wanted.itertuples()})
+    assert len(needed.lacking(wanted, needed.held({"other": study}))) == len(wanted)
+
+
+def test_needs_in_words(asked):
+    assert needed.listed(needed.needed(asked)) == [
+        "small minilm 512 asked, 100 samples of each of label:",
+        "    h2o: 0.2",
+        "small minilm 512 asked, 100 samples of each of label, needle:",
+        "    random: 0.2",
+        "small minilm 512 asked, 200 samples of each of needle:",
+        "    h2o: 0.2",
+        "    vatp (host=h2o, sinks=0): 0.2 0.5",
+    ]
+
+
 # What is registered
 
 
@@ -945,11 +938,7 @@ def test_registered_claims(monkeypatch):
 def test_studies_have_the_cells_of_registered_claims(monkeypatch):
     """Or a claim waits for rows that nobody makes."""
     monkeypatch.undo()
-    for claim in (claim for claim in read() if claim.table in STUDIES):
-        study = STUDIES[claim.table]
-        made = {(c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in study.configurations}
-        for cell in cells_of(claim, study.tasks):
-            wanted = {
-                (c.method, c.budget, json.dumps(json.loads(c.arguments), sort_keys=True)) for c in cell.configurations
-            }
-            assert wanted <= made and set(cell.tasks) <= set(study.tasks) and claim.length == study.length, claim.id
+    claims = read()
+    assert all(claim.protocol and claim.samples and claim.tasks for claim in claims if claim.table)
+    lacking = needed.lacking(needed.needed(claims), needed.held(STUDIES))
+    assert lacking.empty, "\n".join(needed.listed(lacking))

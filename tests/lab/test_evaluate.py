@@ -15,11 +15,13 @@ from kvlib import paths
 from kvlib.core.method import METHODS
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate, prompts
+from kvlib.lab.evaluation.answers import NEW_TOKENS, end_tokens, write
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.metrics import code_similarity, is_decided
 from kvlib.lab.evaluation.prompts import Prompts, compressed
+from kvlib.lab.evaluation.reference import Reference
 from kvlib.lab.results import keys, tables
-from kvlib.lab.results.studies import PROTOCOLS, STUDIES, samples_of
+from kvlib.lab.results.studies import PROTOCOLS, STUDIES
 from kvlib.methods.baselines import Full, SnapKV
 
 CONFIGURATIONS = (
@@ -48,45 +50,60 @@ def table(model):
     return evaluate.evaluate(*model, CONFIGURATIONS, "needle", LENGTH, range(6), name="minilm", block=4)
 
 
-def test_values_are_what_greedy_decoding_gives(model, table):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_values_are_what_an_answer_to_the_question_gives(model, protocol):
+    """What is compressed and what is asked behind it, one prompt at a time, by `run.read` and `run.ask`."""
     model, tokenizer = model
+    table = evaluate.evaluate(
+        model, tokenizer, CONFIGURATIONS, "needle", LENGTH, range(6), name="minilm", protocol=protocol
+    )
     for configuration in CONFIGURATIONS:
         for number in range(6):
             drawn = tasks.sample("needle", LENGTH, number, tokenizer=tokenizer)
-            inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
-            with configuration.make()(model) as run:
-                model(**inputs)
-                stored, full = run.stored_bytes(), run.full_bytes()
-                out = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-            text = tokenizer.decode(out[0, inputs.input_ids.shape[1] :])
+            text, stored, full = answered(model, tokenizer, configuration.make(), drawn, protocol, 8)
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
             assert row["value"] == tasks.score(drawn, text)
-            assert (row["stored_bytes"], row["full_bytes"]) == (stored, full)
+            assert (row["stored_bytes"], row["full_bytes"], row["protocol"]) == (stored, full, protocol)
     assert 0 < table["value"].mean() < 1, "all right or all wrong compares nothing"
+    assert table[["divergence", "agreement"]].isna().all(axis=None), "the answer is known"
 
 
-def test_a_question_decoded_after_compression(model):
-    """The context is compressed before the question is known: slower for every method, and harder for SnapKV."""
-    model, tokenizer = model
-    table = evaluate.evaluate(
-        model, tokenizer, CONFIGURATIONS, "needle", 160, range(4), name="minilm", protocol="decoded"
+def parts(drawn, tokenizer, protocol: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is compressed and what is fed behind it, `(1, tokens)` each."""
+    context, question, lead = drawn.ids(tokenizer)
+    first = context + question if protocol == "asked" else context
+    return torch.tensor([first]), torch.tensor([(context + question + lead)[len(first) :]])
+
+
+def answered(model, tokenizer, method, drawn, protocol: str, tokens: int) -> tuple[str, int, int]:
+    """What is written, the bytes stored before it and those of everything read."""
+    first, rest = parts(drawn, tokenizer, protocol)
+    with method(model) as run:
+        run.read(input_ids=first)
+        stored, full = run.stored_bytes(), run.full_bytes()
+        out = run.ask(rest, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(out[0, rest.shape[1] :], skip_special_tokens=True), stored, full
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_no_token_of_the_answer_is_chosen_before_the_eviction(small, registered, protocol):
+    """A method that forgets everything it has read leaves no trace of it in the answer."""
+    model, tokenizer = small
+    seen = []
+
+    class Spy(SnapKV):
+        def compress(self, view):
+            if view.layer_idx == 0 and view.step.ends_prompt:
+                seen.append(view.tokens.tolist())
+            return super().compress(view)
+
+    registered(Spy)
+    evaluate.evaluate(
+        model, tokenizer, [Configuration("Spy", 0.2)], "needle", 400, range(4), name="", protocol=protocol
     )
-    for configuration in CONFIGURATIONS:
-        for number in range(4):
-            drawn = tasks.sample("needle", 160, number, tokenizer=tokenizer)
-            context, question = halves(drawn, tokenizer)
-            with configuration.make()(model) as run, torch.no_grad():
-                model(context)
-                stored, text = run.stored_bytes(), []
-                for token in question[0]:
-                    logits = model(token.view(1, 1), past_key_values=run.cache).logits
-                for _ in range(6):
-                    text.append(logits[:, -1].argmax(-1))
-                    logits = model(text[-1][:, None], past_key_values=run.cache).logits
-            row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            assert row["value"] == tasks.score(drawn, tokenizer.decode(torch.cat(text)))
-            assert row["stored_bytes"] == stored and row["protocol"] == "decoded"
-    assert 0 < table["value"].mean() < 1
+    drawn = [tasks.sample("needle", 400, number, tokenizer=tokenizer) for number in range(4)]
+    assert seen[0] == [parts(prompt, tokenizer, protocol)[0].shape[1] for prompt in drawn]
+    assert all(parts(prompt, tokenizer, protocol)[1].shape[1] >= 1 for prompt in drawn)
 
 
 def test_one_pass_over_the_answer_is_as_good_as_one_token_at_a_time(model, monkeypatch):
@@ -136,19 +153,20 @@ def test_a_clamp_counts_for_the_rows_that_it_concerns(model):
     """Whatever else is in the block: of prompts of unequal lengths the shorter has no room for a window of 32."""
     model, tokenizer = model
     prompts = [tasks.sample("needle", tokens, 1, tokenizer=tokenizer) for tokens in (140, 400)]
-    prepared = evaluate.prepare(model, tokenizer, prompts, "prompt")
-    columns = evaluate.score(kvlib.method("snapkv", budget=0.2), *prepared, prompts, tokenizer)
+    read, rest = evaluate.prepare(model, tokenizer, prompts, "asked")
+    columns = evaluate.score(kvlib.method("snapkv", budget=0.2), read, rest, prompts, tokenizer, Reference(read, rest))
     assert columns["clamped"] == [True, False]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
-    study = STUDIES[name]
-    table, wanted = tables.read(paths.RESULTS / f"{name}.parquet"), keys.keys(study)
-    rows = samples_of(study) * len(study.configurations)
-    assert len(keys.current(table, wanted)) == len(table) == rows, "make results"
-    samples = table.groupby(evaluate.CELL)["sample"].nunique()
-    assert (samples == samples.index.get_level_values("model").map(study.models)).all()
+    study, file = STUDIES[name], paths.RESULTS / f"{name}.parquet"
+    if not file.is_file():
+        pytest.skip("not made yet: make results")
+    table, wanted = tables.read(file), keys.keys(study)
+    assert len(keys.current(table, wanted)) == len(table) == study.rows, "make results"
+    for (model, *cell, _, _, _), numbers in table.groupby(evaluate.CELL)["sample"]:
+        assert sorted(numbers) == [*range(study.samples(model, Configuration(*cell)))]
     assert (table["stored_bytes"] / table["full_bytes"] <= 1.05 * table["budget"]).all()
 
 
@@ -186,10 +204,10 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
     model, letters = tiny.build("llama-gqa"), Letters()
     model.generation_config.eos_token_id = ends
     rows = [tiny.tokens(length, seed=length) for length in (31, 9, 24, 17, 12, 30, 21)]
-    most = [evaluate.NEW_TOKENS] * 6 + [2]
+    most = [NEW_TOKENS] * 6 + [2]
     prompts = Prompts(model, *tiny.pad(rows, extra=2))
     with compressed(prompts, method) as read, torch.no_grad():
-        texts = evaluate.write(read.feed, read.keep, read.logits, letters, evaluate.end_tokens(model), most)
+        texts = write(read.feed, read.keep, read.logits, letters, end_tokens(model), most, is_decided)
     lengths = []
     for row, text, limit in zip(rows, texts, most):
         with method(model):
@@ -213,58 +231,58 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
         for number in range(3):
             drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
-            if protocol == "prompt":
-                text = generated(model, tokenizer, configuration.make(), drawn)
-            else:
-                text = decoded(model, tokenizer, configuration.make(), drawn)
+            text = answered(model, tokenizer, configuration.make(), drawn, protocol, 64)[0]
             assert row["value"] == code_similarity(text, drawn.answer)
     assert table["value"].nunique() > 1
 
 
+READERS = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
+
+
+@pytest.mark.parametrize("task", ["code_bits", "prose_bits", "summary"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bits_are_the_losses_of_the_answer_token_by_token(small, protocol):
+def test_what_needs_no_label_token_by_token(small, task, protocol):
+    """Bits of the text that follows, and how far a method is from the full cache along it or along its own answer."""
     model, tokenizer = small
-    configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
-    arguments = ("code_bits", 512, range(3))
-    table = evaluate.evaluate(model, tokenizer, configurations, *arguments, name="", protocol=protocol)
-    for _, row in table.iterrows():
-        drawn = tasks.sample("code_bits", 512, row["sample"], tokenizer=tokenizer)
-        context, question = halves(drawn, tokenizer)
-        whole = tokenizer(drawn.text + drawn.answer, add_special_tokens=False, return_tensors="pt").input_ids
-        begun = context.shape[1] + (question.shape[1] if protocol == "prompt" else 0)
-        fed, answer = whole[0, begun:].tolist(), whole.shape[1] - context.shape[1] - question.shape[1]
-        assert answer >= 64 and drawn.answer.endswith("\n")
-        with kvlib.method(row["method"], budget=row["budget"])(model) as run, torch.no_grad():
-            logits, nats = model(whole[:, :begun]).logits[0, -1], []
-            for token in fed:
-                nats.append(-logits.log_softmax(-1)[token].item())
-                logits = model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1]
-        assert row["value"] == pytest.approx(sum(nats[-answer:]) / math.log(2) / len(drawn.answer), rel=1e-4)
-    assert table["value"].nunique() == 9
+    table = evaluate.evaluate(model, tokenizer, READERS, task, 512, range(3), name="", protocol=protocol)
+    for number in range(3):
+        drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
+        if task == "summary":
+            first, rest = parts(drawn, tokenizer, protocol)
+            with kvlib.method("full")(model) as run:
+                run.read(input_ids=first)
+                out = run.ask(rest, max_new_tokens=64, do_sample=False, pad_token_id=0)
+            target = out[0, rest.shape[1] :].tolist()
+        else:
+            target = drawn.answer_ids(tokenizer)
+            assert len(target) >= 60
+        expected = along(model, tokenizer, kvlib.method("full"), drawn, protocol, target)
+        for configuration in READERS:
+            found = along(model, tokenizer, configuration.make(), drawn, protocol, target)
+            row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
+            divergence = (expected.exp() * (expected - found)).sum(-1)[:64].mean().item()
+            same = (expected.argmax(-1) == found.argmax(-1))[:64].double().mean().item()
+            assert row["divergence"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+            assert row["agreement"] == pytest.approx(same)
+            if task == "summary":
+                assert row["value"] == float(same == 1)
+            else:
+                nats = -found[range(len(target)), target].sum().item()
+                assert row["value"] == pytest.approx(nats / math.log(2) / len(drawn.answer), rel=1e-4)
+    full = table["method"] == "full"
+    assert (table.loc[full, "agreement"] == 1).all() and table.loc[full, "divergence"].abs().max() < 1e-6
+    assert (table.loc[~full, "divergence"] > 0).all() and table.loc[~full, "agreement"].nunique() > 2
 
 
-def halves(drawn, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids `(1, tokens)` of the context and of what follows it."""
-    context, question, lead = drawn.ids(tokenizer)
-    return torch.tensor([context]), torch.tensor([[*question, *lead]])
-
-
-def generated(model, tokenizer, method, drawn) -> str:
-    inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
-    with method(model):
-        out = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-    return tokenizer.decode(out[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def decoded(model, tokenizer, method, drawn) -> str:
-    """64 tokens after a question that was fed token by token."""
-    context, question = halves(drawn, tokenizer)
+def along(model, tokenizer, method, drawn, protocol: str, target: list[int]) -> torch.Tensor:
+    """Log-probabilities `(tokens, vocabulary)` at every token of `target`, fed one by one, in float64."""
+    first, rest = parts(drawn, tokenizer, protocol)
     with method(model) as run, torch.no_grad():
-        model(context)
-        for token in question[0]:
-            logits = model(token.view(1, 1), past_key_values=run.cache).logits[:, -1]
-        made, _ = tiny.decode(model, run, logits, 64)
-    return tokenizer.decode(made[0], skip_special_tokens=True)  # the small model has no end token
+        run.read(input_ids=first)
+        logits = [run.follow(rest).logits[0, -1]]
+        for token in target[:-1]:
+            logits.append(model(torch.tensor([[token]]), past_key_values=run.cache).logits[0, -1])
+    return torch.stack(logits).double().log_softmax(-1)
 
 
 def test_lines_end_with_the_window(small, monkeypatch):
@@ -272,12 +290,14 @@ def test_lines_end_with_the_window(small, monkeypatch):
     model, tokenizer = small
     full, limits = [Configuration("full", 1.0)], []
     plain = evaluate.write
-    monkeypatch.setattr(evaluate, "write", lambda *a: limits.append(a[-1]) or plain(*a))
-    for window, room in ((512, 1), (530, 19), (600, 89)):
+    monkeypatch.setattr(evaluate, "write", lambda *a: limits.append(a[5]) or plain(*a))
+    drawn = [tasks.sample("next_line", 512, number, tokenizer=tokenizer) for number in range(4)]
+    tokens = [sum(map(len, prompt.ids(tokenizer))) for prompt in drawn]
+    assert len(set(tokens)) > 1
+    for window in (512, 530, 600):
         monkeypatch.setattr(model.config, "max_position_embeddings", window)
         evaluate.evaluate(model, tokenizer, full, "next_line", 512, range(4), name="")
-        drawn = [tasks.sample("next_line", 512, number, tokenizer=tokenizer) for number in range(4)]
-        assert limits.pop() == [min(64, 512 - sum(map(len, s.ids(tokenizer))) + room) for s in drawn]
+        assert limits.pop() == [min(64, window - count + 1) for count in tokens]
         assert limits == []
 
 
@@ -322,16 +342,17 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
     table = evaluate.evaluate(used, tokenizer, [configuration], task, length, range(4), name="")
     for number, row in table.iterrows():
         drawn = tasks.sample(task, length, number, tokenizer=tokenizer)
+        first, rest = parts(drawn, tokenizer, "asked")
         with configuration.make()(used) as run, torch.no_grad():
-            logits = used(**tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")).logits[:, -1]
+            run.read(input_ids=first)
             stored, full = run.stored_bytes(), run.full_bytes()
-            made, reads = [], []
+            logits, made, reads = run.follow(rest).logits[:, -1], [], []
             for _ in range(64 if task == "next_line" else 8):
                 made.append(logits.argmax(-1))
                 logits = used(made[-1][:, None], past_key_values=run.cache).logits[:, -1]
                 reads.append(run.read_bytes())
         text = tokenizer.decode(torch.cat(made), skip_special_tokens=task == "next_line")
-        assert row["value"] == (tasks.score(drawn, text) if task == "needle" else code_similarity(text, drawn.answer))
+        assert row["value"] == tasks.score(drawn, text)
         assert (row["stored_bytes"], row["full_bytes"]) == (stored, full)
         assert row["read_bytes"] == (reads[0] if cls is Reader else stored)
 
@@ -350,6 +371,5 @@ def test_reads_are_those_of_the_first_step(small, registered, task, protocol):
     registered(Sparse)
     table = evaluate.evaluate(*small, [Configuration("Sparse", 1.0)], task, 512, range(3), name="", protocol=protocol)
     drawn = [tasks.sample(task, 512, number, tokenizer=small[1]) for number in range(3)]
-    parts = [s.ids(small[1]) for s in drawn]
-    begun = [len(sum(each, [])) if protocol == "prompt" else len(each[0]) for each in parts]
-    assert table["read_bytes"].tolist() == [2 * 100 * (2 + tokens) for tokens in begun]  # of two layers
+    before = [sum(map(len, prompt.ids(small[1]))) for prompt in drawn]  # the first token that is decoded sees one more
+    assert table["read_bytes"].tolist() == [2 * 100 * (2 + tokens) for tokens in before]  # of two layers

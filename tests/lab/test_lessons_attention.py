@@ -125,12 +125,8 @@ def test_short_keys(snapshot):
     ("prompt", "answer", "tokens", "found"),
     [
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, True),
-        (
-            "key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ",
-            "48213",
-            9,
-            True,
-        ),  # <s>, key, =, a space and five digits
+        # <s>, key, =, a space and five digits
+        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 9, True),
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 8, False),
         (30 * "y = 2\n" + "key = 48213\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, False),
         ("# warm_river.py\n" + 300 * "y = 2\n" + 'assert f.__module__ == "', 'warm_river"', 20, True),

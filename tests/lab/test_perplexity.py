@@ -339,23 +339,21 @@ def test_slow_tokenizers(tokenizer):
         cut_windows(Slow(), TEXT, **SIZES)
 
 
-def test_both_models_on_all_texts_end_in_one_table(tokenizer, tmp_path, monkeypatch):
+def test_all_texts_end_in_one_table(tokenizer, tmp_path, monkeypatch):
     small = tiny.build("llama-gqa", vocab_size=4096, max_position_embeddings=2048)
-    other = tiny.build("llama-mha", vocab_size=4096, max_position_embeddings=2048)
-    monkeypatch.setattr(kvlib, "load", lambda name: ({"minilm": small, "minilm-gqa": other}[name], tokenizer))
+    monkeypatch.setattr(kvlib, "load", lambda: (small, tokenizer))
     texts = {"wikitext-2": 30 * TEXT, "moby-dick": 30 * TEXT[::-1]}
     monkeypatch.setattr(benchmarks, "load", lambda name: [{"text": texts[name]}])
     monkeypatch.setattr(paths, "RESULTS", tmp_path)
     monkeypatch.setattr(module, "COMPARED", (Configuration("full", 1.0), Configuration("snapkv", 0.2)))
     module.main([])
     table = pd.read_parquet(tmp_path / "00_kv_cache_texts.parquet")
-    assert len(table) == 2 * len(module.TEXTS) * 2 * 16 and set(table["text"]) == set(module.TEXTS)
+    assert len(table) == len(module.TEXTS) * 2 * 16 and set(table["text"]) == set(module.TEXTS)
     for (name, text), rows in table.groupby(["model", "text"]):
-        model = {"minilm": small, "minilm-gqa": other}[name]
-        alone = perplexity(model, tokenizer, texts[text], name=name, text_name=text, windows=16)
+        alone = perplexity(small, tokenizer, texts[text], name=name, text_name=text, windows=16)
         full = rows[rows["method"] == "full"]
         assert full["nats"].tolist() == pytest.approx(alone["nats"].tolist(), rel=1e-4)
-    assert table["nats"].nunique() > 100
+    assert table["nats"].nunique() > 50
 
 
 def test_help_computes_nothing(monkeypatch, capsys):
@@ -368,7 +366,8 @@ def test_help_computes_nothing(monkeypatch, capsys):
 def test_the_committed_table_has_every_cell():
     table = pd.read_parquet(paths.RESULTS / "00_kv_cache_texts.parquet")
     cells = summary(table).set_index(["model", "text", "method", "budget", "arguments"])
-    assert len(cells) == 2 * len(module.TEXTS) * len(module.COMPARED) and cells["windows"].eq(16).all()
+    models = table["model"].nunique()
+    assert len(cells) == models * len(module.TEXTS) * len(module.COMPARED) and cells["windows"].eq(16).all()
     for (model, text), rows in cells.groupby(level=["model", "text"]):
         full = rows.loc[(model, text, "full", 1.0, "{}"), "bits_per_character"]
         assert rows["bits_per_character"].gt(0.98 * full).all()

@@ -8,19 +8,6 @@ from kvlib.lab.evaluation.configuration import Configuration
 
 
 @dataclass(frozen=True)
-class Confounder:
-    """What may be the cause instead: the claim is decided again without it.
-
-    through: in words. Either `prompts`, a place of answers (`kvlib.lab.claims.places`) whose prompts are left out, or
-    `table`, another set of rows.
-    """
-
-    through: str
-    prompts: str = ""
-    table: str = ""
-
-
-@dataclass(frozen=True)
 class Revision:
     """A change of rule or scope after there were rows: when, and what was removed."""
 
@@ -55,13 +42,11 @@ class Claim:
     measure: str = "value"
     rule: tuple[float, float] = ()  # the open interval that the claim says the statistic lies in
     expected: float | None = None  # the statistic if the claim is as true as its source says
-    samples: int = 0  # of each task, where `expected` is checked
+    samples: int = 0  # of each task, at least
     primary: str = "mean over tasks"
     equal_bytes: str = ""
     protocol: str = ""
     authors: str = ""  # which settings are the authors'
-    without: tuple[str, ...] = ()  # places of answers (`kvlib.lab.claims.places`) whose prompts are left out
-    confounded_by: Confounder | None = None
 
     @property
     def ours(self) -> bool:

@@ -8,7 +8,6 @@ import pandas as pd
 from scipy import stats
 
 from kvlib.lab import statistics
-from kvlib.lab.claims import places
 from kvlib.lab.claims.claim import Cell, Claim
 from kvlib.lab.claims.samples import Missing, per_sample, rows_of
 
@@ -54,9 +53,6 @@ def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result
     if len(protocols) > 1:
         raise Missing("there are rows of several protocols, and the claim names none")
     found = [per_sample(side, claim) for side in found]
-    for place in claim.without:
-        left_out = places.prompts(place, claim.length)
-        found = [side.drop(index=left_out, errors="ignore") for side in found]
     if not all(side.index.equals(found[0].index) for side in found):
         raise Missing("the two sides do not have the same samples")
     if claim.equal_bytes:

@@ -10,9 +10,8 @@ A claim says in which region a statistic lies. The verdict says what was found *
 
 A paper's claim is contradicted only if it is universal, said of every budget or task, and one of them is outside. On
 these families prompts are what is resampled; across families, families are. What holds on the first level alone says
-so. If a claim names what may be the cause instead (`confounded_by`), it is decided again without that, and a verdict
-that changes is one *through* it. With several models all have to agree. What the tables cannot answer, and a rule that
-the expected value could not meet, is not testable here.
+so. With several models all have to agree. What the tables cannot answer, and a rule that the expected value could not
+meet, is not testable here.
 """
 
 from dataclasses import replace
@@ -27,7 +26,6 @@ from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, cells_of, configurations, named
 from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
 from kvlib.lab.claims.examining import NO_EFFECT, Result, examine
-from kvlib.lab.claims.places import PLACES
 from kvlib.lab.claims.registered import EVIDENCE
 from kvlib.lab.claims.samples import Missing, load
 
@@ -85,8 +83,6 @@ def row_of(claim: Claim, tables: Tables) -> dict:
     row |= {"revised": "; ".join(revision.name for revision in claim.revised)}
     row |= judge(claim, tables)
     row["scope"] = scope(claim, row["protocol"])
-    if claim.confounded_by and row["verdict"] != UNTESTABLE:
-        row |= through(claim, row, tables)
     if claim.before:
         earlier = judge(claim.before, tables)
         seen = earlier["ours"] if earlier["verdict"] != UNTESTABLE else earlier["reason"]
@@ -159,21 +155,8 @@ def word(claim: Claim, where: str) -> str:
 
 
 def plain(verdict: str) -> str:
-    """A verdict without what it is through and on which families."""
+    """A verdict without saying on which families."""
     return verdict.split(", ")[0]
-
-
-def through(claim: Claim, row: dict, tables: Tables) -> dict:
-    """Verdict and reason of a row, once the claim has been decided again without its confounder."""
-    cause = claim.confounded_by
-    without = (*claim.without, cause.prompts) if cause.prompts else claim.without
-    again = judge(replace(claim, without=without, table=cause.table or claim.table), tables)
-    seen = again["ours"] if again["verdict"] != UNTESTABLE else again["reason"]
-    reason = f"{row['reason']}; without {cause.through}: {again['verdict']} ({seen})"
-    verdict, *rest = row["verdict"].split(", ")
-    if verdict not in (plain(again["verdict"]), "undecided here"):
-        verdict = f"{verdict}, through {cause.through}"
-    return {"verdict": ", ".join([verdict, *rest]), "reason": reason}
 
 
 def scope(claim: Claim, protocol: str) -> str:
@@ -188,7 +171,6 @@ def scope(claim: Claim, protocol: str) -> str:
         " against ".join(named(side) + share(side.budget) for side in configurations(claim)),
         claim.budgets and f"at{' and'.join(share(budget) for budget in claim.budgets)}",
         claim.equal_bytes and f"equal {claim.equal_bytes} bytes",
-        claim.without and f"without {' and '.join(PLACES[place] for place in claim.without)}",
         claim.authors and f"as the authors: {claim.authors}",
     ]
     return "; ".join(part for part in parts if part)

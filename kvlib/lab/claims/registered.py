@@ -14,8 +14,7 @@ import yaml
 from kvlib import paths
 from kvlib.lab import tasks
 from kvlib.lab.claims.attaining import obstacle
-from kvlib.lab.claims.claim import Claim, Confounder, Revision, cells_of
-from kvlib.lab.claims.places import PLACES
+from kvlib.lab.claims.claim import Claim, Revision, cells_of
 from kvlib.lab.results.studies import STUDIES
 from kvlib.nearest import unknown
 
@@ -29,7 +28,7 @@ EVIDENCE = {  # what was read
     "field": "no source read: commonly taken for granted",
     "ours": "nobody's claim but this project's: a control, or a finding to be tested",
 }
-INDEPENDENT = ("smollm2", "minilm")  # minilm-gqa shares recipe, corpus and prompts with minilm
+INDEPENDENT = ("smollm2", "minilm")
 STATISTICS = ("mean", "mean_difference", "ratio", "win_count")
 MEASURES = ("value", "stored", "read", "prefill")
 PRIMARY = ("mean over tasks", "every task", "some task", "every budget", "some budget")
@@ -38,8 +37,8 @@ DESCRIBING = (*REQUIRED, "arxiv", "published", "note", "front")
 REVISING = ("revised", "before")
 DECIDING = ("table", "models", "tasks", "length", "statistic", "rule")  # and `compare` or `value`
 OPTIONAL = (
-    "compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol", "authors", "without",
-    "confounded_by", "expected", "samples",
+    "compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol", "authors", "expected",
+    "samples",
 )  # fmt: skip
 
 
@@ -117,11 +116,8 @@ def parse_one(entry: dict, known: set[str]) -> Claim:
 
 def unattainable(claim: Claim) -> str:
     """`obstacle`, for tasks and numbers of samples that are known; the ledger asks again when all are."""
-    study = STUDIES.get(claim.table)
-    planned = [study.models[model] for model in claim.models if model in study.models] if study else []
-    samples = claim.samples or min(planned, default=0)
     families = len(claim.tasks) if isinstance(claim.tasks, tuple) else 0
-    return obstacle(claim, families, samples) if samples and families else ""
+    return obstacle(claim, families, claim.samples) if claim.samples and families else ""
 
 
 def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
@@ -145,31 +141,16 @@ def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
     expected, samples = entry.get("expected"), entry.get("samples", 0)
     require(expected is None or (number(expected) and abs(expected) <= 1), f"expected is a share, not {expected!r}")
     require(isinstance(samples, int) and samples >= 0, f"samples is {samples!r}, not a number of samples")
-    without = entry.get("without", [])
-    require(isinstance(without, list), f"without lists places of answers, not {without!r}")
     claim = replace(
         claim, table=entry["table"], sides=compared, budgets=tuple(budgets), length=length, measure=measure,
         statistic=entry["statistic"], rule=region(entry["rule"], entry["statistic"]), tasks=task_names(entry["tasks"]),
         primary=primary, equal_bytes=equal, protocol=entry.get("protocol", ""), models=models, expected=expected,
-        samples=samples, authors=entry.get("authors", ""), confounded_by=confounder(entry, known),
-        without=tuple(one_of("place", place, PLACES) for place in without),
+        samples=samples, authors=entry.get("authors", ""),
     )  # fmt: skip
     for cell in cells_of(claim, ()):  # methods say themselves what can never work
         for configuration in cell.configurations:
             configuration.make()
     return claim
-
-
-def confounder(entry: dict, known: set[str]) -> Confounder | None:
-    """What may be the cause instead: {prompts: place}, or {table: rows without it, through: in words}."""
-    given = entry.get("confounded_by")
-    if given is None:
-        return None
-    if isinstance(given, dict) and set(given) == {"prompts"}:
-        return Confounder(PLACES[one_of("place", given["prompts"], PLACES)], prompts=given["prompts"])
-    good = isinstance(given, dict) and set(given) == {"table", "through"} and isinstance(given["through"], str)
-    require(good, f"confounded_by holds prompts, or table and through, not {given!r}")
-    return Confounder(given["through"], table=one_of("table", given["table"], known))
 
 
 def require(holds: bool, message: str) -> None:

@@ -47,7 +47,7 @@ def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, configura
     """The rows of one configuration on the tasks of a cell.
 
     Raises:
-        Missing: if a task has none, naming the budgets that there are.
+        Missing: if a task has none, naming the budgets that there are; if the table has none of the protocol.
     """
     rows = table[
         (table["model"] == model) & (table["method"] == configuration.method) & (table["length"] == claim.length)
@@ -56,6 +56,8 @@ def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, configura
     same = [text for text in rows["arguments"].unique() if json.loads(text) == wanted]
     rows = rows[rows["arguments"].isin(same) & rows["task"].isin(cell.tasks)]
     if claim.protocol:
+        if claim.protocol not in set(table["protocol"]):
+            raise Missing(f"rows of the protocol {claim.protocol} are not kept")
         rows = rows[rows["protocol"] == claim.protocol]
     found = rows[rows["budget"] == configuration.budget]
     lacking = sorted(set(cell.tasks) - set(found["task"]))

@@ -21,10 +21,10 @@ A verdict says what was found *here*, in the scope beside it, and no more. *Repr
 the 95 % interval lies where the claim says, on the other side of no effect, or elsewhere outside. *Contradicted* is
 said of universal claims, of which one budget is enough, and of our own. *On these families only*: it holds for other
 prompts of these families; for other families like them (Student's t on one number a family) nothing is shown.
-*Through*: without what is named the verdict is another one. *Revised*: rule or scope were changed when there were
-rows; what was removed stands below, and the reason says what the claim as registered before gives. A family is won if
-its own interval excludes 0; others count against "most", and n is the number of families. p is two-sided, on these
-families / across families; the last column is Holm's correction for all claims.
+*Revised*: rule or scope were changed when there were rows; what was removed stands below, and the reason says what the
+claim as registered before gives, where its rows are kept. A family is won if its own interval excludes 0; others count
+against "most", and n is the number of families. p is two-sided, on these families / across families; the last column
+is Holm's correction for all claims.
 """
 
 

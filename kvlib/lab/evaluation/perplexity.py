@@ -178,14 +178,14 @@ def evaluate_windows(model, cut: Sequence[Window], configurations, first: int) -
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write data/results/00_kv_cache_texts.parquet: `COMPARED` on 16 windows of each text, for both shipped models."""
+    """Write data/results/00_kv_cache_texts.parquet: `COMPARED` on 16 windows of each text, for minilm."""
     argparse.ArgumentParser("python -m kvlib.lab.evaluation.perplexity", description=main.__doc__).parse_args(argv)
+    model, tokenizer = kvlib.load()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     tables = []
-    for name, text in tqdm([(name, text) for name in ("minilm", "minilm-gqa") for text in TEXTS], disable=None):
-        model, tokenizer = kvlib.load(name)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for text in tqdm(TEXTS, disable=None):
         whole = benchmarks.load(text)[0]["text"]
-        tables.append(perplexity(model, tokenizer, whole, COMPARED, name=name, text_name=text, batch=8))
+        tables.append(perplexity(model, tokenizer, whole, COMPARED, name="minilm", text_name=text, batch=8))
     file = paths.RESULTS / "00_kv_cache_texts.parquet"
     pd.concat(tables).to_parquet(file, compression="zstd", index=False)
     checksums.record(file)

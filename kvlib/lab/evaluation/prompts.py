@@ -1,6 +1,6 @@
 """Prompts that many methods read at the cost of one prefill: what `evaluate` and `perplexity` share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +54,10 @@ class Compressed:
         """Logits `(batch, tokens, vocabulary)` of a pass over the next ids `(batch, tokens)`."""
         return self.run.model(ids, past_key_values=self.run.cache).logits
 
+    def follow(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, vocabulary)` after more of the prompts, padded on the left: `Run.follow`."""
+        return self.run.follow(ids, mask).logits[:, -1]
+
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows, the cache's others are dropped."""
         self.run.cache.batch_select_indices(rows)
@@ -75,6 +79,14 @@ def compressed(prompts: Prompts, method) -> Iterator[Compressed]:
         if sum(stored) != run.allocated_bytes():
             raise RuntimeError(f"segments add up to {sum(stored)} bytes, the storage has {run.allocated_bytes()}")
         yield Compressed(run, logits, stored, full, run.clamped_rows.tolist())
+
+
+def padded(rows: Sequence[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask `(batch, tokens)` of rows that end together; 0 where a shorter one has not begun."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def stored_per_row(cache) -> list[int]:
@@ -106,19 +118,25 @@ def prefill_flops(model, tokens: int) -> int:
 
 @torch.no_grad()
 def losses(feed: Callable, logits: torch.Tensor, targets: torch.Tensor, stepwise: bool) -> torch.Tensor:
-    """Nats of each target `(batch, targets)`, in float32 or better, inside an open block.
+    """Nats of each target `(batch, targets)`, in float32 or better; arguments as for `predictions`."""
+    return torch.cat([nats(*pair) for pair in predictions(feed, logits, targets, stepwise)], dim=1)
+
+
+def predictions(
+    feed: Callable, logits: torch.Tensor, targets: torch.Tensor, stepwise: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits `(batch, tokens, vocabulary)` and the targets `(batch, tokens)` that they are about, inside an open block.
 
     Args:
         feed: ids `(batch, tokens)` -> logits of a pass over them. logits: `(batch, vocabulary)` before the targets.
         targets: ids `(batch, targets)`.
         stepwise: feed a token a pass instead of all but the last, which need not be fed, in one.
     """
-    found = [nats(logits[:, None], targets[:, :1])]
+    yield logits[:, None], targets[:, :1]
     size = 1 if stepwise else max(1, targets.shape[1] - 1)
     for begin in range(0, targets.shape[1] - 1, size):
         chunk = targets[:, begin : begin + size + 1]  # what is fed, and one more that is predicted
-        found.append(nats(feed(chunk[:, :-1]), chunk[:, 1:]))
-    return torch.cat(found, dim=1)
+        yield feed(chunk[:, :-1]), chunk[:, 1:]
 
 
 def nats(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from kvlib import checksums, paths
 from kvlib.lab.results.studies import STUDIES
-from kvlib.lab.results.summaries import named, task_sets
+from kvlib.lab.results.summaries import COMPARED, named, task_sets
 
 ROUNDED = 1e-5  # to five digits, in the summaries
 
@@ -28,12 +28,13 @@ def summed_up(table: pd.DataFrame, summary: pd.DataFrame) -> bool:
 
     Its intervals are not computed again: that takes minutes, and checksums vouch for them.
     """
-    index, columns = ["model", "tasks", "configuration", "budget"], ["mean", "stored", "samples"]
+    index, columns = ["model", "tasks", "configuration", "budget"], ["mean", "stored", "samples", *COMPARED]
     expected = means(table).set_index(index).sort_index()
     given = summary.set_index(index).sort_index()
     if not given.index.equals(expected.index):
         return False
-    return bool(((given[columns] - expected[columns]).abs() <= ROUNDED).all(axis=None))
+    same = (given[columns] - expected[columns]).abs() <= ROUNDED
+    return bool((same | (given[columns].isna() & expected[columns].isna())).all(axis=None))
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -41,11 +42,13 @@ def means(table: pd.DataFrame) -> pd.DataFrame:
     sets = task_sets(table)
     cells = named(table).groupby(["model", "configuration", "budget", "task"], sort=False)
     cells = cells.agg(
-        mean=("value", "mean"), samples=("value", "size"), bytes=("stored_bytes", "sum"), full=("full_bytes", "sum")
-    ).reset_index()
+        mean=("value", "mean"), samples=("value", "size"), bytes=("stored_bytes", "sum"), full=("full_bytes", "sum"),
+        **{column: (column, "mean") for column in COMPARED},
+    ).reset_index()  # fmt: skip
     parts = []
     for name, chosen in sets.items():
         group = cells[cells["task"].isin(chosen)].groupby(["model", "configuration", "budget"], sort=False)
-        whole = group.agg({"mean": "mean", "samples": "sum", "bytes": "sum", "full": "sum"}).reset_index()
+        averaged = {column: lambda values: values.mean(skipna=False) for column in ("mean", *COMPARED)}
+        whole = group.agg(averaged | {"samples": "sum", "bytes": "sum", "full": "sum"}).reset_index()
         parts.append(whole.assign(tasks=name, stored=whole["bytes"] / whole["full"]))
     return pd.concat(parts)

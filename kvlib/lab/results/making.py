@@ -1,12 +1,11 @@
 """Making tables, or what is missing of them, in blocks of samples that processes share."""
 
-import json
+import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -17,36 +16,46 @@ import kvlib
 from kvlib import checksums, paths
 from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate
-from kvlib.lab.evaluation.evaluate import BLOCK, CELL, check_window
+from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.evaluation.evaluate import BLOCK, CELL
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import current, keys
-from kvlib.lab.results.studies import Study, samples_of
+from kvlib.lab.results.studies import FEWER, Study
 from kvlib.lab.results.summaries import summarise
 from kvlib.lab.results.tables import owner, read, together, write
 
-PORTION = 50  # configurations of a block between two writes
+PORTION = 25  # configurations of a block: a prefill, and what is summed over it, costs as much as a few of them
 SORTED = ["model", "task", "length", "protocol", "sample", "method", "arguments", "budget"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Samples that are prefilled together, for every configuration of a study."""
+    """Samples that are prefilled together, for a part of a study's configurations."""
 
     model: str
     task: str
     samples: tuple[int, ...]
+    configurations: tuple[Configuration, ...]
+    part: int
 
     @property
     def file(self) -> str:
-        return f"{self.model}-{self.task}-{self.samples[0]:05}-{len(self.samples)}.parquet"
+        return f"{self.model}-{self.task}-{self.samples[0]:05}-{len(self.samples)}-{self.part:02}.parquet"
 
 
 def blocks(study: Study, size: int) -> list[Block]:
     """All of a study, in the order in which it is made."""
+    parts = [
+        (configurations[start : start + PORTION], share)
+        for configurations, share in ((study.configurations, 1), (study.fewer, FEWER))
+        for start in range(0, len(configurations), PORTION)
+    ]
     return [
-        Block(model, task, tuple(range(start, min(start + size, samples))))
-        for (model, samples), task in product(study.models.items(), study.tasks)
+        Block(model, task, tuple(range(start, min(start + size, most))), portion, part)
+        for (model, samples), task in itertools.product(study.models.items(), study.tasks)
         for start in range(0, samples, size)
+        for part, (portion, share) in enumerate(parts)
+        if start < (most := samples // share)
     ]
 
 
@@ -57,22 +66,20 @@ def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wa
         table: the rows of the block's model and task that are known and current. wanted: as `keys` gives them.
     """
     path = folder / block.file
-    known = together(current(read(path), wanted), table)
-    known = known[known["sample"].isin(block.samples)]
-    done = set(known["key"].value_counts()[lambda n: n == len(block.samples)].index)
     cells = wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
-    missing = [c for c, k in zip(study.configurations, cells["key"]) if k not in done]
+    keys_of, size = dict(zip(study.everything, cells["key"], strict=True)), len(block.samples)
+    known = together(current(read(path), wanted), table)
+    known = known[known["sample"].isin(block.samples) & known["key"].isin([keys_of[c] for c in block.configurations])]
+    done = set(known["key"].value_counts()[lambda n: n == size].index)
+    missing = [c for c in block.configurations if keys_of[c] not in done]
     if not missing:
         return 0
     model, tokenizer = load(block.model)
-    size, rows = len(block.samples), known[known["key"].isin(done)]
-    for start in range(0, len(missing), PORTION):
-        new = evaluate.evaluate(
-            model, tokenizer, missing[start : start + PORTION], block.task, study.length, block.samples,
-            name=block.model, protocol=study.protocol, block=size,
-        ).merge(cells, on=CELL)  # fmt: skip
-        rows = together(rows, new)
-        write(rows, path)
+    new = evaluate.evaluate(
+        model, tokenizer, missing, block.task, study.length, block.samples,
+        name=block.model, protocol=study.protocol, block=size,
+    ).merge(cells, on=CELL)  # fmt: skip
+    write(together(known[known["key"].isin(done)], new), path)
     return len(missing) * size
 
 
@@ -135,9 +142,6 @@ def make(name: str, study: Study, size: int = BLOCK, processes: int = 1) -> pd.D
         RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged or foreign shard, or
             a length above a model's window.
     """
-    for model in study.models:
-        window = json.loads((paths.MODELS / model / "config.json").read_text())["max_position_embeddings"]
-        check_window(window, study.length)
     with owner(name):
         context = multiprocessing.get_context("spawn")
         counter = context.Value("i", 0)
@@ -160,9 +164,11 @@ def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     wanted = keys(study)
     files = [*(tables.BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
     rows = together(*(current(read(file), wanted) for file in files))
-    rows = rows[rows["sample"] < rows["model"].map(study.models)].sort_values(SORTED, ignore_index=True)
-    if len(rows) != (count := samples_of(study) * len(study.configurations)):
-        raise ValueError(f"{name}: {len(rows)} of {count} rows; shards of another block size?")
+    sizes = [study.samples(m, c) for m, _, c in itertools.product(study.models, study.tasks, study.everything)]
+    most = rows["key"].map(dict(zip(wanted["key"], sizes, strict=True)))
+    rows = rows[rows["sample"] < most].sort_values(SORTED, ignore_index=True)
+    if len(rows) != study.rows:
+        raise ValueError(f"{name}: {len(rows)} of {study.rows} rows; shards of another block size?")
     write(rows, paths.RESULTS / f"{name}.parquet")
     part = tables.BUILD / f"{name}.csv.part"
     summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")

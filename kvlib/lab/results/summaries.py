@@ -5,9 +5,10 @@ import json
 import pandas as pd
 
 from kvlib.lab import statistics
-from kvlib.lab.tasks import FAMILIES
+from kvlib.lab.tasks import FAMILIES, NATURAL
 
-SUMMARY = ["model", "tasks", "configuration", "budget", "stored", "mean", "low", "high", "samples"]
+COMPARED = ["divergence", "agreement"]
+SUMMARY = ["model", "tasks", "configuration", "budget", "stored", "mean", "low", "high", *COMPARED, "samples"]
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -30,9 +31,10 @@ def by_sample(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def task_sets(table: pd.DataFrame) -> dict[str, list[str]]:
-    """What is worth a mean: the fourteen families together, if the table has them all, and every task alone."""
+    """What is worth a mean: each catalogue of families, if the table has them all, and every task alone."""
     present = list(table["task"].unique())
-    together = {"families": list(FAMILIES)} if set(FAMILIES) <= set(present) else {}
+    catalogues = {"families": list(FAMILIES), "natural": list(NATURAL)}
+    together = {name: chosen for name, chosen in catalogues.items() if set(chosen) <= set(present)}
     return together | {task: [task] for task in present}
 
 
@@ -44,17 +46,20 @@ def summarise(table: pd.DataFrame, sets: dict[str, list[str]] | None = None) -> 
 
     Returns:
         columns `SUMMARY`: stored, the share of the full cache's bytes; mean, over tasks of means over samples, with
-        its 95 % interval, which is over samples within tasks (`kvlib.lab.statistics.mean`); samples, of all tasks.
+        its 95 % interval, which is over samples within tasks (`kvlib.lab.statistics.mean`); divergence and agreement
+        likewise (`kvlib.lab.evaluation`); samples, of all tasks.
     """
     rows, sets = [], sets or task_sets(table)
     for (model, configuration, budget), cell in named(table).groupby(["model", "configuration", "budget"], sort=False):
         values = {task: part["value"] for task, part in cell.groupby("task", sort=False)}
         sizes = cell.groupby("task")[["stored_bytes", "full_bytes"]].sum()
+        compared = cell.groupby("task")[COMPARED].mean()
         for name, chosen in sets.items():
             found = statistics.mean([values[task] for task in chosen])
             stored = sizes.loc[chosen, "stored_bytes"].sum() / sizes.loc[chosen, "full_bytes"].sum()
             samples = sum(len(values[task]) for task in chosen)
-            rows.append((model, name, configuration, budget, stored, found.value, found.low, found.high, samples))
+            means = (stored, found.value, found.low, found.high, *compared.loc[chosen].mean(skipna=False))
+            rows.append((model, name, configuration, budget, *means, samples))
     return pd.DataFrame(rows, columns=SUMMARY)
 
 
@@ -122,7 +127,7 @@ def finding(table: pd.DataFrame) -> str:
         for name in ("snapkv (kernel=15)", "snapkv", "h2o", "streaming_llm", "random", "full")
     )
     return (
-        "With a fifth of the cache's bytes the model trained here scores, over fourteen families of tasks, "
+        "With a fifth of the cache's bytes the model trained here scores, over sixteen families of tasks, "
         f"{wide} if SnapKV pools attention over 15 neighbouring tokens and {narrow} if it pools over its usual 7, "
         f"on look-ups because the last digit then lies outside the pool. H2O scores {h2o}, StreamingLLM {recent}, "
         f"random eviction {chance}, the full cache {full}."
