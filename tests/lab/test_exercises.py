@@ -1,17 +1,30 @@
-"""The checks of the exercises accept right answers and name what is wrong with others."""
+"""The checks of the exercises accept right answers and name what is wrong with others, at least seven a check."""
 
 import math
+from typing import ClassVar
 
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.cache_utils import DynamicLayer
 
 import kvlib
-from kvlib.lab import checks
+from kvlib.lab import checks, statistics
 from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00, lesson_01, lesson_11
+from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_11
 from kvlib.lab.results import summaries
 from kvlib.methods import vatp
+
+
+def refused(check, message: str, *arguments) -> None:
+    """The check says what is wrong."""
+    with pytest.raises(AssertionError) as error:
+        check(*arguments)
+    assert message in str(error.value)
+
+
+# 00a_cache
 
 
 def longest_prompt(memory, weights, layers, kv_heads, head_dim, width, budget):
@@ -23,10 +36,36 @@ def change_of_output(weights, values, evicted):
     return share / (1 - share) * (weights @ values - weights[evicted] / share @ values[evicted])
 
 
+class Layer(DynamicLayer):
+    """Keys and values in a list of chunks."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.chunks = []
+
+    def update(self, key, value, *args, **kwargs):
+        self.chunks.append((key, value))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*self.chunks))
+
+    def get_seq_length(self):
+        return sum(key.shape[2] for key, _ in self.chunks)
+
+
+def write(model, ids, cache, tokens):
+    written = []
+    for _ in range(tokens):
+        ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        written.append(ids.item())
+    return written
+
+
 def test_right_answers_pass(capsys):
-    lesson_00.check_longest_prompt(longest_prompt)
-    lesson_00.check_change_of_output(change_of_output)
-    assert capsys.readouterr().out == "longest_prompt is right\nchange_of_output is right\n"
+    lesson_00a.check_longest_prompt(longest_prompt)
+    lesson_00a.check_change_of_output(change_of_output)
+    lesson_00a.check_cache(Layer, write)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["longest_prompt is right", "change_of_output is right"]
+    assert lines[2] == "your cache and your loop are right: the same tokens, each read once"
 
 
 @pytest.mark.parametrize(
@@ -37,12 +76,14 @@ def test_right_answers_pass(capsys):
         (lambda *a: longest_prompt(*a) + 1, "rounded up"),
         (lambda *a: longest_prompt(*a[:-1], 1.0), "with a budget of 0.25: 2129920 tokens fit"),
         (lambda m, w, *a: (m - w) // (2 * math.prod(a[:4]) * a[4]), "no prompt has a negative length"),
+        (lambda m, w, *a: max(0, m - w) / (2 * math.prod(a[:4]) * a[4]), "a fraction of a token cannot be stored"),
+        (lambda m, w, *a: longest_prompt(m, 0, *a), "Llama-3.1-8B geometry"),
+        (lambda m, w, *a: longest_prompt(m, w, a[0], 32, *a[2:]), "Llama-3.1-8B geometry"),
+        (lambda m, w, *a: longest_prompt(m, w, *a[:3], 2, a[4]), "1000 bytes, 32 bytes a token"),
     ],
 )
 def test_wrong_lengths(answer, message):
-    with pytest.raises(AssertionError) as error:
-        lesson_00.check_longest_prompt(answer)
-    assert message in str(error.value)
+    refused(lesson_00a.check_longest_prompt, message, answer)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +94,241 @@ def test_wrong_lengths(answer, message):
         (lambda w, v, e: -(w[e] @ v[e]), "the remaining weights have to sum to 1 again"),
         (lambda w, v, e: sum(change_of_output(w, v, [j]) for j in e), "that is the sum of the single errors"),
         (lambda w, v, e: change_of_output(w, v, e)[None], "shape (1, 4), expected (head_dim,) = (4,)"),
+        (lambda w, v, e: change_of_output(w, v, e) + w @ v, "evicting [3]: expected"),
+        (lambda w, v, e: w[e].sum() / (1 - w[e].sum()) * (w @ v - v[e].mean(0)), "evicting [0, 7]: expected"),
+        (lambda w, v, e: w[e].sum() * (w @ v - w[e] / w[e].sum() @ v[e]), "evicting [3]: expected"),
+        (lambda w, v, e: change_of_output(w, v, e[:1]), "evicting [0, 7]: expected"),
     ],
 )
 def test_wrong_changes(answer, message):
-    with pytest.raises(AssertionError) as error:
-        lesson_00.check_change_of_output(answer)
-    assert message in str(error.value)
+    refused(lesson_00a.check_change_of_output, message, answer)
+
+
+class Forgetful(Layer):
+    def update(self, key, value, *args, **kwargs):
+        self.chunks = [(key, value)]
+        return key, value
+
+
+class Swapped(Layer):
+    def update(self, key, value, *args, **kwargs):
+        return super().update(key, value)[::-1]
+
+
+class Backwards(Layer):
+    def update(self, key, value, *args, **kwargs):
+        self.chunks.insert(0, (key, value))
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*self.chunks))
+
+
+class Shared(Layer):
+    everywhere: ClassVar = []
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.chunks = self.everywhere
+
+
+class Twice(Layer):
+    def update(self, key, value, *args, **kwargs):
+        super().update(key, value)
+        return super().update(key, value)
+
+
+class Batched(Layer):
+    def update(self, key, value, *args, **kwargs):
+        self.chunks.append((key, value))
+        return torch.stack([key] * len(self.chunks)), value
+
+
+class KeysOnly(Layer):
+    def update(self, key, value, *args, **kwargs):
+        return super().update(key, value)[0]
+
+
+class Empty(Layer):
+    def get_seq_length(self):
+        return 0
+
+
+class ValuesLate(Layer):
+    def update(self, key, value, *args, **kwargs):
+        keys, values = super().update(key, value)
+        return keys, values.flip(2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Forgetful, "after 2 calls keys have shape (2, 3, 1, 4), expected (2, 3, 4, 4); what came before is missing"),
+        (Swapped, "update returned values, keys: the other way round"),
+        (Backwards, "after 2 calls the keys are not those that came, in the order in which they came"),
+        (Shared, "does every layer have its own?"),
+        (Twice, "there is more than this layer was given"),
+        (Batched, "tokens are the third dimension"),
+        (KeysOnly, "update returned Tensor, not the pair keys, values"),
+        (Empty, "after 3 tokens get_seq_length() says 0"),
+        (ValuesLate, "after 1 calls the values are not those that came"),
+    ],
+)
+def test_wrong_caches(layer, message):
+    Shared.everywhere.clear()
+    refused(lesson_00a.check_cache, message, layer, write)
+
+
+def recomputing(model, ids, cache, tokens):
+    start = ids.shape[1]
+    for _ in range(tokens):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, start:].tolist()
+
+
+def last_one_twice(model, ids, cache, tokens):
+    model(ids, past_key_values=cache)
+    return write(model, ids[:, -1:], cache, tokens)
+
+
+def always_the_prompts_end(model, ids, cache, tokens):
+    logits = model(ids, past_key_values=cache).logits[0, -tokens:]
+    return logits.argmax(-1).tolist()
+
+
+def without_the_prompt(model, ids, cache, tokens):
+    return write(model, ids[:, -1:], cache, tokens)
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        (lambda *a: None, "write returned NoneType, not a list of 8 ids"),
+        (lambda *a: torch.tensor(write(*a)), "write returned Tensor, not a list"),
+        (lambda *a: write(*a)[:-1], "write returned 7 ids, 8 are asked for"),
+        (lambda model, ids, *a: [*ids[0].tolist(), *write(model, ids, *a)], "only the 8 new ids are asked for"),
+        (recomputing, "after the prompt a pass read 27 tokens: with a cache each token is read once"),
+        (last_one_twice, "is each id fed once, in its turn?"),
+        (always_the_prompts_end, "is each id fed once, in its turn?"),
+        (without_the_prompt, "the first pass reads the 20 tokens of the prompt, here it read 1"),
+        (lambda *a: write(*a)[::-1], "is each id fed once, in its turn?"),
+    ],
+)
+def test_wrong_loops(loop, message):
+    refused(lesson_00a.check_cache, message, Layer, loop)
+
+
+# 00b_eviction
+
+
+def in_window(position, tokens, budget):
+    return position < 4 or position >= tokens - (int(budget * tokens) - 4)
+
+
+def keep(attention, count, kernel):
+    mean = attention.mean((1, 2))
+    window = attention.shape[2]
+    mean[:, -window:] = 0
+    pooled = F.max_pool1d(mean, kernel, stride=1, padding=kernel // 2)
+    pooled[:, -window:] = torch.inf
+    return pooled.topk(count).indices.sort().values
+
+
+def evict(keys, values, kept):
+    index = kept[None, :, :, None].expand(-1, -1, -1, keys.shape[-1])
+    return keys.gather(2, index), values.gather(2, index)
+
+
+def test_right_answers_of_00b_pass(capsys):
+    lesson_00b.check_in_window(in_window)
+    lesson_00b.check_by_hand(keep, evict)
+    assert capsys.readouterr().out == "in_window is right\nkeep and evict are right: SnapKV by hand\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda p, n, b: None, "in_window returned None: is there a `return`?"),
+        (lambda p, n, b: p >= n - int(b * n), "the first four tokens always stay, you evict [0, 1, 2, 3]"),
+        (lambda p, n, b: p < 4 or p >= n - int(b * n), "90 tokens, budget 0.2: you keep 22 tokens, the budget is 18"),
+        (lambda p, n, b: p < 4 or p > n - (int(b * n) - 4), "you keep 17 tokens, the budget is 18"),
+        (lambda p, n, b: p < int(b * n), "the last token stays"),
+        (lambda p, n, b: p < 4 or p >= n - (math.ceil(b * n) - 4), "97 tokens, budget 0.25: you keep 25 tokens"),
+        (lambda p, n, b: p < 5 or p >= n - (int(b * n) - 5), "you keep [4] instead of [76]"),
+        (lambda p, n, b: p / n < b or p == n - 1, "you keep 19 tokens, the budget is 18"),
+        (lambda p, n, b: True, "you keep 90 tokens, the budget is 18"),
+    ],
+)
+def test_wrong_windows(answer, message):
+    refused(lesson_00b.check_in_window, message, answer)
+
+
+def pooled_as(pool):
+    def wrong(attention, count, kernel):
+        window, mean = attention.shape[2], attention.mean((1, 2))
+        mean[:, -window:] = 0
+        score = pool(mean, kernel)
+        score[:, -window:] = torch.inf
+        return score.topk(count).indices.sort().values
+
+    return wrong
+
+
+def leaking(attention, count, kernel):
+    window = attention.shape[2]
+    attention = attention.clone()
+    attention[..., -window:] += 1
+    pooled = F.max_pool1d(attention.mean((1, 2)), kernel, stride=1, padding=kernel // 2)
+    pooled[:, -window:] = torch.inf
+    return pooled.topk(count).indices.sort().values
+
+
+def windowless(attention, count, kernel):
+    mean = attention.mean((1, 2))
+    return F.max_pool1d(mean, kernel, stride=1, padding=kernel // 2).topk(count).indices.sort().values
+
+
+def together(attention, count, kernel):
+    return keep(attention.mean((0, 1), keepdim=True).expand_as(attention), count, kernel)
+
+
+def twice_the_last(attention, count, kernel):
+    kept = keep(attention, count, kernel)
+    return torch.cat([kept[:, :1].clone() * 0 + kept[:, -1:], kept[:, 1:]], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "keep returned None: is there a `return`?"),
+        (lambda a, count, kernel: keep(a, count - 1, kernel), "keep gives shape (2, 11), expected (2, 12)"),
+        (lambda a, count, kernel: keep(a, count, kernel)[0], "keep gives shape (12,), expected (2, 12)"),
+        (windowless, "the window, the last 4 tokens, stays"),
+        (pooled_as(lambda mean, kernel: mean), "12 of 30 tokens, kernel 5: KV head 0: "),
+        (pooled_as(lambda mean, kernel: F.avg_pool1d(mean, kernel, 1, kernel // 2)), "12 of 30 tokens, kernel 5"),
+        (lambda a, count, kernel: keep(a[:, :1], count, kernel), "score = mean over window and group"),
+        (lambda a, count, kernel: keep(a[:, :, -1:].expand_as(a), count, kernel), "score = mean over window and group"),
+        (leaking, "none from the window"),
+        (together, "each KV head chooses for itself"),
+        (twice_the_last, "a token is kept twice"),
+    ],
+)
+def test_wrong_choices(answer, message):
+    refused(lesson_00b.check_by_hand, message, answer, evict)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda k, v, kept: None, "evict returned NoneType, not the pair keys, values"),
+        (lambda k, v, kept: evict(k, v, kept)[0], "evict returned Tensor, not the pair"),
+        (lambda k, v, kept: (evict(k, v, kept)[0], v), "evict: values have shape (1, 2, 9, 4), expected (1, 2, 3, 4)"),
+        (lambda k, v, kept: evict(v, k, kept), "evict: keys of KV head 0 are not those of its tokens [0, 3, 8]"),
+        (lambda k, v, kept: evict(k, v, kept[:1].expand_as(kept)), "evict: keys of KV head 1 are not those"),
+        (lambda k, v, kept: evict(k, v, kept.flip(0)), "evict: keys of KV head 0 are not those"),
+        (lambda k, v, kept: evict(k, v, kept.flip(1)), "evict: keys of KV head 0 are not those"),
+        (lambda k, v, kept: (k[:, :, -3:], v[:, :, -3:]), "evict: keys of KV head 0 are not those"),
+    ],
+)
+def test_wrong_evictions(answer, message):
+    refused(lesson_00b.check_by_hand, message, keep, answer)
 
 
 # 01_vatp
@@ -173,28 +443,61 @@ def table() -> pd.DataFrame:
     right |= {("random", 0.4): 20, ("random", 0.8): 197, ("knorm", 0.4): 100, ("knorm", 0.8): 183}
     rows = [(*cell, sample, float(sample < count)) for cell, count in right.items() for sample in range(200)]
     table = pd.DataFrame(rows, columns=["method", "budget", "sample", "value"])
-    return summaries.named(table.assign(task="needle", arguments="{}"))
+    return summaries.named(table.assign(model="a model", task="needle", arguments="{}"))
+
+
+def smallest(table, task, configuration, loss, enough=lambda found, loss: found.low > -loss, budgets=sorted):
+    full = summaries.values(table, task, "full", 1.0)
+    rows = table[(table["task"] == task) & (table["configuration"] == configuration)]
+    for budget in budgets(rows["budget"].unique()):
+        values = summaries.values(table, task, configuration, budget)
+        if enough(statistics.paired_difference([values], [full]), loss):
+            return budget
+    return None
 
 
 def test_smallest_budget(table, capsys):
     names = ("snapkv", "random", "knorm")
-    assert [lesson_00.smallest_budget(table, "needle", name, 0.1) for name in names] == [0.4, 0.8, None]
-    lesson_00.check_smallest_budget(lesson_00.smallest_budget, table)
+    assert [smallest(table, "needle", name, 0.1) for name in names] == [0.4, 0.8, None]
+    lesson_00b.check_smallest_budget(smallest, table)
     assert capsys.readouterr().out == "smallest_budget is right\n"
-    with pytest.raises(AssertionError, match="needle, snapkv: expected 0.4, found 0.2; too optimistic"):
-        lesson_00.check_smallest_budget(lambda *a: 0.2, table)
-    with pytest.raises(AssertionError, match="needle, snapkv: expected 0.4, found None$"):
-        lesson_00.check_smallest_budget(lambda *a: None, table)
 
 
-def test_a_mean_above_the_limit_is_not_enough(table):
-    def careless(table, task, configuration, loss):
-        means = table[table["task"] == task].groupby(["configuration", "budget"])["value"].mean()
-        fine = means[configuration][means[configuration] > means["full"].item() - loss]
-        return None if fine.empty else fine.index[0]
+def unpaired(table, task, configuration, loss):
+    rows = table[table["task"] == task]
+    full = statistics.mean([rows.loc[rows["method"] == "full", "value"]]).value
+    for budget, cell in rows[rows["configuration"] == configuration].groupby("budget"):
+        if statistics.mean([cell["value"]]).low > full - loss + 0.05:
+            return budget
+    return None
 
-    with pytest.raises(AssertionError, match="needle, knorm: expected None, found 0.8; too optimistic"):
-        lesson_00.check_smallest_budget(careless, table)
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: ..., "smallest_budget returned Ellipsis"),
+        (lambda *a: 0.2, "needle, snapkv, loss 0.1: expected 0.4, found 0.2; too optimistic"),
+        (lambda *a: None, "needle, snapkv, loss 0.1: expected 0.4, found None"),
+        (lambda *a: smallest(*a, enough=lambda found, loss: found.value > -loss), "; too optimistic"),
+        (lambda *a: smallest(*a, enough=lambda found, loss: found.high > -loss), "too optimistic"),
+        (
+            lambda *a: smallest(*a, enough=lambda found, loss: found.low > 0),
+            "needle, snapkv, loss 0.1: ",
+        ),
+        (lambda *a: smallest(*a, budgets=lambda b: sorted(b, reverse=True)), "expected 0.4, found 0.8"),
+        (
+            lambda t, task, c, loss: smallest(t, task, "snapkv", loss),
+            "needle, random, loss 0.1: ",
+        ),
+        (
+            lambda *a: smallest(*a, enough=lambda found, loss: found.low > loss),
+            "needle, snapkv, loss 0.1: expected 0.4",
+        ),
+        (unpaired, "needle, "),
+    ],
+)
+def test_wrong_budgets_of_a_promise(answer, message, table):
+    refused(lesson_00b.check_smallest_budget, message, answer, table)
 
 
 # 11_vatp_more
@@ -288,9 +591,25 @@ def test_halves_have_to_be_registered():
 
 # Methods
 
+
+def uneven(self, view):
+    """The right number of tokens in all, but not in every head."""
+    budgets = view.lengths // 2
+    budgets[:, 0] -= 5
+    budgets[:, 1] += 5
+    return budgets
+
+
+POSITIONS = {"score": lambda self, view: view.positions.float()}
+PADDING, CHUNKS = "padding tokens in front", "reading the prompt in chunks"
 WRONG = {
-    "columns": ("padding tokens in front", lambda self, view: view.positions * view.step.seen % 11.0),
-    "this pass only": ("reading the prompt in chunks", lambda self, view: view.column_sums().sum(2)),
+    "columns": (PADDING, {"score": lambda self, view: view.positions * view.step.seen % 11.0}),
+    "chance": (PADDING, {"score": lambda self, view: torch.rand(view.positions.shape)}),
+    "all queries": (PADDING, {"score": lambda self, view: (view.key * view.query.mean((1, 2), True)).sum(-1)}),
+    "this pass only": (CHUNKS, {"score": lambda self, view: view.column_sums().sum(2)}),
+    "a third": ("is 45, kept are {.*30", POSITIONS | {"budgets": lambda self, view: view.lengths // 3}),
+    "uneven": ("is 45, kept are {.*40.*50", POSITIONS | {"budgets": uneven}),
+    "one more": ("is 45, kept are {.*46", POSITIONS | {"budgets": lambda self, view: view.lengths // 2 + 1}),
 }
 
 
@@ -308,16 +627,9 @@ def test_methods_of_the_library_pass(name, capsys):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_methods(name, registry):
-    message, score = WRONG[name]
-    kvlib.register("wrong")(type("Wrong", (kvlib.Evictor,), {"score": score, "__doc__": "Wrong."}))
+    message, body = WRONG[name]
+    kvlib.register("wrong")(type("Wrong", (kvlib.Evictor,), body | {"__doc__": "Wrong."}))
     with pytest.raises(AssertionError, match=message):
-        checks.check_method("wrong")
-
-
-def test_wrong_budgets(registry):
-    body = {"score": lambda self, view: view.positions.float(), "budgets": lambda self, view: view.lengths // 3}
-    kvlib.register("wrong")(type("Wrong", (kvlib.Evictor,), body))
-    with pytest.raises(AssertionError, match="budget 0.5 of 90 tokens is 45, kept are {.*30"):
         checks.check_method("wrong")
 
 

@@ -1,9 +1,9 @@
 """What the lessons compute: attention maps against stock transformers, removals against the formula."""
 
-import matplotlib.pyplot as plt
 import pytest
 import tiny
 import torch
+from scipy import stats
 
 import kvlib
 from kvlib.lab import tasks
@@ -66,13 +66,6 @@ def test_best_kept_counts_the_overlap():
     assert evictions.best_kept(torch.tensor([[1.0, 9.0, 9.5, 0.0, 0.0]]), errors, 0.4).item() == 0.5
 
 
-def test_heads_are_drawn_with_their_numbers():
-    figure, axes = plt.subplots()
-    attention_maps.show_heads(axes, torch.tensor([[0.5, 0.011, 0.25]]))
-    assert [text.get_text() for text in axes.texts] == ["50", "1", "25"]
-    plt.close(figure)
-
-
 def test_held_out_files_have_names():
     assert excerpts.heldout_code("jinja2/tests.py").count("def test_") > 10
     with pytest.raises(ValueError, match="no held-out file 'jinja2/nothing.py'; there are: attr/"):
@@ -104,16 +97,36 @@ def test_looking_heads(snapshot):
         torch.testing.assert_close(on, best[layer, head])
 
 
+def test_looking_heads_of_an_earlier_query(model):
+    """What it sees is what the last query of a shorter prompt sees."""
+    ids = tiny.tokens(1, 20)
+    whole, cut = (kvlib.snapshot(model, ids[:, :tokens]) for tokens in (20, 13))
+    first, second = (
+        attention_maps.looking_heads(whole, [3, 4], 4, query=12),
+        attention_maps.looking_heads(cut, [3, 4], 4),
+    )
+    assert [entry[:2] for entry in first] == [entry[:2] for entry in second]
+    torch.testing.assert_close(torch.stack([entry[2] for entry in first]), torch.stack([entry[2] for entry in second]))
+
+
+def test_short_keys(snapshot):
+    """By scipy, head by head."""
+    found = attention_maps.short_keys(snapshot)
+    assert found.shape == (2, 2)
+    for layer in range(2):
+        received = attention_maps.attention_map(snapshot, layer).mean(1)  # (query_heads, tokens)
+        for head in range(2):
+            norms = snapshot.layers[layer][1][0, head].norm(dim=-1)
+            expected = stats.spearmanr(-norms, received[2 * head : 2 * head + 2].mean(0)).statistic
+            assert found[layer, head].item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer", "tokens", "found"),
     [
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, True),
-        (
-            "key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ",
-            "48213",
-            9,
-            True,
-        ),  # <s>, key, =, a space and five digits
+        # <s>, key, =, a space and five digits
+        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 9, True),
         ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 8, False),
         (30 * "y = 2\n" + "key = 48213\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, False),
         ("# warm_river.py\n" + 300 * "y = 2\n" + 'assert f.__module__ == "', 'warm_river"', 20, True),
@@ -122,19 +135,15 @@ def test_looking_heads(snapshot):
 )
 def test_answers_that_stand_at_the_start(prompt, answer, tokens, found):
     tokenizer = kvlib.load("minilm")[1]
-    sample = tasks.Sample("needle", prompt, answer, "", 0, 0)
+    sample = tasks.Prompt("needle", 0, f"<s>{prompt}", "", "", (answer,), 0)
     assert excerpts.answer_at_start(sample, tokenizer, tokens) is found
 
 
-def test_answers_are_what_generate_writes():
-    """On the shipped model: the same tokens as `generate` inside a block, and right ones with the full cache."""
-    model, tokenizer = kvlib.load()
-    methods = {"all": kvlib.method("full"), "some": kvlib.method("h2o", budget=0.3)}
-    written = keep_sets.answers(model, tokenizer, "needle", 256, [3], methods)
-    assert list(written.columns) == ["answer", "all", "some"]
-    assert written["all"].tolist() == written["answer"].tolist()
-    task = tasks.sample("needle", 256, 3, tokenizer=tokenizer)
-    inputs = tokenizer(task.text, add_special_tokens=False, return_tensors="pt")
-    with methods["some"](model):
-        out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    assert tokenizer.decode(out[0, inputs.input_ids.shape[1] :]) == written.loc[3, "some"]
+def test_answer_places():
+    tokenizer = kvlib.load()[1]
+    prompt = tasks.sample("needle", 300, 2, tokenizer=tokenizer)
+    ids = prompt.ids(tokenizer)[0]
+    places = excerpts.answer_places(prompt, tokenizer)
+    assert places == list(range(places[0], places[-1] + 1))
+    text = tokenizer.decode([ids[place] for place in places])
+    assert text.strip() == prompt.answer.strip()

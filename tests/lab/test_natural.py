@@ -84,6 +84,16 @@ def test_prompts_follow_from_their_seed(task):
     assert first.context != other.context and first.answers != other.answers
 
 
+def test_prompts_are_those_of_the_pilot():
+    """Whose rows are committed; the hash was taken when they were made."""
+    found = hashlib.sha256()
+    for task in sorted(natural.FAMILIES.values(), key=lambda family: family.make.__name__):
+        for tokens, seed in ((768, 0), (1024, 5)):
+            prompt = tasks.sample(task.name, tokens, seed, tokenizer=tokenizer())
+            found.update("\0".join([prompt.text, *prompt.answers, str(prompt.length), ""]).encode())
+    assert found.hexdigest()[:16] == "f304c40ca565b206"
+
+
 @pytest.mark.parametrize("task", ["number", "number_of_four", "register", "repeated_line"])
 @pytest.mark.parametrize("begin", [0, 60])
 def test_answers_stand_at_all_depths_evenly(task, begin):
@@ -112,6 +122,47 @@ def test_repeated_lines_stood_in_the_context_word_for_word():
         prompt = tasks.sample("repeated_line", 1024, seed, tokenizer=tokenizer())
         line = prompt.answer.strip()
         assert prompt.answer.endswith("\n") and line in [other.strip() for other in prompt.context.split("\n")]
+
+
+# What needs no label
+
+
+@pytest.mark.parametrize("task", ["prose_bits", "code_bits"])
+@pytest.mark.parametrize(("tokens", "seed"), [(512, 0), (1024, 3), (2048, 7)])
+def test_what_follows_is_foretold(task, tokens, seed):
+    """Nothing is asked; the last token is fed after eviction, and what follows stands behind it in the text."""
+    prompt = tasks.sample(task, tokens, seed, tokenizer=tokenizer())
+    context, question, lead = prompt.ids(tokenizer())
+    answer = prompt.answer_ids(tokenizer())
+    assert prompt.context.startswith("<s>") and prompt.question == "" == tokenizer().decode(question)
+    assert len(lead) == 1 and 64 <= len(answer) and tokens - 8 - tokens // 50 <= prompt.length <= tokens
+    assert [*context, *lead, *answer] == tokenizer()(prompt.text + prompt.answer, add_special_tokens=False).input_ids
+    assert len(context) + 1 + len(answer) == prompt.length
+    text = "".join(texts.novel().pieces if task == "prose_bits" else texts.code().pieces)
+    assert prompt.text.removeprefix("<s>") + prompt.answer in text + "\n"
+    if task == "prose_bits":
+        assert len(answer) <= 96 and re.search(r"[.!?][\"')]*$", prompt.text) and prompt.answer.startswith(" ")
+
+
+def test_stretches_differ_and_lie_all_over_the_novel():
+    text = "".join(texts.novel().pieces)
+    drawn = [tasks.sample("prose_bits", 512, seed, tokenizer=tokenizer()) for seed in range(40)]
+    places = sorted(text.index(prompt.answer) / len(text) for prompt in drawn)
+    assert len(set(places)) == 40 and np.abs(places - (np.arange(40) + 0.5) / 40).max() < 0.3
+    assert drawn[3] == tasks.sample("prose_bits", 512, 3, tokenizer=tokenizer())
+    with pytest.raises(ValueError, match="the text is too short"):
+        tasks.sample("prose_bits", 512, 0, tokenizer=tokenizer(), text=natural.sentences("It rained. " * 50))
+
+
+@formats
+def test_a_summary_is_asked_for_in_the_model_s_format(chat):
+    prompt = tasks.sample("summary", 768, 2, tokenizer=tokenizer(chat))
+    assert prompt.answers == () and prompt.lead.strip() == "The text" and all(prompt.ids(tokenizer(chat)))
+    assert prompt.context.startswith("<s>user\nRead the following" if chat else "<s>Read the following")
+    assert "Summarise the text above in a few sentences." in prompt.question
+    assert 768 - 8 - 768 // 50 <= count(prompt.text, chat) == prompt.length <= 768
+    words = prompt.context.split("afterwards.", 1)[1].strip()
+    assert words in "".join(texts.novel().pieces)
 
 
 # Texts

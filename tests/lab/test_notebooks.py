@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbclient
 import nbformat
 import pandas as pd
 import pytest
@@ -19,12 +20,14 @@ import yaml
 
 from kvlib.lab import plotting
 from kvlib.lab.claims import registered
-from kvlib.lab.notebooks import dependencies, figures, files, outputs, parameters, running, sources
+from kvlib.lab.notebooks import dependencies, figures, files, outputs, parameters, running, sources, students
 from kvlib.paths import NOTEBOOKS, ROOT
 
 EVERY = [pytest.param(path, id=path.stem) for path in files.all_notebooks()]
-TAGS = {"parameters", "hide-input", "hide-cell", "check", "exercise", "solution", "slow"}
-LESSON = ["Method", "Experiment", "Figure", "Checks", "Exercises", "What we saw", "References"]
+SOLUTIONS = [pytest.param(path, id=path.stem) for path in sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))]
+GOES_ON = "raises-exception"
+TAGS = {"parameters", "hide-input", "hide-cell", "check", "exercise", "solution", GOES_ON}
+LESSON = ["Method", "Experiment", "Checks", "Exercises", "What we saw", "References"]
 
 
 def copy_project(root: Path) -> None:
@@ -84,7 +87,6 @@ def published(tmp_path) -> Path:
 # The notebooks of this repository
 
 
-@pytest.mark.skipif(not EVERY, reason="there are no notebooks yet")
 @pytest.mark.parametrize("path", EVERY)
 def test_runs_in_the_smoke_profile(path, tmp_path):
     """In a copy, so that neither build/ nor figures/ is touched."""
@@ -96,8 +98,7 @@ def test_runs_in_the_smoke_profile(path, tmp_path):
     assert list((tmp_path / "build" / "smoke" / "figures").glob(f"{path.stem}_*.svg"))
 
 
-@pytest.mark.skipif(not EVERY, reason="there are no notebooks yet")
-@pytest.mark.parametrize("path", EVERY)
+@pytest.mark.parametrize("path", [*EVERY, *SOLUTIONS])
 def test_is_in_normal_form(path):
     notebook = files.read(path)
     nbformat.validate(json.loads(path.read_text()))
@@ -109,13 +110,16 @@ def test_is_in_normal_form(path):
     assert not any(set(cell["metadata"].get("tags", [])) - TAGS for cell in notebook["cells"])
 
 
-@pytest.mark.skipif(not EVERY, reason="there are no notebooks yet")
 @pytest.mark.parametrize("path", EVERY)
 def test_reads_like_the_others(path):
     cells = files.read(path)["cells"]
     prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
-    assert re.match(r"# \d\d ", cells[0]["source"]) and len(re.findall(r"(?m)^# ", prose)) == 1
+    assert re.match(r"# \d\d[a-z]? ", cells[0]["source"]) and len(re.findall(r"(?m)^# ", prose)) == 1
     assert [heading for heading in LESSON if not re.search(rf"(?m)^## {heading}", prose)] == []
+    drawn = sum(len(re.findall(r"(?m)^\s*save\(", cell["source"])) for cell in cells)
+    assert re.findall(r"(?m)^\*\*Figure (\d+)\.\*\*", prose) == [str(number + 1) for number in range(drawn)], "captions"
+    exercises = re.findall(r"(?m)^\*\*Exercise (\d+) ★{1,3} \((?:\d+ minutes|open)\)\.", prose)
+    assert exercises and len(exercises) == len(re.findall(r"(?m)^\*\*Exercise", prose)), "graded, with minutes"
     assert not re.search(r"!\[[^\]]*\]\(https?:|<img[^>]*https?:", prose), "images are files of this repository"
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", prose), "a control character: a backslash that Python has read"
     assert [cell["id"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])] == ["parameters"]
@@ -128,6 +132,20 @@ def test_reads_like_the_others(path):
             definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
             defines = any(isinstance(node, definitions) for node in ast.walk(files.parse(cell)))
             assert not defines or tags & {"exercise", "solution"}, f"{where}: functions belong to kvlib"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS)
+def test_solutions_stand_apart(path):
+    """Each is behind a stub when the lesson runs, and no lesson shows one."""
+    cells = files.code_cells(files.read(path))
+    assert cells and all(cell["metadata"]["tags"] == ["solution"] for cell in cells)
+    ids = [cell["id"] for cell in files.lesson(NOTEBOOKS / path.name)["cells"]]
+    for cell in cells:
+        assert ids[ids.index(cell["id"]) - 1] == cell["id"].replace("-solution", "-stub")
+    for cell in files.code_cells(files.read(NOTEBOOKS / path.name)):
+        tags = cell["metadata"].get("tags", [])
+        assert "solution" not in tags
+        assert cell["id"] == "checks-run" or ("check" in tags) == (GOES_ON in tags)
 
 
 @pytest.mark.parametrize("path", [case for case in EVERY if "ledger.csv" in case.values[0].read_text()])
@@ -282,6 +300,112 @@ def test_make_starts_the_tool_without_torch():
     assert not imported & {"torch", "transformers", "pandas", "nbformat"}
 
 
+# Solutions and students
+
+
+@pytest.fixture
+def lesson(tmp_path) -> Path:
+    """A toy lesson of one exercise, whose solution stands apart."""
+    copy_project(tmp_path)
+    (tmp_path / "kvlib" / "__init__.py").write_text("")
+    path = write_notebook(tmp_path, "mine = None", "assert mine == 1, mine\nprint('right')", "print(mine)")
+    write_solution(path, "mine = 1")
+    notebook = files.read(path)
+    for cell, (name, tags) in zip(notebook["cells"][1:], [("x-stub", ["exercise"]), ("x-check", CHECK), ("on", [])]):
+        cell |= {"id": name, "metadata": {"tags": tags}}
+    path.write_text(files.to_text(files.normalise(notebook)))
+    return path
+
+
+CHECK = ["check", GOES_ON]
+
+
+def write_solution(path: Path, source: str, name: str = "x-solution") -> None:
+    cell = nbformat.v4.new_code_cell(source, id=name, metadata={"tags": ["solution"]})
+    file = path.parent / "solutions" / path.name
+    file.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), file)
+    file.write_text(files.to_text(files.normalise(files.read(file))))
+
+
+def test_a_lesson_runs_with_its_solutions_and_is_stored_apart_from_them(lesson):
+    root = lesson.parents[1]
+    running.run(lesson, "default")
+    outputs.publish(root)
+    outputs.check(root)
+    shown = [cell["outputs"][0]["text"] for cell in files.code_cells(files.read(lesson)) if cell["outputs"]]
+    assert shown == ["right\n", "1\n"]
+    assert "mine = 1" not in lesson.read_text()
+    file = lesson.parent / "solutions" / lesson.name
+    text = file.read_text()
+    assert json.loads(text)["cells"][0]["execution_count"] == 1  # it was run, and stored
+    file.write_text(text + "\n")
+    with pytest.raises(ValueError, match="notebooks/solutions/77_toy.ipynb is not in normal form"):
+        outputs.check(root)
+    write_solution(lesson, "mine = 1.0")
+    with pytest.raises(ValueError, match="77_toy.ipynb: its outputs are stale"):
+        outputs.check(root)
+
+
+def test_a_wrong_solution_ends_the_run(lesson):
+    write_solution(lesson, "mine = 2")
+    with pytest.raises(ValueError, match="AssertionError: 2"):
+        running.run(lesson, "smoke")
+
+
+def test_a_solution_needs_a_stub(lesson):
+    write_solution(lesson, "mine = 1", "y-solution")
+    with pytest.raises(ValueError, match="77_toy.ipynb: there is no stub for y-solution"):
+        files.lesson(lesson)
+
+
+def test_students_get_a_copy_without_outputs_and_keep_it(lesson, capsys):
+    """A failing check does not keep a student from running all cells."""
+    root = lesson.parents[1]
+    running.run(lesson, "default")
+    outputs.publish(root)
+    students.copies(root)
+    copy = root / "student" / lesson.name
+    cells = files.code_cells(files.read(copy))
+    assert [cell["id"] for cell in cells] == ["parameters", "x-stub", "x-check", "on"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    executed = nbclient.execute(nbformat.read(copy, as_version=4), kernel_name="python3")
+    shown = [cell["outputs"][0] for cell in files.code_cells(executed) if cell["outputs"]]
+    assert [shown[0]["ename"], shown[1]["text"]] == ["AssertionError", "None\n"]
+    copy.write_text("worked in")
+    students.copies(root)
+    assert copy.read_text() == "worked in"
+    assert "77_toy.ipynb is there already" in capsys.readouterr().out
+
+
+def test_stubs_are_refused_and_stop_nobody(tmp_path, monkeypatch):
+    """The first lesson as a student runs it, on tiny inputs: each check of an exercise fails, nothing else does."""
+    path = files.all_notebooks()[0]
+    notebook = nbformat.read(path, as_version=4)
+    values = [f"{name} = {value!r}" for name, value in parameters.parameters(path, "smoke").items()]
+    notebook.cells.insert(
+        1 + [cell.id for cell in notebook.cells].index("parameters"), nbformat.v4.new_code_cell("\n".join(values))
+    )
+    for name, value in {"KVLIB_FIGURES": tmp_path, "PYTHONPATH": ROOT}.items():
+        monkeypatch.setenv(name, str(value))
+    nbclient.execute(notebook, kernel_name="python3")
+    failed = [cell.id for cell in files.code_cells(notebook) if any(o.output_type == "error" for o in cell.outputs)]
+    assert failed == [cell.id for cell in files.code_cells(notebook) if GOES_ON in cell.metadata.get("tags", [])]
+
+
+def test_another_model_runs_in_a_folder_of_its_own(lesson, monkeypatch):
+    root = lesson.parents[1]
+    monkeypatch.setenv("MODEL", "some/minilm")
+    assert parameters.build_folder(root, "smoke") == root / "build" / "smoke"
+    file = parameters.write_parameters(lesson, "default")
+    assert file.parent == root / "build" / "default-minilm" and file.read_text() == "{}\n"
+    notebook = files.read(lesson)
+    notebook["cells"][0]["source"] += "model_name = 'smollm2'\n"
+    lesson.write_text(files.to_text(notebook))
+    assert parameters.write_parameters(lesson, "default").read_text() == "model_name: some/minilm\n"
+    assert parameters.write_parameters(lesson, "smoke").read_text() == "{}\n"
+
+
 # Storing and checking
 
 
@@ -430,6 +554,9 @@ def test_figures_are_named_after_their_notebook(folder):
 def test_each_method_has_its_own_look():
     assert len(set(plotting.COLORS.values())) == len(plotting.COLORS) == len(set(plotting.MARKERS.values()))
     assert plotting.series("my_method")["label"] == "my_method"
+    own, variant = plotting.series("h2o"), plotting.series("h2o (x=1)")
+    assert (own["label"], variant["label"]) == ("H2O", "H2O (x=1)") and own["color"] == variant["color"]
+    assert variant["linestyle"] == "-" != own["linestyle"] and variant["markerfacecolor"] == "white"
 
 
 def test_labels_keep_their_distance():

@@ -9,8 +9,12 @@ import random
 import re
 import zlib
 from collections import Counter
+from dataclasses import replace
 from functools import cache
+from itertools import chain
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,30 +23,33 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvlib.lab import tasks
+from kvlib.lab.claims import places
 from kvlib.lab.tasks import (
-    CATALOGUE,
     COMPLETIONS,
+    DROPPED,
     FAMILIES,
     PROBES,
     SHORTEST,
     Draw,
     Filler,
-    Sample,
-    correct,
+    Prompt,
     judge,
+    natural,
     sample,
-    share_of_lines,
+    score,
 )
-from kvlib.lab.tasks.code import SHORTEST_CODE
+from kvlib.lab.tasks.composing import FIRST
 from kvlib.lab.tasks.probes import DISTANCES
+from kvlib.lab.tasks.real_code import SHORTEST_CODE
 from kvlib.lab.tasks.words import ADJECTIVES, NOUNS, pools
 from kvlib.minilm.tokenizer import encode
 from kvlib.paths import DATA, MODELS
 
 CODE = [name for name, family in FAMILIES.items() if family.group == "code"]
-REAL = [*CODE, *COMPLETIONS]
-PLANTED = [name for name in CATALOGUE if name not in REAL]
-TRAINED = [name for name, family in CATALOGUE.items() if family.trained]
+REAL = [*CODE, *COMPLETIONS, "code_bits"]
+PLANTED = [name for name in (*FAMILIES, *DROPPED, *PROBES) if name not in CODE]
+TRAINED = [name for name in PLANTED if tasks.find(name).trained]
+FITTING = 192  # tokens in which there is a place for the facts of every task
 TASKS, SEEDS = st.sampled_from(PLANTED), st.integers(0, 10**6)
 SOURCE = Filler("".join(f"def step_{i}(x):\n    return x * {i} + step({i})\n\n" for i in range(400)))
 NAME = re.compile(rf"\b(?:{'|'.join(ADJECTIVES)})_(?:{'|'.join(NOUNS)})\b")
@@ -78,60 +85,75 @@ def drafted(task: str, tokens: int, seed: int, split: str = "test") -> tasks.Dra
     return tasks.draft(task, tokens, Draw(random.Random(f"{task} {tokens} {seed} {split}"), split))
 
 
-def check_sizes(drawn: Sample, tokens: int) -> None:
-    """The length is the prompt's, prompt and answer are tokenised apart, and hardly a token is left over.
+def said(drawn: Prompt) -> str:
+    """The prompt without the text of its BOS."""
+    assert drawn.context.startswith("<s>")
+    return drawn.text.removeprefix("<s>")
+
+
+def check_sizes(drawn: Prompt, tokens: int) -> None:
+    """The parts are the whole, prompt and answer are tokenised apart, and hardly a token is left over.
 
     If they were not, the answer that is scored would not be the one that the model is asked to write.
     """
-    prompt, answer = ids(drawn.prompt), ids(drawn.answer)
-    assert ids(drawn.prompt + drawn.answer) == prompt + answer
-    assert drawn.length == len(prompt) + 1 == len(tokenizer()(drawn.prompt).input_ids)
-    assert 0 <= tokens - drawn.length - len(answer) <= 8 + tokens // 50
+    parts, answer = drawn.ids(tokenizer()), drawn.answer_ids(tokenizer())
+    prompt = [*chain(*parts)]
+    assert prompt == tokenizer()(said(drawn)).input_ids and answer == ids(drawn.answer)
+    assert ids(said(drawn) + drawn.answer) == prompt[1:] + answer
+    assert len(parts[2]) == 1 and tokenizer().decode(parts[2]) == drawn.lead
+    assert drawn.length == len(prompt) + len(answer)
+    assert 0 <= tokens - drawn.length <= 8 + tokens // 50
 
 
 # The catalogue
 
 
-def test_as_many_families_as_longbench_has_tasks():
-    assert len(FAMILIES) == 16
-    assert Counter(family.group for family in FAMILIES.values()) == dict(zip(tasks.GROUPS, (3, 3, 3, 3, 2, 2)))
-    assert set(PROBES) == {"long_generation", "distance"} and len(COMPLETIONS) == 3
-    assert {**FAMILIES, **PROBES, **COMPLETIONS}.keys() == CATALOGUE.keys()
-    metrics = {name: family.metric for name, family in CATALOGUE.items() if family.metric != "exact"}
-    assert metrics == {"next_line": "similarity", "cross_file_line": "similarity", "code_bits": "bits"}
-    assert set(metrics) == set(COMPLETIONS)
-    assert all(name == family.name for name, family in CATALOGUE.items())
+def test_the_families_and_what_stands_beside_them():
+    assert Counter(family.group for family in FAMILIES.values()) == dict(zip(tasks.GROUPS, (3, 2, 2, 3, 2, 2)))
+    assert set(DROPPED) == {"count", "override"} and set(PROBES) == {"long_generation", "distance"}
+    assert set(COMPLETIONS) == {"next_line", "cross_file_line"}
+    assert set(tasks.LABEL_FREE) == {"code_bits", "prose_bits", "summary"}
+    kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, tasks.LABEL_FREE, natural.FAMILIES)
+    assert sum(map(len, kinds)) == len(tasks.CATALOGUE) and set().union(*kinds) == set(tasks.CATALOGUE)
+    for name, family in tasks.CATALOGUE.items():
+        assert tasks.find(name) is family and family.name == name
+
+
+def test_what_the_pilot_let_pass():
+    rows = pd.read_csv(DATA / "pilot" / "pilot.csv")
+    assert sorted(tasks.NATURAL) == sorted(set(rows[rows["stays"]]["task"]))
+    assert set(rows["task"]) == set(natural.FAMILIES)
 
 
 def test_some_families_are_not_trained():
     unseen = [name for name, family in FAMILIES.items() if not family.trained]
-    assert len(unseen) >= 4 and set(CODE) < set(unseen)
+    assert len(unseen) >= 3 and set(CODE) < set(unseen)
     assert {FAMILIES[name].group for name in unseen} != {"code"}
 
 
 # Planted tasks
 
 
-@given(TASKS, st.integers(SHORTEST, 1500), SEEDS)
+@given(TASKS, st.integers(FITTING, 1500), SEEDS)
 @settings(max_examples=400)
 def test_the_prompt_alone_gives_the_answer(task, tokens, seed):
     lines = {"lines": min(8, tokens // 64)} if task == "distance" else {}  # so many lines certainly fit
     drawn = sample(task, tokens, seed, tokenizer=tokenizer(), **lines)
-    assert answer_of(drawn.prompt) == drawn.answer
+    assert answer_of(said(drawn)) == drawn.answer
     assert (drawn.task, drawn.seed) == (task, seed)
     check_sizes(drawn, tokens)
 
 
 @pytest.mark.parametrize("task", PLANTED)
 def test_the_smallest_and_largest_prompts(task):
-    for tokens, seeds in ((SHORTEST, 20), (4096, 2)):
+    for tokens, seeds in ((FITTING, 20), (4096, 2)):
         for seed in range(seeds):
             drawn = sample(task, tokens, seed, tokenizer=tokenizer(), **({"lines": 2} if task == "distance" else {}))
-            assert answer_of(drawn.prompt) == drawn.answer
+            assert answer_of(said(drawn)) == drawn.answer
             check_sizes(drawn, tokens)
 
 
-@pytest.mark.parametrize("task", CATALOGUE)
+@pytest.mark.parametrize("task", [*PLANTED, *REAL, "prose_bits", "summary"])
 def test_a_sample_follows_from_its_seed(task):
     def draw(seed, **options):
         return sample(task, 512, seed, tokenizer=tokenizer(), **options)
@@ -139,9 +161,9 @@ def test_a_sample_follows_from_its_seed(task):
     first = draw(3)
     draw(4)  # nothing is left behind by samples in between
     assert draw(3) == first
-    assert len({draw(seed).prompt for seed in range(20)}) == 20
+    assert len({draw(seed).text for seed in range(20)}) == 20
     if task in PLANTED:
-        assert draw(3, split="train", text=SOURCE).prompt != draw(3, text=SOURCE).prompt
+        assert draw(3, split="train", text=SOURCE).text != draw(3, text=SOURCE).text
 
 
 @pytest.mark.parametrize("task", [name for name in LOOKED_UP if name != "shown_syntax"])
@@ -198,7 +220,7 @@ def test_neither_the_first_nor_the_last_nor_the_commonest_value_is_often_right(t
 def test_settings_are_made_again():
     again = sum(len(drafted("override", 128, seed).facts) > 2 for seed in range(60))
     drawn = [sample("override", 400, seed, tokenizer=tokenizer()) for seed in range(60)]
-    first = [re.search(rf"^{d.prompt.split()[-2]} = (\d+)$", d.prompt, re.MULTILINE)[1] == d.answer for d in drawn]
+    first = [re.search(rf"^{d.text.split()[-2]} = (\d+)$", d.text, re.MULTILINE)[1] == d.answer for d in drawn]
     assert again > 40 and sum(first) == 0  # every setting is made again
 
 
@@ -214,7 +236,7 @@ def test_long_generation_is_long(tokens):
     for seed in range(3):
         drawn = sample("long_generation", tokens, seed, tokenizer=tokenizer())
         assert len(ids(drawn.answer)) > 512
-        assert drawn.answer.count("\n") == 47 and answer_of(drawn.prompt) == drawn.answer
+        assert drawn.answer.count("\n") == 47 and answer_of(said(drawn)) == drawn.answer
 
 
 @given(st.sampled_from(DISTANCES), st.integers(1200, 2000), SEEDS)
@@ -222,14 +244,14 @@ def test_long_generation_is_long(tokens):
 @example(64, 4096, 0)
 def test_so_many_lines_are_between_definition_and_use(lines, tokens, seed):
     drawn = sample("distance", tokens, seed, tokenizer=tokenizer(), lines=lines)
-    rows = drawn.prompt.split("\n")
+    rows = said(drawn).split("\n")
     name = re.fullmatch(r"assert (\w+) == ", rows[-1])[1]
     assert rows[-2 - lines] == f"{name} = {drawn.answer}"
     check_sizes(drawn, tokens)
 
 
 def test_no_line_between_definition_and_use():
-    rows = sample("distance", 200, 0, tokenizer=tokenizer(), lines=0).prompt.split("\n")
+    rows = sample("distance", 200, 0, tokenizer=tokenizer(), lines=0).text.split("\n")
     assert rows[-1].startswith(f"assert {rows[-2].split()[0]} ")
 
 
@@ -237,20 +259,51 @@ def test_no_line_between_definition_and_use():
 @settings(max_examples=60)
 def test_the_needle_stands_at_its_depth(depth, tokens, seed):
     drawn = sample("needle", tokens, seed, tokenizer=tokenizer(), depth=depth)
-    name = re.search(r"assert (\w+) == $", drawn.prompt)[1]
-    before, _, after = drawn.prompt.partition(f"{name} = {drawn.answer}\n")
+    name = re.search(r"assert (\w+) == $", drawn.text)[1]
+    before, _, after = said(drawn).partition(f"{name} = {drawn.answer}\n")
     before, after = len(ids(before)), len(ids(after[: after.rindex("assert")]))
-    longest = max(len(ids(line + "\n")) for line in drawn.prompt.split("\n"))
-    assert 0 <= before - depth * (before + after) <= longest  # at the first end of a line from there on
-    if depth in (0, 1):
-        assert (after if depth else before) == 0
+    longest = max(len(ids(line + "\n")) for line in said(drawn).split("\n"))
+    inside = before + after - FIRST
+    assert abs(before - FIRST - depth * inside) <= 2 * longest
 
 
 @pytest.mark.parametrize("number", [float, int])
 def test_depths_at_both_ends(number):
-    first, last = (sample("needle", 200, 1, tokenizer=tokenizer(), depth=number(depth)).prompt for depth in (0, 1))
-    assert re.match(r"[A-Z]+_[A-Z]+ = \d{5}\n", first)
-    assert re.search(r"\n[A-Z]+_[A-Z]+ = \d{5}\nassert [A-Z]+_[A-Z]+ == $", last)
+    """Of what is no end: the first line from token `FIRST` on, and the last but one."""
+    first, last = (said(sample("needle", 400, 1, tokenizer=tokenizer(), depth=number(depth))) for depth in (0, 1))
+    before = re.match(r"(?s)(.*?\n)[A-Z]+_[A-Z]+ = \d{5}\n", first)[1]
+    assert len(ids(before)) >= FIRST > len(ids(before[: before.rindex("\n", 0, -1) + 1]))
+    assert re.search(r"\n[A-Z]+_[A-Z]+ = \d{5}\n.*\S.*\n+assert [A-Z]+_[A-Z]+ == $", last)
+
+
+# Places
+
+
+@pytest.mark.parametrize("task", FAMILIES)
+def test_no_answer_stands_where_methods_keep_everything(task):
+    """Neither in the first tokens nor in the line before the question, by the rule with which results are examined."""
+    for tokens, seeds in ((512, 60), (2048, 60)):
+        for seed in range(seeds):
+            drawn = sample(task, tokens, seed, tokenizer=tokenizer())
+            assert not list(places.places(drawn, tokenizer())), seed
+            if task in CODE:
+                word = re.search(r"\w+$", drawn.text)[0] + drawn.answer
+                start = tokenizer().decode(tokenizer()(said(drawn)).input_ids[:FIRST])
+                assert word not in start and word not in drawn.context.rstrip("\n").rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("task", ["needle", "function_lookup", "annotated_lookup"])
+def test_facts_stand_at_all_depths_evenly(task):
+    """Of what is no end; the distance of depths from a uniform distribution is that of Kolmogorov and Smirnov."""
+    depths = []
+    for seed in range(200):
+        drawn = sample(task, 768, seed, tokenizer=tokenizer())
+        before, _, after = drawn.context.removeprefix("<s>").partition(drawn.answer)
+        start, end = len(ids(before)) - FIRST, len(ids(after.rstrip("\n").rpartition("\n")[0]))
+        depths.append(start / (start + end))
+    steps = np.arange(201) / 200
+    distance = np.maximum(steps[1:] - np.sort(depths), np.sort(depths) - steps[:-1]).max()
+    assert distance < 1.95 / 200**0.5  # which one of a thousand exceeds
 
 
 # Training and test
@@ -269,8 +322,8 @@ def test_training_and_test_share_no_name_and_no_value():
         for task in PLANTED:
             for seed in range(5):
                 drawn = sample(task, 512, seed, tokenizer=tokenizer(), split=split, text=Plain())
-                assert {int(v) for v in re.findall(r"\b\d{5}\b", drawn.prompt + drawn.answer)} <= values
-                words = set(NAME.findall((drawn.prompt + drawn.answer).lower()))
+                assert {int(v) for v in re.findall(r"\b\d{5}\b", drawn.text + drawn.answer)} <= values
+                words = set(NAME.findall((drawn.text + drawn.answer).lower()))
                 assert words and words <= names
 
 
@@ -321,7 +374,7 @@ def test_what_training_draws_fits(task):
         drawn = tasks.draft(task, tokens, Draw(rng, "train"))
         asked = drawn.questions[: max(1, min(8, tokens // SHORTEST))]
         room = tokens - sum(count([text for question, answer in asked for text in (question, answer, "\n")]))
-        context = tasks.compose(drawn, room, rng, Plain(), count)
+        context = tasks.compose(drawn, room, rng, Plain(), count, ends=True)
         assert sum(count([context])) <= room
         assert all(answer_of(context + question) == answer for question, answer in asked)
 
@@ -341,18 +394,19 @@ def test_filler_never_mentions_what_is_planted(task):
         names |= {name for _, text in drawn.facts for name in NAME.findall(text.lower())}
     traps = [line for n in sorted(names) for line in (f"x = {n}.trap", f"{n.upper()} = 1  # trap", f"def {n}(): trap")]
     text = Filler("".join(f"{line}\nplain = 1\n" for line in traps) * 20)
-    prompt = sample(task, 400, 5, tokenizer=tokenizer(), text=text).prompt
+    prompt = sample(task, 400, 5, tokenizer=tokenizer(), text=text).text
     assert "trap" not in prompt and prompt.count("plain = 1\n") > 4
 
 
 def test_short_filler_starts_again():
     text = Filler("alpha = 1\nbeta = 2\ngamma = 3\n")
     drawn = sample("needle", 500, 0, tokenizer=tokenizer(), text=text)
-    assert drawn.prompt.count("beta = 2\n") > 20
+    assert drawn.text.count("beta = 2\n") > 20
 
 
 def test_filler_is_real_code_in_its_order():
-    lines = sample("needle", 600, 2, tokenizer=tokenizer(), depth=1).prompt.split("\n")[:-2]
+    lines = said(sample("needle", 600, 2, tokenizer=tokenizer(), depth=1)).split("\n")[:-1]
+    lines = [line for line in lines if not NAME.match(line.lower())]
     everything = iter("\n".join(row["text"] for row in heldout().values()).split("\n") * 2)
     assert len(lines) > 20 and all(line in everything for line in lines)  # a subsequence, as `in` advances
 
@@ -366,7 +420,7 @@ def test_identifiers_can_be_completed_from_the_prompt(task, tokens, seeds):
     words = Counter()
     for seed in range(seeds):
         drawn = sample(task, tokens, seed, tokenizer=tokenizer())
-        words[check_code(task, drawn.prompt, drawn.answer)] += 1
+        words[check_code(task, said(drawn), drawn.answer)] += 1
         check_sizes(drawn, tokens)
     assert len(words) > 0.7 * seeds  # not the same few again and again
 
@@ -376,8 +430,8 @@ def test_other_files_around_the_identifier_are_shown():
     depths = []
     for seed in range(60):
         drawn = sample("cross_file", 1024, seed, tokenizer=tokenizer())
-        word = re.search(r"\w+$", drawn.prompt)[0] + drawn.answer
-        depths.append(re.search(rf"\b{word}\b", drawn.prompt).start() / len(drawn.prompt))
+        word = re.search(r"\w+$", drawn.text)[0] + drawn.answer
+        depths.append(re.search(rf"\b{word}\b", drawn.text).start() / len(drawn.text))
     assert min(depths) < 0.1 and max(depths) > 0.4
 
 
@@ -388,13 +442,13 @@ def test_without_its_source_nothing_tells_the_identifier(task, tokens, seeds):
     for seed in range(seeds):
         drawn = sample(task, tokens, seed, tokenizer=tokenizer())
         floor = sample(task, tokens, seed, tokenizer=tokenizer(), source=False)
-        assert (floor.question, floor.answer) == (drawn.question, drawn.answer)
+        assert (floor.question, floor.lead, floor.answers) == (drawn.question, drawn.lead, drawn.answers)
         check_sizes(floor, tokens)
-        typed = re.search(r"\w+$", drawn.question)[0]
-        word, context = typed + drawn.answer, floor.prompt[: -len(floor.question)]
-        assert word in drawn.prompt and word not in context
+        typed = re.search(r"\w+$", drawn.question + drawn.lead)[0]
+        word, context = typed + drawn.answer, floor.context
+        assert word in drawn.context and word not in context
         if task == "completion":  # of two files the second may start a line later
-            last = drawn.prompt[: -len(drawn.question)].rsplit(word, 1)[-1]
+            last = drawn.context.rsplit(word, 1)[-1]
             assert context.endswith(last[-200:])
 
 
@@ -423,19 +477,20 @@ def merging(vocabulary: int) -> PreTrainedTokenizerFast:
 def test_tokenizers_that_merge_lines():
     foreign, made = merging(1500), Counter()
     assert any("Ċ" in token.strip("Ċ") for token in foreign.get_vocab())  # Ċ is the newline's byte
-    for task in [*FAMILIES, *PROBES]:  # test_lines.py has the others
+    for task in [*FAMILIES, *DROPPED, *PROBES]:  # test_lines.py has the others
         for seed in range(5):
             try:
                 drawn = sample(task, 1024, seed, tokenizer=foreign)
             except ValueError as error:
                 assert re.match(rf"no prompt of 1024 tokens could be made for '{task}'|.*the facts alone", str(error))
                 continue
-            left = 1024 - drawn.length - len(foreign(drawn.answer).input_ids)
-            assert drawn.length == len(foreign(drawn.prompt).input_ids) and 0 <= left <= 8 + 1024 // 50
+            assert drawn.length == len(foreign(drawn.text + drawn.answer).input_ids)
+            assert 0 <= 1024 - drawn.length <= 8 + 1024 // 50
+            assert [*chain(*drawn.ids(foreign))] == foreign(drawn.text).input_ids and drawn.ids(foreign)[2]
             if task in CODE:
-                check_code(task, drawn.prompt, drawn.answer)
+                check_code(task, drawn.text, drawn.answer)
             else:
-                assert answer_of(drawn.prompt) == drawn.answer
+                assert answer_of(drawn.text) == drawn.answer
             made[task] += 1
     assert sum(made.values()) >= 60 and len(made) >= 15, made
 
@@ -449,7 +504,6 @@ def test_tokenizers_that_merge_lines():
         (("neddle", 300, 0), "unknown task 'neddle'; did you mean 'needle'?"),
         (("xyz", 300, 0), "unknown task 'xyz'; known: dict_lookup, function_lookup, annotated_lookup, two_hop"),
         (("needle", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
-        (("completion", SHORTEST - 1, 0), f"tokens={SHORTEST - 1}: at least {SHORTEST}"),
         *[((task, SHORTEST_CODE - 1, 0), f"tokens={SHORTEST_CODE - 1}: at least {SHORTEST_CODE}") for task in REAL],
         *[((task, 600, 10**6), "seed=1000000: held-out code has ") for task in REAL],
         *[((task, 600, -1), "seed=-1: held-out code has ") for task in REAL],
@@ -482,10 +536,10 @@ def test_unknown_split():
         sample("needle", 300, 0, tokenizer=tokenizer(), split="dev", text=SOURCE)
 
 
-@pytest.mark.parametrize("task", REAL)
-def test_real_code_is_not_trained_on(task):
-    with pytest.raises(ValueError, match="split='train': real code is completed in tests only"):
-        sample(task, 600, 0, tokenizer=tokenizer(), split="train")
+def test_filler_that_leaves_no_place():
+    with pytest.raises(ValueError, match=r"too few tokens: there is room for \d+ of filler"):
+        for tokens in range(SHORTEST, 2 * SHORTEST):
+            sample("dict_lookup", tokens, 0, tokenizer=tokenizer())
 
 
 def test_facts_that_do_not_fit():
@@ -495,6 +549,10 @@ def test_facts_that_do_not_fit():
 
 
 # Scores
+
+
+def prompt_with(answer: str) -> Prompt:
+    return Prompt("needle", 0, "", "", "", (answer,), 0)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +585,7 @@ def test_facts_that_do_not_fit():
     ],
 )
 def test_what_counts_as_correct(answer, generated, expected):
-    assert correct(Sample("needle", "", answer, "", 0, 0), generated) is expected
+    assert (score(prompt_with(answer), generated) == 1) is expected
 
 
 @pytest.mark.parametrize(
@@ -546,7 +604,7 @@ def test_what_counts_as_correct(answer, generated, expected):
     ],
 )
 def test_partial_credit(generated, expected):
-    assert share_of_lines(Sample("long_generation", "", "a = 1\nb = 2\nc = 3\nd = 4", "", 0, 0), generated) == expected
+    assert score(prompt_with("a = 1\nb = 2\nc = 3\nd = 4"), generated) == expected
 
 
 DIGITS = [tokenizer()(str(digit), add_special_tokens=False).input_ids[0] for digit in range(10)]
@@ -560,8 +618,8 @@ def test_judging_first_choices_is_judging_what_greedy_decoding_writes(answer, da
     chosen = [data.draw(st.sampled_from([token, token, token, DIGITS[0]])) for token in answer] + [data.draw(choices)]
     wrong = next((i for i, pair in enumerate(zip(answer, chosen)) if pair[0] != pair[1]), len(answer))
     written = tokenizer().decode(chosen[: wrong + 1] + data.draw(st.lists(choices, max_size=4)))
-    drawn = Sample("needle", "", tokenizer().decode(answer), "", 0, 0)
-    assert judge(answer, chosen, tokenizer()) == share_of_lines(drawn, written)
+    drawn = prompt_with(tokenizer().decode(answer))
+    assert judge(drawn, chosen, tokenizer()) == score(drawn, written)
 
 
 @given(st.integers(0, 10**6))
@@ -572,11 +630,26 @@ def test_facts_stand_at_both_ends_now_and_then(seed):
     assert 0 < depths.count(0.0) < 30 and 0 < depths.count(1.0) < 30
 
 
-@pytest.mark.parametrize("task", CATALOGUE)
-def test_the_question_ends_the_prompt(task):
+def test_facts_of_tests_stand_at_no_end():
+    depths = [Draw(random.Random(seed), "test").depth() for seed in range(2000)]
+    assert min(depths) > 0 and max(depths) < 1
+
+
+@pytest.mark.parametrize("task", [*PLANTED, *CODE, *COMPLETIONS])
+def test_the_question_is_the_last_line(task):
+    """All of it but its last token, which is fed when a cache has been compressed."""
     drawn = sample(task, 600, 3, tokenizer=tokenizer())
-    assert drawn.prompt.endswith(drawn.question) and 0 < len(drawn.question) < 200
-    context = drawn.prompt[: -len(drawn.question)]
-    assert context.endswith("\n")
-    parts = [tokenizer()(text, add_special_tokens=False).input_ids for text in (context, drawn.question)]
-    assert tokenizer()(drawn.prompt, add_special_tokens=False).input_ids == parts[0] + parts[1]
+    line = drawn.question + drawn.lead
+    assert drawn.context.endswith("\n") and 0 < len(drawn.question) < 200 and "\n" not in line.rstrip("\n")
+    assert drawn.ids(tokenizer())[0] == tokenizer()(drawn.context.removeprefix("<s>")).input_ids
+
+
+def test_a_token_that_spans_context_and_question_is_fed_with_the_question():
+    foreign = merging(1500)
+    drawn = prompt_with("x")
+    spanning = next(t for t in map(foreign.decode, foreign.get_vocab().values()) if re.fullmatch(r"\S+\n +", t))
+    line, indent = spanning.split("\n")
+    drawn = replace(drawn, context=f"0{line}\n", question=f"{indent}0", lead="0")
+    parts = drawn.ids(foreign)
+    assert [*chain(*parts)] == foreign(drawn.text).input_ids
+    assert [foreign.decode(part) for part in parts] == ["0", f"{spanning}0", "0"]

@@ -3,6 +3,7 @@
 import torch
 
 from kvlib.core import attention
+from kvlib.lab.lessons.value_norms import rank_correlation
 
 
 def attention_map(snapshot, layer: int, last: int | None = None) -> torch.Tensor:
@@ -33,27 +34,30 @@ def expanded(snapshot, layer: int):
     return (*(x[0].double().cpu() for x in (query, key, value)), scaling)
 
 
-def looking_heads(snapshot, tokens: list[int], count: int) -> list[tuple[int, int, torch.Tensor]]:
-    """The KV heads in which the last query attends most to `tokens`: `(layer, head, attention to each)`, most first.
+def looking_heads(snapshot, tokens: list[int], count: int, query: int | None = None) -> list[tuple]:
+    """The KV heads in which a query attends most to `tokens`: `(layer, head, attention to each)`, most first.
 
     Of a group of query heads it is the one that attends most.
+
+    Args:
+        query: its position; the last one if left out. It sees what precedes it, so `tokens` stand before it.
     """
-    kv_heads, found = snapshot.layers[0][1].shape[1], []
+    kv_heads, length, found = snapshot.layers[0][1].shape[1], snapshot.positions.shape[1], []
     for layer in range(len(snapshot.layers)):
-        attention_to = attention_map(snapshot, layer, last=1)[:, 0, tokens]  # (query_heads, tokens)
+        last = 1 if query is None else length - query
+        attention_to = attention_map(snapshot, layer, last=last)[:, 0, tokens]  # (query_heads, tokens)
         groups = attention_to.view(kv_heads, -1, len(tokens))
         for head, group in enumerate(groups):
             found.append((layer, head, group[group.sum(1).argmax()]))
     return sorted(found, key=lambda entry: -entry[2].sum())[:count]
 
 
-def show_heads(axes, share: torch.Tensor):
-    """Draw a share per head, `(layers, heads)`, in percent on a logarithmic scale, with numbers; returns the image."""
-    image = axes.imshow((100 * share).numpy(), norm="log", clim=(1, 100), rasterized=True, aspect="auto")
-    for layer, row in enumerate((100 * share).tolist()):
-        for head, value in enumerate(row):
-            color = "white" if value < 15 else "black"
-            axes.text(head, layer, f"{value:.0f}", ha="center", va="center", fontsize=9, color=color)
-    axes.set(xlabel="head", xticks=range(share.shape[1]), yticks=range(share.shape[0]))
-    axes.grid(False)
-    return image
+def short_keys(snapshot) -> torch.Tensor:
+    """Do tokens with short keys get the attention? Rank correlation of −‖k‖₂ with it, `(layers, kv_heads)`.
+
+    Attention is what a token receives from all queries, mean over the query heads of a group. 1: the shorter the key,
+    the more attention.
+    """
+    short = torch.stack([-key[0].double().norm(dim=-1).cpu() for _, key, _, _ in snapshot.layers])
+    received = attention_received(snapshot).unflatten(1, (short.shape[1], -1)).mean(2)
+    return rank_correlation(short, received)

@@ -40,10 +40,18 @@ def token_labels(tokenizer, ids) -> list[str]:
 
 def answer_at_start(prompt: Prompt, tokenizer, tokens: int) -> bool:
     """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
-    ids = tokenizer(prompt.text[: 40 * tokens], add_special_tokens=False).input_ids[
-        :tokens
-    ]  # the rest need not be read
+    begun = prompt.text[: 40 * tokens]  # the rest need not be read
+    ids = tokenizer(begun, add_special_tokens=False).input_ids[:tokens]
     start, answer = (
         set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), prompt.answer)
     )
     return bool(start & answer)
+
+
+def answer_places(prompt, tokenizer) -> list[int]:
+    """Where the answer stands in a prompt of `kvlib.lab.tasks.sample`: positions of its tokens in the context."""
+    text = prompt.context + prompt.question + prompt.lead
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    start = prompt.context.index(prompt.answer.strip())
+    end = start + len(prompt.answer.strip())
+    return [place for place, (first, last) in enumerate(spans) if first < end and last > start]

@@ -1,12 +1,7 @@
-"""What methods keep of a prompt, and what the model then answers."""
-
-from itertools import chain
+"""What methods keep of a prompt."""
 
 import pandas as pd
 import torch
-
-import kvlib
-from kvlib.lab import tasks
 
 
 def kept_mask(run) -> torch.Tensor:
@@ -44,19 +39,3 @@ def overlaps(kept: dict[str, torch.Tensor]) -> pd.DataFrame:
         raise ValueError("an empty keep-set is like no other")
     common = torch.einsum("aht,bht->abh", masks, masks)
     return pd.DataFrame((2 * common / (sizes[:, None] + sizes)).mean(-1), index=list(kept), columns=list(kept))
-
-
-def answers(model, tokenizer, task: str, tokens: int, samples, methods: dict) -> pd.DataFrame:
-    """What the model writes where the answer belongs: a row per sample, the right answer, a column per method."""
-    rows = {}
-    for number in samples:
-        drawn = tasks.sample(task, tokens, number, tokenizer=tokenizer)
-        prefill = kvlib.snapshot(model, torch.tensor([[*chain(*drawn.ids(tokenizer))]], device=model.device))
-        rows[number] = {"answer": drawn.answer}
-        for name, method in methods.items():
-            with method(model) as run:
-                cache, made = run.fork(prefill), [prefill.logits.argmax(-1)]
-                for _ in drawn.answer_ids(tokenizer)[1:]:
-                    made.append(model(made[-1][:, None], past_key_values=cache).logits[:, -1].argmax(-1))
-            rows[number][name] = tokenizer.decode(torch.cat(made))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample")

@@ -4,11 +4,14 @@
     python -m kvlib.lab.notebooks run PROFILE NOTEBOOK    execute into build/PROFILE, figures included
     python -m kvlib.lab.notebooks publish                 store the outputs of build/default in notebooks/
     python -m kvlib.lab.notebooks check                   fail if stored outputs are stale, missing or wrong
+    python -m kvlib.lab.notebooks student                 copy the lessons, without outputs, into student/
     python -m kvlib.lab.notebooks compare MANIFEST        fail if figures drawn from tables differ from these
 
-A notebook is a path <root>/notebooks/NN_name.ipynb; its parameters are in <root>/notebooks/params/PROFILE.yaml under
-NN_name, its result tables those of <root>/data/results that its code names. Its outputs are stale once these, its
-cells or what they reach in kvlib have changed (`kvlib.lab.notebooks.dependencies`).
+A lesson is a path <root>/notebooks/NN_name.ipynb; its solutions are in <root>/notebooks/solutions/NN_name.ipynb, its
+parameters in <root>/notebooks/params/PROFILE.yaml under NN_name, its result tables those of <root>/data/results that
+its code names. Its outputs are stale once these, its cells or what they reach in kvlib have changed
+(`kvlib.lab.notebooks.dependencies`). MODEL=... in the environment runs lessons on another model, in a folder of build/
+of its own; the smoke profile names its model itself.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from kvlib.lab.notebooks.dependencies import makefile
 from kvlib.lab.notebooks.figures import compare
 from kvlib.lab.notebooks.outputs import check, publish
 from kvlib.lab.notebooks.running import run
+from kvlib.lab.notebooks.students import copies
 from kvlib.paths import ROOT
 
 
@@ -30,6 +34,7 @@ def main() -> None:
     commands.choices["run"].add_argument("notebook", type=Path)
     commands.add_parser("publish")
     commands.add_parser("check")
+    commands.add_parser("student")
     commands.add_parser("compare").add_argument("manifest", type=Path)
     arguments = parser.parse_args()
     try:
@@ -42,6 +47,8 @@ def main() -> None:
                 publish()
             case "check":
                 check()
+            case "student":
+                copies()
             case "compare":
                 compare(arguments.manifest)
     except ValueError as error:

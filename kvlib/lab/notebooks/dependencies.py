@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 
 from kvlib.lab import definitions
-from kvlib.lab.notebooks.files import all_notebooks, code_cells, parse, read, root_of
-from kvlib.lab.notebooks.parameters import write_parameters
+from kvlib.lab.notebooks.files import all_notebooks, code_cells, files_of, lesson, parse, root_of
+from kvlib.lab.notebooks.parameters import build_folder, write_parameters
 
 
 def code(path: Path) -> str:
-    """All code of a notebook, as Python."""
-    return "\n".join(ast.unparse(parse(cell)) for cell in code_cells(read(path)))
+    """All code of a lesson and its solutions, as Python."""
+    return "\n".join(ast.unparse(parse(cell)) for cell in code_cells(lesson(path)))
 
 
 def modules(root: Path, folder: str) -> dict[str, Path]:
@@ -55,7 +55,7 @@ def files(path: Path) -> list[Path]:
 
 def tables(path: Path) -> list[Path]:
     """The result tables that the code of a notebook names."""
-    cells = "\n".join(cell["source"] for cell in code_cells(read(path)))
+    cells = "\n".join(cell["source"] for cell in code_cells(lesson(path)))
     return sorted(file for file in (root_of(path) / "data" / "results").glob("*.parquet") if file.name in cells)
 
 
@@ -63,8 +63,9 @@ def makefile(root: Path, profile: str) -> str:
     """One rule per notebook, and an empty rule per file so that a deleted file means a rerun and not an error."""
     rules, everything = [], set()
     for path in all_notebooks(root):
-        needed = [write_parameters(path, profile), *tables(path), *files(path)]
+        needed = [write_parameters(path, profile), *files_of(path)[1:], *tables(path), *files(path)]
         names = [str(file.relative_to(root)) for file in needed]
-        rules.append(f"build/{profile}/{path.name}: {' '.join(names)}")
+        target = (build_folder(root, profile) / path.name).relative_to(root)
+        rules.append(f"{target}: {' '.join(names)}")
         everything |= set(names)
     return "\n".join([*rules, *(f"{name}:" for name in sorted(everything))]) + "\n"

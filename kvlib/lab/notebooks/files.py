@@ -1,5 +1,9 @@
 """Notebooks as files: found, read, written in the form that is committed.
 
+A lesson, notebooks/NN_name.ipynb, has stubs (cells `x-stub`); their solutions (cells `x-solution`) stand apart, in
+notebooks/solutions/NN_name.ipynb, and are put behind the stubs when the lesson is run. Checks of stubs have Jupyter's
+tag `raises-exception`: in JupyterLab "run all" passes over one that fails, papermill ends with its error.
+
 Without nbformat, whose jsonschema takes a second to import: make starts the tool once per notebook.
 """
 
@@ -17,7 +21,7 @@ CELL_METADATA = ("tags", "mystnb")  # mystnb holds captions and alternative text
 
 def all_notebooks(root: Path = ROOT) -> list[Path]:
     """The notebooks in reading order."""
-    return sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return sorted((root / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
 
 
 def root_of(path: Path) -> Path:
@@ -39,6 +43,30 @@ def each_text(notebook: dict, change) -> dict:
 
 def read(path: Path) -> dict:
     return each_text(json.loads(path.read_text()), "".join)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The lesson, and its solutions if it has any."""
+    return [file for file in (path, path.parent / "solutions" / path.name) if file.exists()]
+
+
+def lesson(path: Path) -> dict:
+    """The notebook that is run: each stub followed by its solution.
+
+    Raises:
+        ValueError: for a solution without a stub.
+    """
+    notebook, *solutions = (read(file) for file in files_of(path))
+    found = {cell["id"]: cell for file in solutions for cell in code_cells(file)}
+    cells = []
+    for cell in notebook["cells"]:
+        cells.append(cell)
+        solution = f"{cell['id'].removesuffix('-stub')}-solution"
+        if cell["id"].endswith("-stub") and solution in found:
+            cells.append(found.pop(solution))
+    if found:
+        raise ValueError(f"{path.name}: there is no stub for {', '.join(found)}")
+    return notebook | {"cells": cells}
 
 
 def to_text(notebook: dict) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvlib.lab import definitions
 from kvlib.lab.notebooks.dependencies import reached, tables
-from kvlib.lab.notebooks.files import all_notebooks, code_cells, normalise, read, root_of, to_text
+from kvlib.lab.notebooks.files import all_notebooks, code_cells, files_of, lesson, normalise, read, root_of, to_text
 from kvlib.lab.notebooks.parameters import parameters
 from kvlib.lab.notebooks.sources import current_source, shown
 from kvlib.paths import ROOT
@@ -22,7 +22,7 @@ MEMORY_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
 def basis(path: Path, notebook: dict) -> str:
-    """sha256 over everything that the outputs of `notebook` follow from."""
+    """sha256 over everything that the outputs of `notebook`, a lesson with its solutions, follow from."""
     root = root_of(path)
     parts = {
         "cells": [cell["source"] for cell in code_cells(notebook)],
@@ -71,32 +71,37 @@ def publish(root: Path = ROOT) -> None:
         executed = root / "build" / "default" / path.name
         if not executed.exists():
             raise ValueError(f"{path.name} has not been run: make figures")
-        notebook, ran = read(path), {cell["id"]: cell for cell in read(executed)["cells"]}
-        for cell in code_cells(notebook):  # taking outputs only leaves out the cell of injected parameters
+        ran = {cell["id"]: cell for cell in read(executed)["cells"]}
+        parts = {file: read(file) for file in files_of(path)}
+        whole = lesson(path)
+        for cell in [cell for notebook in (whole, *parts.values()) for cell in code_cells(notebook)]:
+            # taking outputs only leaves out the cell of injected parameters
             if cell["source"] != ran.get(cell["id"], {}).get("source"):
                 raise ValueError(f"{path.name}: cell {cell['id']} has changed since it was run: make figures")
             cell |= {name: ran[cell["id"]][name] for name in ("outputs", "execution_count")}
-        notebook["metadata"].setdefault("kvlib", {})["hash"] = basis(path, notebook)
-        published[path], found[path.name] = to_text(normalise(notebook)), problems(notebook)
+        parts[path]["metadata"].setdefault("kvlib", {})["hash"] = basis(path, whole)
+        published |= {file: to_text(normalise(notebook)) for file, notebook in parts.items()}
+        found[path.name] = problems(whole)
     fail_if(found)
     for path, text in published.items():
         changed = text != path.read_text()
         if changed:
             path.write_text(text)
             os.utime(root / "build" / "default" / path.name)  # new outputs are no reason to run it again
-        print(f"{path.name}: {'stored' if changed else 'as before'}")
+        print(f"{path.relative_to(root)}: {'stored' if changed else 'as before'}")
 
 
 def check(root: Path = ROOT) -> None:
     """Raise unless every notebook holds complete outputs that still follow from code, parameters and tables."""
     found = {}
     for path in all_notebooks(root):
-        notebook = read(path)
+        notebook = lesson(path)
         wrong = found[path.name] = problems(notebook)
         if notebook["metadata"].get("kvlib", {}).get("hash") != basis(path, notebook):
             wrong.append("its outputs are stale, something they follow from has changed: make publish")
-        if to_text(normalise(notebook)) != path.read_text():
-            wrong.append("it is not in normal form: make publish")
+        for file in files_of(path):
+            if to_text(normalise(read(file))) != file.read_text():
+                wrong.append(f"{file.relative_to(root)} is not in normal form: make publish")
     count = len(found)
     files = [file for file in (root / "notebooks").rglob("*") if ".ipynb_checkpoints" not in file.parts]
     size = sum(file.stat().st_size for file in files if file.is_file())

@@ -1,11 +1,14 @@
 """The parameters of a notebook: its own defaults, and what a profile sets instead."""
 
 import ast
+import os
 from pathlib import Path
 
 import yaml
 
 from kvlib.lab.notebooks.files import all_notebooks, code_cells, parse, read, root_of
+
+WRITTEN_FOR = "smollm2"
 
 
 def defaults(notebook: dict) -> dict:
@@ -37,10 +40,24 @@ def parameters(path: Path, profile: str) -> dict:
     return values
 
 
+def other_model(profile: str) -> str:
+    """The model that MODEL names in place of the one that lessons are written for, or nothing."""
+    name = os.environ.get("MODEL", WRITTEN_FOR)
+    return "" if name == WRITTEN_FOR or profile == "smoke" else name
+
+
+def build_folder(root: Path, profile: str) -> Path:
+    """Where executed notebooks are: what another model gives never takes the place of what is stored."""
+    return root / "build" / "-".join(filter(None, [profile, Path(other_model(profile)).name]))
+
+
 def write_parameters(path: Path, profile: str) -> Path:
     """The notebook's own parameter file, rewritten only when its content changes: make looks at its date."""
-    file = root_of(path) / "build" / profile / f"{path.stem}.parameters.yaml"
-    text = yaml.safe_dump(parameters(path, profile))
+    file = build_folder(root_of(path), profile) / f"{path.stem}.parameters.yaml"
+    values, model = parameters(path, profile), other_model(profile)
+    if model and "model_name" in defaults(read(path)):
+        values = values | {"model_name": model}
+    text = yaml.safe_dump(values)
     if not file.exists() or file.read_text() != text:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)

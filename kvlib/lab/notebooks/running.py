@@ -7,20 +7,20 @@ import sys
 import time
 from pathlib import Path
 
-from kvlib.lab.notebooks.files import root_of
-from kvlib.lab.notebooks.parameters import write_parameters
+from kvlib.lab.notebooks.files import lesson, root_of, to_text
+from kvlib.lab.notebooks.parameters import build_folder, other_model, write_parameters
 
 TERMINAL_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run(path: Path, profile: str) -> None:
-    """Execute one notebook into build/<profile>; the result takes its final name only if no cell failed."""
+    """Execute a lesson with its solutions into build/<profile>; the result takes its final name if no cell failed."""
     root, stem = root_of(path), path.stem
-    build = root / "build" / profile
+    build = build_folder(root, profile)
     values = write_parameters(path, profile)
     part, broken, log = (build / f"{stem}.{kind}" for kind in ("part.ipynb", "failed.ipynb", "log"))
     environment = os.environ | {
-        "KVLIB_FIGURES": str(root / "figures" if profile == "default" else build / "figures"),
+        "KVLIB_FIGURES": str(build / "figures" if other_model(profile) or profile != "default" else root / "figures"),
         "PYTHONPATH": str(root),  # this checkout's kvlib, even if .venv was copied from another one
         "IPYTHONDIR": str(root / "build" / "ipython"),  # no personal start-up files
         "PYTHONWARNINGS": "ignore:IProgress not found",  # from tqdm, on the import of transformers in a notebook
@@ -30,11 +30,12 @@ def run(path: Path, profile: str) -> None:
     environment.pop("MPLBACKEND", None)  # agg would remove every inline figure
     if profile != "paper":
         environment.setdefault("HF_HUB_OFFLINE", "1")
-    command = [sys.executable, "-m", "papermill", path, part, "-f", values, "--cwd", path.parent]
+    command = [sys.executable, "-m", "papermill", part, part, "-f", values, "--cwd", path.parent]
     command += ["--kernel", "python3", "--log-output", "--no-progress-bar", "--no-request-save-on-cell-execute"]
 
     print(f"{stem}: running ({profile} profile)", flush=True)
     broken.unlink(missing_ok=True)
+    part.write_text(to_text(lesson(path)))
     start = time.monotonic()
     with log.open("w") as stream:
         failed = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
