@@ -156,7 +156,7 @@ STUDIES = {
         tasks=ANSWERED,
         length=2048,
         configurations=(FULL,),
-        models={"smollm2": 100},
+        models={"smollm2": 10},
         measure="sinks",
     ),
     "01_real_texts": Study(
