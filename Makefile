@@ -30,7 +30,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: help setup student lab model figures smoke check test test-deep lint bench publish results results-clean ledger \
-        verify minilm clean lock
+        verify verdicts minilm clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -83,6 +83,10 @@ results: $(INSTALLED)  ## make what is missing of the result tables (minutes on 
 
 ledger: $(INSTALLED)  ## decide the claims of data/claims.yaml by the result tables; writes data/VERDICTS.md
 	$(PYTHON) -m kvlib.lab.claims
+
+verdicts: $(INSTALLED)  ## decide the claims about the real model on another: MODEL=a hub id or a folder (prints the cost)
+	@[ "$(MODEL)" != smollm2 ] || { echo "data/VERDICTS.md has those of smollm2; MODEL=a hub id or a folder"; exit 1; }
+	@$(PYTHON) -m kvlib.lab.claims.verdicts "$(MODEL)"
 
 results-clean:  ## delete the result tables that any machine can make again
 	$(PYTHON) -m kvlib.lab.results --clean

@@ -8,7 +8,8 @@ NAME = "SHA256SUMS"
 
 
 def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def listed(folder: Path) -> dict[str, str]:

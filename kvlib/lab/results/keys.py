@@ -5,26 +5,53 @@ import json
 from dataclasses import asdict
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
+from transformers import AutoConfig
 
-from kvlib import paths, smollm2
+from kvlib import checksums, paths, smollm2
 from kvlib.core.method import METHODS
 from kvlib.lab import definitions, tasks
 from kvlib.lab.evaluation.configuration import Configuration
-from kvlib.lab.evaluation.evaluate import CELL, evaluate
+from kvlib.lab.evaluation.evaluate import CELL
+from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results.studies import Study
 from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.lab.tasks.natural.texts import NOVEL
 
 
 def checkpoint(model: str) -> str:
-    """sha256 over the files of a model that decide what it computes."""
+    """What tells a model from others, for a name that `kvlib.load` takes: a sha256, or the commit of a hub id."""
     if model == "smollm2":
         return smollm2.SHA256[smollm2.GGUF]
-    lines = (paths.MODELS / model / "SHA256SUMS").read_text().splitlines()
+    shipped = paths.MODELS / model
+    if shipped.parent == paths.MODELS and (shipped / checksums.NAME).is_file():
+        return of_files(checksums.listed(shipped))
+    return of_folder(Path(model)) if Path(model).is_dir() else commit(model)
+
+
+def of_files(listed: dict[str, str]) -> str:
+    """sha256 over the lines of a list of checksums that are about deciding files."""
+    lines = [f"{checksum}  {name}" for name, checksum in listed.items()]
     deciding = [line for line in lines if line.endswith((".safetensors", "  config.json", "  tokenizer.json"))]
     return hashlib.sha256("\n".join(sorted(deciding)).encode()).hexdigest()
+
+
+@cache
+def of_folder(folder: Path) -> str:
+    """The same of a folder without such a list, all of which is read: seconds for some gigabytes."""
+    files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
+    return of_files({file.name: checksums.digest(file) for file in files})
+
+
+@cache
+def commit(name: str) -> str:
+    """The commit of a hub id that is loaded now."""
+    found = AutoConfig.from_pretrained(name)._commit_hash
+    if found is None:
+        raise ValueError(f"{name}: the hub does not say which commit this is")
+    return found
 
 
 @cache
@@ -39,7 +66,8 @@ def key(model: str, task: str, study: Study, configuration: Configuration) -> st
     Checkpoint, held-out text, parameters, and the code of evaluator, task and method: what they reach by name, in
     whichever module it stands (`kvlib.lab.definitions`). Recomputed samples vouch for the library under everything.
     """
-    reached = (evaluate, tasks.sample, tasks.find(task).draw, tasks.find(task).make, METHODS[configuration.method])
+    family, method = tasks.find(task), METHODS[configuration.method]
+    reached = (MEASURES[study.measure].evaluate, tasks.sample, family.draw, family.make, method)
     code = definitions.digest(*map(definitions.name_of, reached))
     parts = [checkpoint(model), heldout(), code, task, study.length, study.protocol, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

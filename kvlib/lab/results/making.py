@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from tqdm import tqdm
 import kvlib
 from kvlib import checksums, paths
 from kvlib.lab import tasks
-from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK, CELL
+from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.studies import FEWER, Study
@@ -40,7 +41,12 @@ class Block:
 
     @property
     def file(self) -> str:
-        return f"{self.model}-{self.task}-{self.samples[0]:05}-{len(self.samples)}-{self.part:02}.parquet"
+        return f"{as_file(self.model)}-{self.task}-{self.samples[0]:05}-{len(self.samples)}-{self.part:02}.parquet"
+
+
+def as_file(model: str) -> str:
+    """A hub id or a path as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", model).strip("-")
 
 
 def blocks(study: Study, size: int) -> list[Block]:
@@ -75,7 +81,7 @@ def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wa
     if not missing:
         return 0
     model, tokenizer = load(block.model)
-    new = evaluate.evaluate(
+    new = MEASURES[study.measure].evaluate(
         model, tokenizer, missing, block.task, study.length, block.samples,
         name=block.model, protocol=study.protocol, block=size,
     ).merge(cells, on=CELL)  # fmt: skip
@@ -161,18 +167,24 @@ def make(name: str, study: Study, size: int = BLOCK, processes: int = 1) -> pd.D
 
 def merge(name: str, study: Study, size: int) -> pd.DataFrame:
     """Put the table together from its shards and its older self, and write it and its summary."""
-    wanted = keys(study)
-    files = [*(tables.BUILD / name / block.file for block in blocks(study, size)), paths.RESULTS / f"{name}.parquet"]
-    rows = together(*(current(read(file), wanted) for file in files))
-    sizes = [study.samples(m, c) for m, _, c in itertools.product(study.models, study.tasks, study.everything)]
-    most = rows["key"].map(dict(zip(wanted["key"], sizes, strict=True)))
-    rows = rows[rows["sample"] < most].sort_values(SORTED, ignore_index=True)
-    if len(rows) != study.rows:
-        raise ValueError(f"{name}: {len(rows)} of {study.rows} rows; shards of another block size?")
+    rows = gathered(study, size, tables.BUILD / name, paths.RESULTS / f"{name}.parquet")
     write(rows, paths.RESULTS / f"{name}.parquet")
     part = tables.BUILD / f"{name}.csv.part"
     summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")
     part.replace(paths.RESULTS / f"{name}.csv")
     for kind in ("parquet", "csv"):
         checksums.record(paths.RESULTS / f"{name}.{kind}")
+    return rows
+
+
+def gathered(study: Study, size: int, folder: Path, table: Path) -> pd.DataFrame:
+    """The rows of a study, from its shards in a folder and from its table. Raises ValueError if some are missing."""
+    wanted = keys(study)
+    files = [*(folder / block.file for block in blocks(study, size)), table]
+    rows = together(*(current(read(file), wanted) for file in files))
+    sizes = [study.samples(m, c) for m, _, c in itertools.product(study.models, study.tasks, study.everything)]
+    most = rows["key"].map(dict(zip(wanted["key"], sizes, strict=True)))
+    rows = rows[rows["sample"] < most].sort_values(SORTED, ignore_index=True)
+    if len(rows) != study.rows:
+        raise ValueError(f"{table.name}: {len(rows)} of {study.rows} rows; shards of another block size?")
     return rows

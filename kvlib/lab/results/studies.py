@@ -7,6 +7,7 @@ from kvlib.core.method import whole
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import PROTOCOLS
+from kvlib.lab.evaluation.measures import MEASURES
 
 BUDGETS = (0.1, 0.2, 0.5)  # 5 and 80 % only where a claim needs them
 HOSTS = ("h2o", "scissorhands", "snapkv")
@@ -19,7 +20,8 @@ class Study:
     """What one result table holds: configurations on the same samples of every task, for every model.
 
     length: tokens of prompt and answer. models: name -> samples per task; sample n has the seed n, for every model.
-    configurations: those that decide a claim; fewer: others, on the first quarter of the samples.
+    configurations: those that decide a claim; fewer: others, on the first quarter of the samples. measure: what is
+    measured, one of `kvlib.lab.evaluation.measures.MEASURES`.
     """
 
     tasks: tuple[str, ...]
@@ -28,6 +30,7 @@ class Study:
     models: dict[str, int]
     protocol: str = "asked"
     fewer: tuple[Configuration, ...] = ()
+    measure: str = "answers"
 
     def __post_init__(self):
         for task in self.tasks:
@@ -38,6 +41,8 @@ class Study:
             raise ValueError("a configuration twice")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol!r}: {' or '.join(PROTOCOLS)}")
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure={self.measure!r}: {' or '.join(MEASURES)}")
         if not (self.models and all(whole(samples, 1) for samples in self.models.values())):
             raise ValueError(f"models={self.models!r}: a whole number of samples >= 1 for at least one model")
 
@@ -146,6 +151,13 @@ STUDIES = {
         configurations=VALUES,
         fewer=others(*ON_HOSTS, beside=VALUES),
         models={"smollm2": 100},
+    ),
+    "01_real_sinks": Study(
+        tasks=ANSWERED,
+        length=2048,
+        configurations=(FULL,),
+        models={"smollm2": 10},
+        measure="sinks",
     ),
     "01_real_texts": Study(
         tasks=READ,

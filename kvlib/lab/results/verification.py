@@ -13,8 +13,8 @@ import pandas as pd
 
 from kvlib import checksums, paths
 from kvlib.lab import tasks
-from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.evaluate import CELL
+from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.making import Loader
 from kvlib.lab.results.studies import FEWER, Study
@@ -22,7 +22,7 @@ from kvlib.lab.results.tables import owner, read, write
 from kvlib.lab.statistics import paired_difference
 
 LEAST = 4  # samples
-ROUNDING = 2e-4  # of bits per character, which another CPU or a GPU adds up in another order: that moved them by 2e-5
+ROUNDING = 2e-4  # of bits and norms, which another CPU or a GPU adds up in another order: that moved them by 2e-5
 EXACT = ("stored_bytes", "read_bytes", "full_bytes", "prefill_flops", "clamped")
 COMPARED = {  # with the full cache: rounding of both sides, and one close first choice among 64 tokens
     "divergence": lambda recorded: 1e-3 * recorded.abs() + 1e-4,
@@ -47,7 +47,8 @@ def verify(name: str, study: Study, samples: int, seed: int | None = None, proce
     table = read(paths.RESULTS / f"{name}.parquet")
     if len(current(table, keys(study))) < len(table):
         raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
-    return compare(table, recompute(study, draw(study, samples, seed), Loader(), processes))
+    again = recompute(study, draw(study, samples, seed), Loader(), processes)
+    return compare(table, again, study.measure)
 
 
 def rekey(name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1) -> tuple[int, int]:
@@ -64,7 +65,7 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
     with owner(name):
         table, wanted = read(path), keys(study)
         again = recompute(study, draw(study, samples, seed), Loader(), processes)
-        agreement = compare(table, again)
+        agreement = compare(table, again, study.measure)
         if agreement < 1:
             raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")
         confirmed = again[CELL].drop_duplicates().merge(wanted, on=CELL)
@@ -112,15 +113,15 @@ def recompute_cell(cell: tuple) -> pd.DataFrame:
     ):
         if chosen and configurations:
             tables.append(
-                evaluate.evaluate(
+                MEASURES[study.measure].evaluate(
                     *load(name), configurations, task, study.length, chosen, name=name, protocol=study.protocol
                 )
             )
     return pd.concat(tables)
 
 
-def compare(table: pd.DataFrame, again: pd.DataFrame) -> float:
-    """The share of recomputed rows whose value is that of the table, in bits but for rounding.
+def compare(table: pd.DataFrame, again: pd.DataFrame, measure: str = "answers") -> float:
+    """The share of recomputed rows whose value is that of the table, but for rounding if it is no answer.
 
     Raises:
         ValueError: if a row is missing, if fewer than 97 % agree, if the recomputed values are all in all higher or
@@ -133,8 +134,8 @@ def compare(table: pd.DataFrame, again: pd.DataFrame) -> float:
         found, recorded = both[column], both[f"{column}_recorded"]
         if not (found.eq(recorded) | (found.isna() & recorded.isna())).all():
             raise ValueError(f"{column} differs from what the table records")
-    in_bits = both["task"].map(lambda task: tasks.find(task).metric == "bits")
-    allowed = (ROUNDING * both["value_recorded"].abs()).where(in_bits, 1e-9)
+    rounded = both["task"].map(lambda task: measure == "sinks" or tasks.find(task).metric == "bits")
+    allowed = (ROUNDING * both["value_recorded"].abs()).where(rounded, 1e-9)
     same = (both["value"] - both["value_recorded"]).abs() <= allowed
     for column, tolerance in COMPARED.items():
         measured, recorded = both[column], both[f"{column}_recorded"]
