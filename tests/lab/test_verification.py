@@ -154,12 +154,13 @@ def test_rows_of_other_cells_are_none(column):
         verification.compare(table, again)
 
 
-def test_rounding_of_bits_is_no_difference_and_does_not_add_up():
+@pytest.mark.parametrize(("task", "measure"), [("code_bits", "answers"), ("needle", "sinks")])
+def test_rounding_of_bits_and_norms_is_no_difference_and_does_not_add_up(task, measure):
     """What another machine's sums move by, in every row and in one direction; twenty times that is a difference."""
     rounded = np.full((12, 4), SAME * 2e-5)
-    assert verification.compare(*tables(rounded, "code_bits")) == 1
+    assert verification.compare(*tables(rounded, task), measure) == 1
     with pytest.raises(ValueError, match="only 0.0% of 48 recomputed rows agree"):
-        verification.compare(*tables(20 * rounded, "code_bits"))
+        verification.compare(*tables(20 * rounded, task), measure)
 
 
 @pytest.mark.parametrize("task", ["needle", "long_generation", "next_line"])
