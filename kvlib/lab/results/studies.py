@@ -109,6 +109,14 @@ VALUES = (  # likewise
 )
 ON_HOSTS = (*HOSTS, *((score, {"host": host}) for host in HOSTS for score in SCORES))
 LATER = (FULL, Configuration("h2o", 0.2), Configuration("snapkv", 0.2))
+ABLATIONS = tuple(  # of VATP, where one of these models has been trained on what it is asked
+    c
+    for host in HOSTS
+    for arguments in (*({"norm": norm} for norm in ("l2", "linf")), *({"sinks": sinks} for sinks in (0, 1, 4)))
+    for c in with_arguments("vatp", (0.2, 0.5), host=host, **arguments)
+    if c not in VALUES
+)
+FORETOLD = ("code_bits",)
 ANSWERED, READ = tuple(tasks.NATURAL), tuple(tasks.LABEL_FREE)
 STUDIES = {
     "00_real": Study(
@@ -164,5 +172,25 @@ STUDIES = {
         length=2048,
         configurations=(*VALUES, *others(*ON_HOSTS, beside=VALUES)),
         models={"smollm2": 40},
+    ),
+    "00_kv_cache": Study(
+        tasks=(*tasks.FAMILIES, *FORETOLD),
+        length=2048,
+        configurations=BASELINES,
+        fewer=others(*METHODS, beside=BASELINES),
+        models={"minilm": 200},
+    ),
+    "01_vatp": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=VALUES,
+        fewer=(*others(*ON_HOSTS, beside=VALUES), *ABLATIONS),
+        models={"minilm": 200},
+    ),
+    "01_vatp_bits": Study(
+        tasks=FORETOLD,
+        length=2048,
+        configurations=(FULL, *VALUES),
+        models={"minilm": 100},
     ),
 }
