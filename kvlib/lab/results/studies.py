@@ -109,15 +109,14 @@ VALUES = (  # likewise
 )
 ON_HOSTS = (*HOSTS, *((score, {"host": host}) for host in HOSTS for score in SCORES))
 LATER = (FULL, Configuration("h2o", 0.2), Configuration("snapkv", 0.2))
-ABLATIONS = tuple(  # of VATP, where one of these models has been trained on what it is asked
+ANSWERED, READ = tuple(tasks.NATURAL), tuple(tasks.LABEL_FREE)
+ABLATED = tuple(
     c
     for host in HOSTS
-    for arguments in (*({"norm": norm} for norm in ("l2", "linf")), *({"sinks": sinks} for sinks in (0, 1, 4)))
+    for arguments in ({"norm": "l2"}, {"norm": "linf"}, {"sinks": 0}, {"sinks": 1}, {"sinks": 4})
     for c in with_arguments("vatp", (0.2, 0.5), host=host, **arguments)
     if c not in VALUES
 )
-FORETOLD = ("code_bits",)
-ANSWERED, READ = tuple(tasks.NATURAL), tuple(tasks.LABEL_FREE)
 STUDIES = {
     "00_real": Study(
         tasks=ANSWERED,
@@ -174,7 +173,7 @@ STUDIES = {
         models={"smollm2": 40},
     ),
     "00_kv_cache": Study(
-        tasks=(*tasks.FAMILIES, *FORETOLD),
+        tasks=(*tasks.FAMILIES, "code_bits"),
         length=2048,
         configurations=BASELINES,
         fewer=others(*METHODS, beside=BASELINES),
@@ -183,12 +182,12 @@ STUDIES = {
     "01_vatp": Study(
         tasks=tuple(tasks.FAMILIES),
         length=2048,
-        configurations=VALUES,
-        fewer=(*others(*ON_HOSTS, beside=VALUES), *ABLATIONS),
+        configurations=(FULL, *VALUES),
+        fewer=(*others(*ON_HOSTS, beside=VALUES), *ABLATED),
         models={"minilm": 200},
     ),
     "01_vatp_bits": Study(
-        tasks=FORETOLD,
+        tasks=("code_bits",),
         length=2048,
         configurations=(FULL, *VALUES),
         models={"minilm": 100},
