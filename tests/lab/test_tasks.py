@@ -653,7 +653,7 @@ def test_a_token_that_spans_context_and_question_is_fed_with_the_question():
     drawn = prompt_with("x")
     spanning = next(token for token in sorted(foreign.get_vocab()) if re.fullmatch("[a-z:)]+ĊĠ+", token))
     line, indent = spanning.replace("Ġ", " ").split("Ċ")
-    drawn = replace(drawn, context=f"0{line}\n", question=f"{indent}0", lead="0")
+    drawn = replace(drawn, context=f"0{line}\n", question=f"{indent}0", lead="~")
     parts = drawn.ids(foreign)
     assert [*chain(*parts)] == foreign(drawn.text).input_ids
-    assert [foreign.convert_ids_to_tokens(part) for part in parts] == [["0"], [spanning, "0"], ["0"]]
+    assert [foreign.convert_ids_to_tokens(part) for part in parts] == [["0"], [spanning, "0"], ["~"]]
