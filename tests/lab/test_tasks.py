@@ -296,6 +296,14 @@ def test_no_answer_stands_where_methods_keep_everything(task):
                 assert word not in start and word not in end
 
 
+@pytest.mark.parametrize("task", ["needle", "label", "transform"])
+def test_filler_does_not_say_the_answer(task):
+    answer = sample(task, 512, 4, tokenizer=tokenizer()).answer
+    text = Filler("".join(f"trap = {word}\nplain = 1\n" for word in long_words(answer)) * 200)
+    again = sample(task, 512, 4, tokenizer=tokenizer(), text=text)
+    assert again.answer == answer and "trap" not in again.text and again.text.count("plain = 1\n") > 20
+
+
 @pytest.mark.parametrize("task", ["needle", "function_lookup", "annotated_lookup"])
 def test_facts_stand_at_all_depths_evenly(task):
     """Of what is no end; the distance of depths from a uniform distribution is that of Kolmogorov and Smirnov."""
