@@ -116,7 +116,8 @@ def test_keys_follow_code_parameters_and_checkpoint(folder, monkeypatch):
     assert key() == first
     others = [
         key(replace(STUDY, length=201)),
-        key(replace(STUDY, protocol="decoded")),
+        key(replace(STUDY, protocol="later")),
+        key(replace(STUDY, measure="sinks")),
         key(task="count"),
         key(configuration=Configuration("snapkv", 0.3)),
         key(configuration=Configuration("snapkv", 0.2, '{"kernel": 9}')),
@@ -292,7 +293,7 @@ def test_a_current_table_beside_older_shards_stays(folder, monkeypatch):
 def test_verification_finds_a_tampered_table(folder):
     table = making.make("study", STUDY)
     assert verification.verify("study", STUDY, 6) == verification.verify("study", STUDY, 100) == 1.0
-    for column in evaluate.MEASURED:
+    for column in ("value", *verification.EXACT):
         changed = ~table[column] if column == "clamped" else 1 - table[column]
         table.assign(**{column: changed}).to_parquet(folder / "results" / "study.parquet")
         message = "rows agree with the table" if column == "value" else f"{column} differs from what the table records"
@@ -393,7 +394,7 @@ def test_cleaning_leaves_other_tables(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["00_kv_cash"], "unknown study 00_kv_cash; known: 00_kv_cache"),
+        (["00_kv_cash"], "unknown study 00_kv_cash; known: 00_real"),
         (["--verify", "0"], "a share of the samples, in (0, 1]"),
         (["--verify", "1.5"], "a share of the samples, in (0, 1]"),
         (["--rekey", "0"], "--rekey 0.0: a share of the samples, in (0, 1]"),
@@ -411,8 +412,10 @@ def test_bad_studies(folder):
         replace(STUDY, tasks=("needles",))
     with pytest.raises(ValueError, match="unknown method 'snapkw'"):
         replace(STUDY, configurations=(Configuration("snapkw", 0.5),))
-    with pytest.raises(ValueError, match="protocol='spoken': prompt or decoded"):
+    with pytest.raises(ValueError, match="protocol='spoken': asked or later"):
         replace(STUDY, protocol="spoken")
+    with pytest.raises(ValueError, match="measure='speed': answers or sinks"):
+        replace(STUDY, measure="speed")
     for models in ({}, {"minilm-test": 0}, {"minilm-test": 2.0}):
         with pytest.raises(ValueError, match="a whole number of samples >= 1 for at least one model"):
             replace(STUDY, models=models)

@@ -106,7 +106,7 @@ def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable, p
 def recompute_cell(cell: tuple) -> pd.DataFrame:
     """The rows of a model and task's samples."""
     study, name, task, numbers, load = cell
-    first, tables = study.models[name] // FEWER, []
+    first, tables = study.models[name] // FEWER if study.fewer else 0, []
     for configurations, chosen in (
         (study.everything, [n for n in numbers if n < first]),
         (study.configurations, [n for n in numbers if n >= first]),
