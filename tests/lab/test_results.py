@@ -364,6 +364,34 @@ def test_models_with_different_numbers_of_samples(folder, computed, monkeypatch)
     assert fewer.groupby("model")["sample"].nunique().to_dict() == {"minilm-second": 2, "minilm-test": 3}
 
 
+def test_what_decides_nothing_has_a_quarter_of_the_samples(folder, computed):
+    more = (Configuration("random", 0.3), Configuration("tova", 0.3))
+    study = replace(STUDY, fewer=more, models={"minilm-test": 9})
+    table = making.make("study", study, size=4)
+    samples = table.groupby(["method", "task"])["sample"].agg(list)
+    assert all(own == [*range(2 if method in ("random", "tova") else 9)] for (method, _), own in samples.items())
+    assert len(table) == study.rows == 2 * (9 * 3 + 2 * 2)
+    before = table_bytes(folder)
+    computed.clear()
+    making.make("study", study, size=4)
+    assert computed == [] and table_bytes(folder) == before
+    assert verification.verify("study", study, 18) == 1.0  # all of them
+    assert {(samples, count) for _, samples, count in computed} == {((0, 1), 5), ((*range(2, 9),), 3)}
+    with pytest.raises(ValueError, match="a configuration twice"):
+        replace(STUDY, fewer=STUDY.configurations[:1])
+
+
+def test_of_each_method_one_by_lot(folder, computed):
+    again = tuple(Configuration("snapkv", budget) for budget in (0.3, 0.4, 0.5))
+    study = replace(STUDY, configurations=(*STUDY.configurations, *again))
+    making.make("study", study)
+    computed.clear()
+    assert verification.verify("study", study, 2, seed=1, by_lot=True) == 1.0
+    assert {count for *_, count in computed} == {3}
+    chosen = {verification.one_of_each_method(study, seed).everything for seed in range(40)}
+    assert {len({c.method for c in own}) for own in chosen} == {3} and len(chosen) == 4
+
+
 def test_a_share_is_of_the_samples_of_all_models(folder, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(verification, "verify", lambda name, study, *given: asked.append(given[:2]) or 1.0)
