@@ -25,6 +25,7 @@ def rows() -> pd.DataFrame:
         pd.DataFrame({"sample": range(40), "value": rng.integers(0, 2, 40).astype(float)}).assign(
             model="minilm", task=task, method=method, arguments=arguments, budget=budget,
             stored_bytes=int(budget * 1000) + rng.integers(0, 9, 40), full_bytes=1000,
+            divergence=rng.random(40), agreement=np.nan if task == "needle" else 0.5,
         )
         for task in FAMILIES for method, arguments, budget in sides
     ).reset_index(drop=True)  # fmt: skip
@@ -68,7 +69,7 @@ def test_flipped_rows(data, table, recorded):
     assert checking.problems(data) == [*wrong, f"{file.with_suffix('.csv')} does not hold the means of {file.name}"]
 
 
-@pytest.mark.parametrize("column", ["mean", "stored", "samples"])
+@pytest.mark.parametrize("column", ["mean", "stored", "samples", "divergence"])
 def test_a_changed_number_in_a_summary(data, column):
     file = data / "results" / f"{NAME}.csv"
     changed = SUMMARY.copy()

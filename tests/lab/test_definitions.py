@@ -159,11 +159,11 @@ def test_what_the_evaluation_reaches():
     reached = set(definitions.closure([definitions.name_of(evaluate)]))
     assert {
         *(f"kvlib.lab.evaluation.evaluate:{name}" for name in ("evaluate", "prepare", "score")),
-        *(f"kvlib.lab.evaluation.answers:{name}" for name in ("first_choices", "bits", "write")),
+        *(f"kvlib.lab.evaluation.answers:{name}" for name in ("first_choices", "compare", "write")),
         *(f"kvlib.lab.evaluation.prompts:{name}" for name in ("compressed", "one_by_one", "prefill_flops", "nats")),
         "kvlib.lab.evaluation.metrics:code_similarity",
-        "kvlib.lab.tasks.sampling:judge",
-        "kvlib.lab.tasks.composing:filler",
+        "kvlib.lab.tasks.scoring:judge",
+        "kvlib.lab.tasks.sampling:sample",
     } <= reached
     assert not any(name.startswith(("kvlib.core", "kvlib.methods")) for name in reached)
 
@@ -180,13 +180,15 @@ def test_what_methods_reach():
 def test_every_task_is_found():
     for name, family in tasks.CATALOGUE.items():
         assert definitions.closure([definitions.name_of(family.make)]), name
+        reached = definitions.closure([definitions.name_of(family.draw)])
+        assert {"kvlib.lab.tasks.prompt:Prompt", "kvlib.lab.tasks.prompt:fitted"} <= set(reached), name
 
 
 def test_a_constant_of_the_library_counts(tmp_path):
     shutil.copytree(ROOT / "kvlib", tmp_path / "kvlib", ignore=shutil.ignore_patterns("__pycache__"))
-    sample = definitions.name_of(tasks.sample)
+    sample = definitions.name_of(tasks.find("needle").draw)
     before = digest(tmp_path, sample)
     assert before == digest(ROOT, sample)
-    file = tmp_path / "kvlib" / "lab" / "tasks" / "catalogue.py"
-    file.write_text(file.read_text().replace("SHORTEST = 128", "SHORTEST = 129"))
+    file = tmp_path / "kvlib" / "lab" / "tasks" / "composing.py"
+    file.write_text(file.read_text().replace("FIRST = 20", "FIRST = 21"))
     assert digest(tmp_path, sample) != before

@@ -116,7 +116,8 @@ def test_keys_follow_code_parameters_and_checkpoint(folder, monkeypatch):
     assert key() == first
     others = [
         key(replace(STUDY, length=201)),
-        key(replace(STUDY, protocol="decoded")),
+        key(replace(STUDY, protocol="later")),
+        key(replace(STUDY, measure="sinks")),
         key(task="count"),
         key(configuration=Configuration("snapkv", 0.3)),
         key(configuration=Configuration("snapkv", 0.2, '{"kernel": 9}')),
@@ -292,7 +293,7 @@ def test_a_current_table_beside_older_shards_stays(folder, monkeypatch):
 def test_verification_finds_a_tampered_table(folder):
     table = making.make("study", STUDY)
     assert verification.verify("study", STUDY, 6) == verification.verify("study", STUDY, 100) == 1.0
-    for column in evaluate.MEASURED:
+    for column in ("value", *verification.EXACT):
         changed = ~table[column] if column == "clamped" else 1 - table[column]
         table.assign(**{column: changed}).to_parquet(folder / "results" / "study.parquet")
         message = "rows agree with the table" if column == "value" else f"{column} differs from what the table records"
@@ -363,6 +364,34 @@ def test_models_with_different_numbers_of_samples(folder, computed, monkeypatch)
     assert fewer.groupby("model")["sample"].nunique().to_dict() == {"minilm-second": 2, "minilm-test": 3}
 
 
+def test_what_decides_nothing_has_a_quarter_of_the_samples(folder, computed):
+    more = (Configuration("random", 0.3), Configuration("tova", 0.3))
+    study = replace(STUDY, fewer=more, models={"minilm-test": 9})
+    table = making.make("study", study, size=4)
+    samples = table.groupby(["method", "task"])["sample"].agg(list)
+    assert all(own == [*range(2 if method in ("random", "tova") else 9)] for (method, _), own in samples.items())
+    assert len(table) == study.rows == 2 * (9 * 3 + 2 * 2)
+    before = table_bytes(folder)
+    computed.clear()
+    making.make("study", study, size=4)
+    assert computed == [] and table_bytes(folder) == before
+    assert verification.verify("study", study, 18) == 1.0  # all of them
+    assert {(samples, count) for _, samples, count in computed} == {((0, 1), 5), ((*range(2, 9),), 3)}
+    with pytest.raises(ValueError, match="a configuration twice"):
+        replace(STUDY, fewer=STUDY.configurations[:1])
+
+
+def test_of_each_method_one_by_lot(folder, computed):
+    again = tuple(Configuration("snapkv", budget) for budget in (0.3, 0.4, 0.5))
+    study = replace(STUDY, configurations=(*STUDY.configurations, *again))
+    making.make("study", study)
+    computed.clear()
+    assert verification.verify("study", study, 2, seed=1, by_lot=True) == 1.0
+    assert {count for *_, count in computed} == {3}
+    chosen = {verification.one_of_each_method(study, seed).everything for seed in range(40)}
+    assert {len({c.method for c in own}) for own in chosen} == {3} and len(chosen) == 4
+
+
 def test_a_share_is_of_the_samples_of_all_models(folder, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(verification, "verify", lambda name, study, *given: asked.append(given[:2]) or 1.0)
@@ -393,7 +422,7 @@ def test_cleaning_leaves_other_tables(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["00_kv_cash"], "unknown study 00_kv_cash; known: 00_kv_cache"),
+        (["00_kv_cash"], "unknown study 00_kv_cash; known: 00_real"),
         (["--verify", "0"], "a share of the samples, in (0, 1]"),
         (["--verify", "1.5"], "a share of the samples, in (0, 1]"),
         (["--rekey", "0"], "--rekey 0.0: a share of the samples, in (0, 1]"),
@@ -411,8 +440,10 @@ def test_bad_studies(folder):
         replace(STUDY, tasks=("needles",))
     with pytest.raises(ValueError, match="unknown method 'snapkw'"):
         replace(STUDY, configurations=(Configuration("snapkw", 0.5),))
-    with pytest.raises(ValueError, match="protocol='spoken': prompt or decoded"):
+    with pytest.raises(ValueError, match="protocol='spoken': asked or later"):
         replace(STUDY, protocol="spoken")
+    with pytest.raises(ValueError, match="measure='speed': answers or sinks"):
+        replace(STUDY, measure="speed")
     for models in ({}, {"minilm-test": 0}, {"minilm-test": 2.0}):
         with pytest.raises(ValueError, match="a whole number of samples >= 1 for at least one model"):
             replace(STUDY, models=models)

@@ -24,6 +24,7 @@ def table() -> pd.DataFrame:
         [
             {"model": model, "task": task, "method": method, "arguments": arguments, "budget": budget, "sample": sample}
             | {"value": float(model == "one" and sample < count), "stored_bytes": 1000 * budget, "full_bytes": 1000}
+            | {"divergence": sample / 100 + (task == "needle"), "agreement": np.nan}
             for model in ("one", "before one")
             for (method, arguments, budget), counts in right.items()
             for task, count in zip(("needle", "dict_lookup"), counts)
@@ -48,6 +49,7 @@ def test_summaries_by_hand(table):
     both, needle = rows.loc["one", "both", "snapkv"], rows.loc["one", "needle", "snapkv"]
     assert (both["stored"], both["mean"], both["samples"]) == (0.2, 0.5, 20)
     assert (needle["mean"], needle["samples"]) == (0.8, 10)
+    assert (needle["divergence"], both["divergence"]) == pytest.approx((1.045, 0.545)) and np.isnan(both["agreement"])
     assert 0.4 < needle["low"] < 0.8 < needle["high"] <= 1
     assert summary.loc[summary["model"] == "before one", "mean"].eq(0).all()
     wanted = statistics.mean([[1.0] * 8 + [0.0] * 2, [1.0] * 2 + [0.0] * 8])

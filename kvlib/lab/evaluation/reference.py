@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+import kvlib
 from kvlib.lab.evaluation.answers import filled, greedy
 from kvlib.lab.evaluation.prompts import Prompts, compressed, predictions
-from kvlib.methods.baselines import Full
 
 COMPARED = 64  # tokens
 
@@ -23,7 +23,7 @@ class Reference:
     def written(self, ends: set[int]) -> list[list[int]]:
         """Ids of the answers that greedy decoding gives, `COMPARED` at most, with the token that ends them."""
         if self._written is None:
-            with compressed(self.prompts, Full()) as read:
+            with compressed(self.prompts, kvlib.method("full")) as read:
                 logits = read.follow(*self.rest)
                 most = [COMPARED] * len(logits)
                 self._written = greedy(read.feed, read.keep, logits, ends, most)
@@ -32,7 +32,7 @@ class Reference:
     def log_probabilities(self, answers: list[list[int]]) -> torch.Tensor:
         """`(batch, tokens, vocabulary)` at the first `COMPARED` tokens of the answers of this block."""
         if self._choices is None:
-            with compressed(self.prompts, Full()) as read:
+            with compressed(self.prompts, kvlib.method("full")) as read:
                 logits = read.follow(*self.rest)
                 targets = filled(answers, logits.device)[:, :COMPARED]
                 found = [each for each, _ in predictions(read.feed, logits, targets, stepwise=False)]

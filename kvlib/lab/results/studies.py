@@ -110,6 +110,13 @@ VALUES = (  # likewise
 ON_HOSTS = (*HOSTS, *((score, {"host": host}) for host in HOSTS for score in SCORES))
 LATER = (FULL, Configuration("h2o", 0.2), Configuration("snapkv", 0.2))
 ANSWERED, READ = tuple(tasks.NATURAL), tuple(tasks.LABEL_FREE)
+ABLATED = tuple(
+    c
+    for host in HOSTS
+    for arguments in ({"norm": "l2"}, {"norm": "linf"}, {"sinks": 0}, {"sinks": 1}, {"sinks": 4})
+    for c in with_arguments("vatp", (0.2, 0.5), host=host, **arguments)
+    if c not in VALUES
+)
 STUDIES = {
     "00_real": Study(
         tasks=ANSWERED,
@@ -164,5 +171,25 @@ STUDIES = {
         length=2048,
         configurations=(*VALUES, *others(*ON_HOSTS, beside=VALUES)),
         models={"smollm2": 40},
+    ),
+    "00_kv_cache": Study(
+        tasks=(*tasks.FAMILIES, "code_bits"),
+        length=2048,
+        configurations=BASELINES,
+        fewer=others(*METHODS, beside=BASELINES),
+        models={"minilm": 200},
+    ),
+    "01_vatp": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=(FULL, *VALUES),
+        fewer=(*others(*ON_HOSTS, beside=VALUES), *ABLATED),
+        models={"minilm": 200},
+    ),
+    "01_vatp_bits": Study(
+        tasks=("code_bits",),
+        length=2048,
+        configurations=(FULL, *VALUES),
+        models={"minilm": 100},
     ),
 }

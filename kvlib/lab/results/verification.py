@@ -6,6 +6,7 @@ A sample is that of one model and task, with all configurations of the study, wh
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -36,10 +37,15 @@ def todays_seed() -> int:
     return int(f"{date.today():%Y%m%d}")
 
 
-def verify(name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1) -> float:
+def verify(
+    name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1, *, by_lot: bool = False
+) -> float:
     """Recompute so many samples, with all configurations; the share of rows that agree.
 
     They are drawn by seed, today's unless given, from those of all models and tasks (`draw`).
+
+    Args:
+        by_lot: only one configuration of each method, drawn by seed too: with a real model on a CPU a row takes seconds.
 
     Raises:
         ValueError: for rows of other code, text or models, and what `compare` finds.
@@ -47,8 +53,19 @@ def verify(name: str, study: Study, samples: int, seed: int | None = None, proce
     table = read(paths.RESULTS / f"{name}.parquet")
     if len(current(table, keys(study))) < len(table):
         raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
-    again = recompute(study, draw(study, samples, seed), Loader(), processes)
+    asked = one_of_each_method(study, seed) if by_lot else study
+    again = recompute(asked, draw(study, samples, seed), Loader(), processes)
     return compare(table, again, study.measure)
+
+
+def one_of_each_method(study: Study, seed: int | None = None) -> Study:
+    """The study with one configuration of each method, drawn by today's seed unless told."""
+    rng, of_method = np.random.default_rng(todays_seed() if seed is None else seed), defaultdict(list)
+    for configuration in study.everything:
+        of_method[configuration.method].append(configuration)
+    chosen = {own[rng.integers(len(own))] for own in of_method.values()}
+    kept = [tuple(c for c in part if c in chosen) for part in (study.configurations, study.fewer)]
+    return replace(study, configurations=kept[0], fewer=kept[1])
 
 
 def rekey(name: str, study: Study, samples: int, seed: int | None = None, processes: int = 1) -> tuple[int, int]:
@@ -106,7 +123,7 @@ def recompute(study: Study, drawn: list[tuple[str, str, int]], load: Callable, p
 def recompute_cell(cell: tuple) -> pd.DataFrame:
     """The rows of a model and task's samples."""
     study, name, task, numbers, load = cell
-    first, tables = study.models[name] // FEWER, []
+    first, tables = study.models[name] // FEWER if study.fewer else 0, []
     for configurations, chosen in (
         (study.everything, [n for n in numbers if n < first]),
         (study.configurations, [n for n in numbers if n >= first]),
