@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import kvlib
 from kvlib.lab.tasks import sample, score
+from kvlib.lab.tasks.prompt import splits
 from kvlib.minilm import HELDOUT, MODEL, corpus, data, tokens
 from kvlib.minilm.__main__ import main
 from kvlib.minilm.data import PROSE_EVERY, Sequences, loader
@@ -540,7 +541,7 @@ def test_teacher_forcing_judges_as_greedy_decoding_does(task):
     tokenizer = load_tokenizer()
     # float64, or rounding could decide between two tokens
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float64).eval()
-    drawn = sample(task, 128, 1, tokenizer=tokenizer)
+    drawn = sample(task, 192, 1, tokenizer=tokenizer)
     inputs = tokenizer(drawn.text, add_special_tokens=False, return_tensors="pt")
     enough = len(tokenizer(drawn.answer).input_ids) + 8
     out = model.generate(**inputs, max_new_tokens=enough, do_sample=False, pad_token_id=PAD)
@@ -550,7 +551,8 @@ def test_teacher_forcing_judges_as_greedy_decoding_does(task):
         changed = [*made[: size // 2], 10 + size, *made[size // 2 + 1 : size]]
         for ids in (made[:size], changed):
             text = tokenizer.decode(ids)
-            if encode(tokenizer, [text]) == [ids]:  # the same text in other tokens would count as wrong
+            # the same text in other tokens would count as wrong
+            if encode(tokenizer, [text]) == [ids] and splits(drawn.lead, text, tokenizer):
                 answers.append(text)
     wanted = [replace(drawn, answers=(answer,)) for answer in answers]
     shares = [score(one, tokenizer.decode(made)) for one in wanted]

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvlib.lab.tasks import COMPLETIONS, Prompt, lines, sample
+from kvlib.lab.tasks.prompt import boundary
 from kvlib.paths import DATA, MODELS
 
 FILES = [json.loads(line) for line in (DATA / "heldout" / "code.jsonl").open()]
@@ -230,10 +231,11 @@ def test_enough_lines_for_the_longest_prompts():
         sample("next_line", 512, 20_000, tokenizer=tokenizer())
 
 
-def merging() -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose tokens may span lines: what is met with other people's models."""
+@cache
+def merging(words: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose tokens may span lines, or only blank space: what is met with other people's models."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=words)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
     source = FILES[0]["text"] + FILES[40]["text"]
@@ -249,6 +251,20 @@ def test_tokenizers_that_merge_lines():
             drawn = sample(task, 1024, seed, tokenizer=foreign)
             assert drawn.length == len(foreign(drawn.text + drawn.answer).input_ids)
             assert 0 <= 1024 - drawn.length <= 8 + 1024 // 50
+
+
+def test_no_token_spans_the_prompt_and_what_is_foretold():
+    """Neither where a newline is joined to the indentation behind it nor where two newlines are joined."""
+    foreign = merging(words=True)
+    for seed in range(40):
+        drawn = sample("code_bits", 512, seed, tokenizer=foreign)
+        whole = foreign(drawn.text + drawn.answer).input_ids
+        assert [*chain(*drawn.ids(foreign)), *drawn.answer_ids(foreign)] == whole and len(whole) == drawn.length
+        assert not drawn.lead.strip()  # it is the indentation that moves
+    assert foreign.tokenize("\n\n") == ["ĊĊ"] and foreign.tokenize("\n\ndef")[:2] == ["Ċ", "Ċ"]
+    assert boundary("x\n\n", "def f", (0, 3), foreign) == ("x\n\ndef", " f")
+    with pytest.raises(ValueError, match="a token spans the beginning of 'def f'"):
+        boundary("x\n\n", "def f", (0,), foreign)
 
 
 def test_as_many_lines_as_hold_64_tokens_are_foretold():

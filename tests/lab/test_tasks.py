@@ -296,6 +296,14 @@ def test_no_answer_stands_where_methods_keep_everything(task):
                 assert word not in start and word not in end
 
 
+@pytest.mark.parametrize("task", ["needle", "label", "transform"])
+def test_filler_does_not_say_the_answer(task):
+    answer = sample(task, 512, 4, tokenizer=tokenizer()).answer
+    text = Filler("".join(f"trap = {word}\nplain = 1\n" for word in long_words(answer)) * 200)
+    again = sample(task, 512, 4, tokenizer=tokenizer(), text=text)
+    assert again.answer == answer and "trap" not in again.text and again.text.count("plain = 1\n") > 20
+
+
 @pytest.mark.parametrize("task", ["needle", "function_lookup", "annotated_lookup"])
 def test_facts_stand_at_all_depths_evenly(task):
     """Of what is no end; the distance of depths from a uniform distribution is that of Kolmogorov and Smirnov."""
@@ -653,7 +661,7 @@ def test_a_token_that_spans_context_and_question_is_fed_with_the_question():
     drawn = prompt_with("x")
     spanning = next(token for token in sorted(foreign.get_vocab()) if re.fullmatch("[a-z:)]+ĊĠ+", token))
     line, indent = spanning.replace("Ġ", " ").split("Ċ")
-    drawn = replace(drawn, context=f"0{line}\n", question=f"{indent}0", lead="0")
+    drawn = replace(drawn, context=f"0{line}\n", question=f"{indent}0", lead="~")
     parts = drawn.ids(foreign)
     assert [*chain(*parts)] == foreign(drawn.text).input_ids
-    assert [foreign.convert_ids_to_tokens(part) for part in parts] == [["0"], [spanning, "0"], ["0"]]
+    assert [foreign.convert_ids_to_tokens(part) for part in parts] == [["0"], [spanning, "0"], ["~"]]

@@ -98,7 +98,7 @@ def finding(table: pd.DataFrame) -> str:
         for name in ("snapkv (kernel=15)", "snapkv", "h2o", "streaming_llm", "random", "full")
     )
     return (
-        "With a fifth of the cache's bytes the model trained here scores, over sixteen families of tasks, "
+        "With a fifth of the cache's bytes the model trained here scores, over fourteen families of tasks, "
         f"{wide} if SnapKV pools attention over 15 neighbouring tokens and {narrow} if it pools over its usual 7, "
         f"on look-ups because the last digit then lies outside the pool. H2O scores {h2o}, StreamingLLM {recent}, "
         f"random eviction {chance}, the full cache {full}."

@@ -45,7 +45,7 @@ def verify(
     They are drawn by seed, today's unless given, from those of all models and tasks (`draw`).
 
     Args:
-        by_lot: only one configuration of each method, drawn by seed too: with a real model on a CPU a row takes seconds.
+        by_lot: only one configuration of each method, drawn too: with a real model on a CPU a row takes seconds.
 
     Raises:
         ValueError: for rows of other code, text or models, and what `compare` finds.

@@ -3,10 +3,11 @@
 They stand beside the families, whose group "code" completes identifiers. A prompt ends with a newline; the answer is
 the line behind it, with its indentation and without its newline. Tokenizers whose tokens may span a newline split
 prompt + answer differently from the two apart, as with the published sets; of `code_bits`, whose answer is fed, the
-indentation then belongs to the prompt.
+indentation then belongs to the prompt, or the first word.
 """
 
 import bisect
+import re
 from functools import lru_cache
 from itertools import accumulate
 
@@ -43,7 +44,8 @@ def code_bits(seed: int, tokens: int, *, room: int, tokenizer, count) -> tuple[s
     answer = heldout_files()[line.file]["text"][line.at : end_of_answer(line, tokenizer)]
     text = tail(text, room - others(answer, tokenizer, count), count)
     indent = len(answer) - len(answer.lstrip(" "))
-    return boundary(text, answer, (0, max(0, indent - 1), indent), tokenizer)
+    word = re.match(r" *(\w+|.)", answer).end()  # behind a blank line newlines may be joined unless a word follows
+    return boundary(text, answer, (0, max(0, indent - 1), indent, word), tokenizer)
 
 
 def others(answer: str, tokenizer, count) -> int:

@@ -10,7 +10,7 @@ GROUP = "synthetic"
 
 @family(GROUP, trained=True)
 def needle(draw: Draw, tokens: int, depth: float | None = None) -> Draft:
-    """One constant hidden in source code at `depth` (0 = first line, 1 = last), random when not given."""
+    """One constant hidden in source code at `depth` (0 = first place for it, 1 = last), random when not given."""
     if depth is not None and not 0 <= depth <= 1:
         raise ValueError(f"depth={depth}: between 0 and 1")
     (name,), (value,) = draw.names(1), draw.values(1)
