@@ -12,9 +12,8 @@ from transformers.cache_utils import DynamicLayer
 import kvlib
 from kvlib.lab import checks, statistics
 from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_11
+from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01
 from kvlib.lab.results import summaries
-from kvlib.methods import vatp
 
 
 def refused(check, message: str, *arguments) -> None:
@@ -331,111 +330,6 @@ def test_wrong_evictions(answer, message):
     refused(lesson_00b.check_by_hand, message, keep, answer)
 
 
-# 01_vatp
-
-
-def limits(weight, value_norm, output_norm):
-    return abs(1 - output_norm / value_norm) / (1 - weight), (1 + output_norm / value_norm) / (1 - weight)
-
-
-def grouped_score(attention, values, weight):
-    heads, group, _ = attention.shape
-    parts = weight.view(len(weight), heads, group, -1).permute(1, 2, 3, 0)  # (kv_heads, group, head_dim, hidden)
-    return (attention * (values[:, None] @ parts).abs().sum(-1)).mean(1)
-
-
-def test_right_answers_of_the_second_lesson_pass(capsys):
-    lesson_01.check_limits(limits)
-    lesson_01.check_grouped_score(grouped_score)
-    assert capsys.readouterr().out == "limits is right\ngrouped_score is right\n"
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda *a: None, "limits returned None: is there a `return`?"),
-        (lambda a, v, o: (0, 1 + o / v), "the other weights grow by 1 / (1 - a)"),
-        (lambda a, v, o: ((1 - o / v) / (1 - a), limits(a, v, o)[1]), "a norm is not negative"),
-        (lambda a, v, o: (0, limits(a, v, o)[1]), "the lower limit 0 is right but not sharp"),
-        (lambda a, v, o: (limits(a, v, o)[0], 1e9), "the upper limit 1e+09 is right but not sharp"),
-        (lambda a, v, o: (limits(a, v, o)[0], 1 / (1 - a)), "against v: the change is"),
-    ],
-)
-def test_wrong_limits(answer, message):
-    with pytest.raises(AssertionError) as error:
-        lesson_01.check_limits(answer)
-    assert message in str(error.value)
-
-
-def reduced_first(attention, values, weight):
-    return attention.sum(1) * grouped_score(torch.ones_like(attention), values, weight)
-
-
-def interleaved(attention, values, weight):
-    heads, group, _ = attention.shape
-    other = weight.view(len(weight), group, heads, -1).transpose(1, 2).reshape(weight.shape)
-    return grouped_score(attention, values, other)
-
-
-def two_norm(attention, values, weight):
-    parts = weight.view(len(weight), *attention.shape[:2], -1).permute(1, 2, 3, 0)
-    return (attention * (values[:, None] @ parts).norm(dim=-1)).sum(1)
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda a, v, w: None, "grouped_score returned None"),
-        (lambda a, v, w: grouped_score(a, v, w)[:, :3], "shape (2, 3), expected (kv_heads, tokens) = (2, 7)"),
-        (lambda a, v, w: a.mean(1) * v.abs().sum(-1), "that is the norm before W_O"),
-        (reduced_first, "reduced before multiplying"),
-        (interleaved, "the columns of W_O are in that order"),
-        (two_norm, "the 2-norm, asked for was the 1-norm"),
-        (lambda a, v, w: -grouped_score(a, v, w), "expected tensor"),
-    ],
-)
-def test_wrong_grouped_scores(answer, message):
-    with pytest.raises(AssertionError) as error:
-        lesson_01.check_grouped_score(answer)
-    assert message in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    """One held-out text, on the shipped model."""
-    model, tokenizer = kvlib.load()
-    prefix, whole = excerpts.read_code(model, tokenizer, "attr/_make.py", 128, 16)
-    return model, {"a text": (whole, scoring.importance(model, prefix, "forced_sinks"), value_norms.norms(prefix))}
-
-
-def per_query(attention, norms):
-    return attention / torch.arange(attention.shape[-1], 0, -1)
-
-
-def test_own_scores(texts, capsys):
-    lesson_01.check_own_score(per_query, *texts)
-    assert capsys.readouterr().out.startswith("a text: attention ")
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda a, n: ..., "my_score returned Ellipsis"),
-        (lambda a, n: a[0], "my_score: shape (8, 128), expected (16, 8, 128)"),
-        (lambda a, n: scoring.forced(per_query(a, n), 1), "no token may be forced"),
-        (lambda a, n: a.mul_(2), "changes its argument"),
-        (lambda a, n: a, "with attention by"),
-        (lambda a, n: per_query(a, n) * (torch.arange(a.shape[-1]) > 0), "your score needs them"),
-    ],
-)
-def test_wrong_own_scores(texts, answer, message):
-    model, parts = texts
-    copies = {name: tuple(x.clone() if torch.is_tensor(x) else x for x in part) for name, part in parts.items()}
-    with pytest.raises(AssertionError) as error:
-        lesson_01.check_own_score(answer, model, copies)
-    assert message in str(error.value)
-
-
 @pytest.fixture
 def table() -> pd.DataFrame:
     """200 samples; snapkv is near the full cache from 0.4 on, random only at 0.8, knorm never."""
@@ -500,93 +394,109 @@ def test_wrong_budgets_of_a_promise(answer, message, table):
     refused(lesson_00b.check_smallest_budget, message, answer, table)
 
 
-# 11_vatp_more
+# 01_vatp
 
 
-@pytest.fixture
-def registered():
-    """`METHODS` with classes under the names of the exercise; gone afterwards."""
-    before = dict(kvlib.METHODS)
-
-    def add(**classes):
-        for name, cls in classes.items():
-            kvlib.register(name)(type(name, (cls,), {"__module__": __name__}))
-
-    yield add
-    for name in set(kvlib.METHODS) - set(before):
-        del kvlib.METHODS[name]
+def limits(weight, value_norm, output_norm):
+    return abs(1 - output_norm / value_norm) / (1 - weight), (1 + output_norm / value_norm) / (1 - weight)
 
 
-class Projected(vatp.OutputNorm):
-    def importance(self, view, last=None):
-        return view.column_sums(last) * view.state["norm"].movedim(-1, 2)
+def grouped_score(attention, values, weight):
+    heads, group, _ = attention.shape
+    parts = weight.view(len(weight), heads, group, -1).permute(1, 2, 3, 0)  # (kv_heads, group, head_dim, hidden)
+    return (attention * (values[:, None] @ parts).abs().sum(-1)).mean(1)
 
 
-class Lifted(vatp.OutputNorm):
-    def observe(self, view):
-        norm = torch.linalg.vector_norm(view.new_value, 1, dim=-1)
-        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
-        vatp.ForcedSinks.observe(self, view)
-
-
-class OtherNorm(vatp.OutputNorm):
-    def observe(self, view):
-        norm = torch.linalg.vector_norm(view.new_value, 2, dim=-1)
-        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
-        vatp.ForcedSinks.observe(self, view)
-
-
-def test_right_halves_pass(registered, capsys):
-    registered(one=Projected, other=Lifted)
-    lesson_11.check_halves("one", "other")
-    assert capsys.readouterr().out == "one and other are one step each\n"
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "message"),
-    [
-        (vatp.OutputNorm, Lifted, r"one ranks by (A + 1e-4) ‖W_O v‖₁, both steps at once, not by A ‖W_O v‖₁"),
-        (Projected, vatp.OutputNorm, r"other ranks by (A + 1e-4) ‖W_O v‖₁, both steps at once, not by (A + 1e-4) ‖v‖₁"),
-        (vatp.VATP, Lifted, "one ranks by A ‖v‖₁, not by A ‖W_O v‖₁"),
-        (Lifted, Projected, "one ranks by (A + 1e-4) ‖v‖₁, not"),
-        (Projected, OtherNorm, "other ranks by something else"),
-    ],
-)
-def test_wrong_halves(registered, one, other, message):
-    registered(one=one, other=other)
-    with pytest.raises(AssertionError) as error:
-        lesson_11.check_halves("one", "other")
-    assert message in str(error.value)
-
-
-def chance(n, k, r):
-    return (r + (k - r) ** 2 / (n - r)) / k
-
-
-def test_right_chances_pass(capsys):
-    lesson_11.check_chance(chance)
-    assert capsys.readouterr().out == "chance is right\n"
+def test_right_answers_of_01_pass(capsys):
+    lesson_01.check_limits(limits)
+    lesson_01.check_grouped_score(grouped_score)
+    assert capsys.readouterr().out == "limits is right\ngrouped_score is right\n"
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda n, k, r: None, "chance"),
-        (lambda n, k, r: k / n, "the recent tokens are the same for certain"),
-        (lambda n, k, r: k * chance(n, k, r), "that is a number of tokens, not a share of k"),
-        (lambda n, k, r: (r + (k - r) ** 2 / n) / k, "the others are chosen from n - r tokens"),
-        (lambda n, k, r: 1 - chance(n, k, r), "n = 512, k = 102, r = 51: 0.5553 is expected, found 0.4447"),
+        (lambda *a: None, "limits returned None: is there a `return`?"),
+        (lambda *a: limits(*a)[1], "not a pair of numbers"),
+        (lambda a, v, o: (0, 1 + o / v), "the other weights grow by 1 / (1 - a)"),
+        (lambda a, v, o: ((1 - o / v) / (1 - a), limits(a, v, o)[1]), "a norm is not negative"),
+        (lambda a, v, o: (0, limits(a, v, o)[1]), "the lower limit 0 is right but not sharp"),
+        (lambda a, v, o: (limits(a, v, o)[0], 1e9), "the upper limit 1e+09 is right but not sharp"),
+        (lambda a, v, o: (limits(a, v, o)[0], 1 / (1 - a)), "against v: the change is"),
+        (lambda *a: limits(*a)[::-1], "outside ["),
+        (lambda a, v, o: [a * v * x for x in limits(a, v, o)], "times a ‖v‖, outside ["),
     ],
 )
-def test_wrong_chances(answer, message):
-    with pytest.raises(AssertionError) as error:
-        lesson_11.check_chance(answer)
-    assert message in str(error.value)
+def test_wrong_limits(answer, message):
+    refused(lesson_01.check_limits, message, answer)
 
 
-def test_halves_have_to_be_registered():
-    with pytest.raises(AssertionError, match="no method 'nowhere'"):
-        lesson_11.check_halves("nowhere", "vatp")
+def reduced_first(attention, values, weight):
+    return attention.sum(1) * grouped_score(torch.ones_like(attention), values, weight)
+
+
+def interleaved(attention, values, weight):
+    heads, group, _ = attention.shape
+    other = weight.view(len(weight), group, heads, -1).transpose(1, 2).reshape(weight.shape)
+    return grouped_score(attention, values, other)
+
+
+def two_norm(attention, values, weight):
+    parts = weight.view(len(weight), *attention.shape[:2], -1).permute(1, 2, 3, 0)
+    return (attention * (values[:, None] @ parts).norm(dim=-1)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a, v, w: None, "grouped_score returned None"),
+        (lambda a, v, w: grouped_score(a, v, w)[:, :3], "shape (2, 3), expected (kv_heads, tokens) = (2, 7)"),
+        (lambda a, v, w: a.mean(1) * v.abs().sum(-1), "that is the norm before W_O"),
+        (reduced_first, "reduced before multiplying"),
+        (interleaved, "the columns of W_O are in that order"),
+        (two_norm, "the 2-norm, asked for was the 1-norm"),
+        (lambda a, v, w: -grouped_score(a, v, w), "expected tensor"),
+        (lambda a, v, w: grouped_score(a, v, w.abs()), "expected tensor"),
+    ],
+)
+def test_wrong_grouped_scores(answer, message):
+    refused(lesson_01.check_grouped_score, message, answer)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """One held-out text, on the embedded model."""
+    model, tokenizer = kvlib.load("minilm")
+    prefix, whole = excerpts.read_code(model, tokenizer, "attr/_make.py", 128, 16)
+    return model, {"a text": (whole, scoring.importance(model, prefix, "forced_sinks"), value_norms.norms(prefix))}
+
+
+def per_query(attention, norms):
+    return attention / torch.arange(attention.shape[-1], 0, -1)
+
+
+def test_own_scores(texts, capsys):
+    lesson_01.check_own_score(per_query, *texts)
+    assert capsys.readouterr().out.startswith("a text: attention ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a, n: ..., "my_score returned Ellipsis"),
+        (lambda a, n: a[0], "my_score: shape (8, 128), expected (16, 8, 128)"),
+        (lambda a, n: scoring.forced(per_query(a, n), 1), "no token may be forced"),
+        (lambda a, n: a.mul_(2), "changes its argument"),
+        (lambda a, n: a, "with attention by"),
+        (lambda a, n: a * n, "with attention by"),
+        (lambda a, n: n, "your score needs them"),
+        (lambda a, n: per_query(a, n) * (torch.arange(a.shape[-1]) > 0), "your score needs them"),
+    ],
+)
+def test_wrong_own_scores(texts, answer, message):
+    model, parts = texts
+    copies = {name: tuple(x.clone() if torch.is_tensor(x) else x for x in part) for name, part in parts.items()}
+    refused(lesson_01.check_own_score, message, answer, model, copies)
 
 
 # Methods

@@ -121,24 +121,6 @@ def test_short_keys(snapshot):
             assert found[layer, head].item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "tokens", "found"),
-    [
-        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, True),
-        # <s>, key, =, a space and five digits
-        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 9, True),
-        ("key = 48213\nx = 1\n" + 300 * "y = 2\n" + "assert key == ", "48213", 8, False),
-        (30 * "y = 2\n" + "key = 48213\n" + 300 * "y = 2\n" + "assert key == ", "48213", 20, False),
-        ("# warm_river.py\n" + 300 * "y = 2\n" + 'assert f.__module__ == "', 'warm_river"', 20, True),
-        ("yes = 1\n" + 300 * "y = 2\n", "yes", 20, False),  # three letters may stand anywhere
-    ],
-)
-def test_answers_that_stand_at_the_start(prompt, answer, tokens, found):
-    tokenizer = kvlib.load("minilm")[1]
-    sample = tasks.Prompt("needle", 0, f"<s>{prompt}", "", "", (answer,), 0)
-    assert excerpts.answer_at_start(sample, tokenizer, tokens) is found
-
-
 def test_answer_places():
     tokenizer = kvlib.load()[1]
     prompt = tasks.sample("needle", 300, 2, tokenizer=tokenizer)

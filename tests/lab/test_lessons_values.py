@@ -1,6 +1,5 @@
 """What the lesson on values computes: scores against the methods, costs against attention without the tokens."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import tiny
@@ -71,14 +70,6 @@ def test_rank_correlation_is_spearmans():
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert value_norms.rank_correlation(first[0, 1], first[0, 1].exp()).item() == pytest.approx(1)
     assert value_norms.rank_correlation(first[0, 1], -first[0, 1]).item() == pytest.approx(-1)
-
-
-def test_ratios_are_drawn_with_their_numbers():
-    figure, axes = plt.subplots()
-    image = value_norms.show_ratios(axes, torch.tensor([[0.5, 0.071, 1.25]]))
-    assert [text.get_text() for text in axes.texts] == ["0.50", "0.07", "1.25"]
-    assert [text.get_color() for text in axes.texts] == ["black", "white", "black"] and image.get_clim() == (0.05, 2.0)
-    plt.close(figure)
 
 
 # Scores
@@ -241,25 +232,6 @@ def test_paired_differences_are_in_points_by_budget():
 
 
 # What is kept
-
-
-def test_overlaps_by_hand():
-    a = torch.tensor([1, 1, 0, 0], dtype=torch.bool)
-    sets = {
-        "a": torch.stack([a, a])[None],
-        "half": torch.stack([a, ~a])[None],  # the same in one head, disjoint in the other
-        "larger": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)[None],
-    }
-    found = keep_sets.overlaps(sets)
-    assert (found.to_numpy() == found.to_numpy().T).all()
-    assert found.loc["a"].to_list() == pytest.approx([1, 0.5, (4 / 5 + 4 / 6) / 2])
-    assert found.loc["half", "larger"] == pytest.approx((4 / 5 + 4 / 6) / 2)
-
-
-def test_an_empty_set_is_refused():
-    kept = {"none": torch.zeros(1, 1, 4, dtype=torch.bool), "all": torch.ones(1, 1, 4, dtype=torch.bool)}
-    with pytest.raises(ValueError, match="an empty keep-set is like no other"):
-        keep_sets.overlaps(kept)
 
 
 def test_kept_by_is_what_runs_keep():

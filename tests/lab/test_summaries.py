@@ -72,13 +72,6 @@ def test_families_are_summarised_together_if_all_are_there(one):
     assert sets.pop("families") == list(FAMILIES) and list(sets) == [*FAMILIES, "next_line"]
 
 
-def test_percentages(table):
-    wide = summaries.percentages(summaries.summarise(table, {"needle": ["needle"]}))
-    assert wide.columns.tolist() == [(model, kept) for model in ("one", "before one") for kept in ("20%", "100%")]
-    assert wide.loc["snapkv"].tolist() == ["80.0", "", "0.0", ""]
-    assert wide.index.tolist() == ["full", "snapkv", "snapkv (kernel=15)"]
-
-
 def test_pairs_are_those_of_a_sample(one):
     """In whatever order rows come: ten samples of which both sides miss the same differ nowhere."""
     half = one["value"].where(one["method"] != "full", one["sample"] < 8).where(one["task"] == "needle", 1.0)
@@ -98,22 +91,6 @@ def test_differences_are_paired(one):
     assert summaries.differences(nearly, pairs, BOTH).iloc[0, 0] == "+0.0 [0.0, 0.0]"  # and not -0.0
     with pytest.raises(ValueError, match=r"no rows for needle, h2o at 0.2; configurations: full, snapkv, snapkv"):
         summaries.differences(one, [(("h2o", 0.2), ("full", 1.0))], BOTH)
-
-
-def test_values_side_by_side_are_those_of_a_sample(table):
-    wide = summaries.by_sample(table.sample(frac=1, random_state=0))
-    assert len(wide) * wide.shape[1] == len(table)
-    for (model, configuration, budget, task), column in wide.items():
-        alone = summaries.values(table[table["model"] == model], task, configuration, budget)
-        assert column.to_dict() == alone.to_dict()
-
-
-def test_gains_are_paired(one):
-    wide = summaries.by_sample(one)["one"]
-    first, second = wide["snapkv", 0.2], wide["snapkv (kernel=15)", 0.2]
-    found = statistics.paired_difference(*([side[task] for task in first] for side in (first, second)))
-    assert summaries.gain(first, second) == [100 * found.value, 100 * found.low, 100 * found.high]
-    assert summaries.gain(first, second)[0] == pytest.approx(100 * (first.mean() - second.mean()).mean())
 
 
 def test_models_are_never_pooled(table):

@@ -1,11 +1,9 @@
 """Excerpts of held-out text and of prompts that lessons read, and tokens as they can be shown."""
 
 import json
-import re
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.tasks import Prompt
 
 
 def heldout_code(file: str) -> str:
@@ -36,16 +34,6 @@ def read_code(model, tokenizer, file: str, scored: int, later: int):
 def token_labels(tokenizer, ids) -> list[str]:
     r"""Tokens as they can be written beside an axis: a space is `·`, a newline `\n`."""
     return [tokenizer.decode([i]).replace("\n", r"\n").replace(" ", "·") for i in ids]
-
-
-def answer_at_start(prompt: Prompt, tokenizer, tokens: int) -> bool:
-    """Does a word of the answer, of four characters or more, stand within the first `tokens` tokens of the prompt?"""
-    begun = prompt.text[: 40 * tokens]  # the rest need not be read
-    ids = tokenizer(begun, add_special_tokens=False).input_ids[:tokens]
-    start, answer = (
-        set(re.findall(r"\w{4,}", text)) for text in (tokenizer.decode(ids, skip_special_tokens=True), prompt.answer)
-    )
-    return bool(start & answer)
 
 
 def answer_places(prompt, tokenizer) -> list[int]:

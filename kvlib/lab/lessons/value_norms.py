@@ -26,15 +26,3 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     ranks = [torch.as_tensor(stats.rankdata(x.cpu().double().numpy(), axis=-1)) for x in (first, second)]
     first, second = (x - x.mean(-1, keepdim=True) for x in ranks)
     return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
-
-
-def show_ratios(axes, ratio: torch.Tensor, low: float = 0.05, high: float = 2.0):
-    """Draw a ratio per head, `(layers, heads)`, on a logarithmic scale, with numbers; returns the image."""
-    image = axes.imshow(ratio.numpy(), norm="log", clim=(low, high), rasterized=True, aspect="auto")
-    for layer, row in enumerate(ratio.tolist()):
-        for head, value in enumerate(row):
-            color = "white" if value < low**0.4 * high**0.6 else "black"
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=9, color=color)
-    axes.set(xlabel="head", xticks=range(ratio.shape[1]), yticks=range(ratio.shape[0]))
-    axes.grid(False)
-    return image

@@ -20,16 +20,6 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(configuration=table["method"] + table["arguments"].map(words))
 
 
-def by_sample(table: pd.DataFrame) -> pd.DataFrame:
-    """The values side by side: a row per sample, columns `(model, configuration, budget, task)`.
-
-    `by_sample(table)[model, configuration, budget]` has a column per task, and its rows are the same samples in all
-    configurations.
-    """
-    columns = ["model", "configuration", "budget", "task"]
-    return named(table).pivot(index="sample", columns=columns, values="value").sort_index(axis=1)
-
-
 def task_sets(table: pd.DataFrame) -> dict[str, list[str]]:
     """What is worth a mean: each catalogue of families, if the table has them all, and every task alone."""
     present = list(table["task"].unique())
@@ -61,15 +51,6 @@ def summarise(table: pd.DataFrame, sets: dict[str, list[str]] | None = None) -> 
             means = (stored, found.value, found.low, found.high, *compared.loc[chosen].mean(skipna=False))
             rows.append((model, name, configuration, budget, *means, samples))
     return pd.DataFrame(rows, columns=SUMMARY)
-
-
-def percentages(summary: pd.DataFrame) -> pd.DataFrame:
-    """The means of `summarise` as a table to read: a row per configuration, a column per model and budget."""
-    wide = summary.pivot(index="configuration", columns=["model", "budget"], values="mean")
-    models = list(summary["model"].unique())
-    columns = sorted(wide.columns, key=lambda column: (models.index(column[0]), column[1]))
-    wide = wide.loc[summary["configuration"].unique(), columns].rename(columns="{:.0%}".format, level="budget")
-    return wide.map(lambda mean: "" if pd.isna(mean) else f"{100 * mean:.1f}")
 
 
 def values(table: pd.DataFrame, task: str, configuration: str, budget: float) -> pd.Series:
@@ -106,16 +87,6 @@ def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) ->
         differing = sum(int((ones[task] != others[task]).sum()) for task in tasks)
         row["samples that differ"] = f"{differing} of {sum(map(len, ones.values()))}"
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def gain(first: pd.DataFrame, second: pd.DataFrame) -> list[float]:
-    """Mean over tasks of first - second in percentage points, and the ends of its 95 % interval.
-
-    Args:
-        first, second: samples x tasks, as `by_sample` gives them.
-    """
-    found = statistics.paired_difference(first.T.to_numpy(), second.T.to_numpy())
-    return [100 * found.value, 100 * found.low, 100 * found.high]
 
 
 def finding(table: pd.DataFrame) -> str:

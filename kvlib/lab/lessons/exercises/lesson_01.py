@@ -15,6 +15,8 @@ def check_limits(function) -> None:
         directions = {"along v": value, "against v": -value, "anywhere": torch.randn(8, generator=generator).double()}
         found = function(weight, float(value.norm()), size * float(value.norm()))
         expect(found is not None and found is not ..., f"limits returned {found!r}: is there a `return`?")
+        pair = isinstance(found, tuple | list) and len(found) == 2
+        expect(pair, f"limits returned {found!r}, not a pair of numbers")
         low, high = map(float, found)
         case = f"a = {weight}, ‖o‖ = {size} ‖v‖"
         expect(low >= 0, f"{case}: the lower limit is {low:.3g}, but a norm is not negative")
