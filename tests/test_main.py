@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import kvlib
 from kvlib.__main__ import main
-from kvlib.paths import MODELS
+from kvlib.paths import MODELS, ROOT
 
 
 @pytest.fixture(scope="module")

@@ -165,8 +165,7 @@ def test_what_the_evaluation_reaches():
         "kvlib.lab.tasks.scoring:judge",
         "kvlib.lab.tasks.sampling:sample",
     } <= reached
-    under = {name for name in reached if name.startswith(("kvlib.core", "kvlib.methods"))}
-    assert under == {"kvlib.methods.baselines:Full", "kvlib.core.method:require"}  # with which others are compared
+    assert not any(name.startswith(("kvlib.core", "kvlib.methods")) for name in reached)
 
 
 def test_what_methods_reach():

@@ -92,13 +92,10 @@ def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) ->
 def finding(table: pd.DataFrame) -> str:
     """The sentences of README about the real model, from the rows of 00_real."""
     means = summarise(table, {"natural": list(NATURAL)}).set_index(["configuration", "budget"])["mean"]
-
-    def percent(name: str, budget: float) -> str:
-        return f"{100 * means[name, budget]:.0f} %"
-
+    names, budgets = ("snapkv", "streaming_llm", "h2o", "random"), (0.2, 0.8)
+    fifth, most = ([f"{100 * means[name, budget]:.0f} %" for name in names] for budget in budgets)
     return (
-        f"SmolLM2 scores {percent('full', 1.0)} over sixteen families of tasks in natural language. With a fifth of its "
-        f"cache's bytes it scores {percent('snapkv', 0.2)} under SnapKV, {percent('streaming_llm', 0.2)} under "
-        f"StreamingLLM, {percent('h2o', 0.2)} under H2O, {percent('random', 0.2)} under random eviction; with four fifths "
-        f"{percent('snapkv', 0.8)}, {percent('streaming_llm', 0.8)}, {percent('h2o', 0.8)} and {percent('random', 0.8)}."
+        f"SmolLM2 scores {100 * means['full', 1.0]:.0f} % over sixteen families of tasks in natural language. With a "
+        f"fifth of its cache's bytes it scores {fifth[0]} under SnapKV, {fifth[1]} under StreamingLLM, {fifth[2]} "
+        f"under H2O, {fifth[3]} under random eviction; with four fifths {', '.join(most[:3])} and {most[3]}."
     )
