@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         elif options.command == "generate":
             generate_text(options)
         else:
-            demonstrate(getattr(options, "model", None) or os.environ.get("MODEL") or "smollm2")
+            without = os.environ.get("MODEL") == "minilm"  # as for make
+            demonstrate(getattr(options, "model", None) or ("minilm" if without else "smollm2"))
     except (ValueError, OSError) as error:
         sys.exit(f"kvlib: {error}")
 

@@ -177,3 +177,16 @@ def test_the_demonstration_loses_and_finds_the_number(name, monkeypatch, capsys)
     (_, answer, full), _, (_, narrow, _), (_, wide, _) = rows
     assert narrow[:3] == answer[:3] and wide == answer  # some digits are out of the reach of the usual kernel
     assert all(mebibytes < (0.51 if name == "smollm2" else 0.21) * full for *_, mebibytes in rows[1:])
+
+
+@pytest.mark.parametrize(("model", "asked"), [(None, "smollm2"), ("minilm", "minilm"), ("Qwen/Qwen3-0.6B", "smollm2")])
+def test_the_demonstration_does_without_the_real_model_where_make_does(model, asked, monkeypatch):
+    """MODEL may name a model for make that there is no demonstration of."""
+    seen = []
+    monkeypatch.setattr("kvlib.__main__.demonstrate", seen.append)
+    monkeypatch.delenv("MODEL", raising=False)
+    if model:
+        monkeypatch.setenv("MODEL", model)
+    main([])
+    main(["demo", "--model", "minilm"])
+    assert seen == [asked, "minilm"]

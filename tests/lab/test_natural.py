@@ -280,7 +280,7 @@ def test_greedy_decoding_of_a_batch_is_that_of_each_prompt():
     prompts, last = pilot.batch(model, tokenizer(), drawn)
     with torch.no_grad(), pilot.compressed(prompts, kvlib.method("full")) as read:
         logits = read.feed(last)[:, -1]
-        written = pilot.greedy(read, logits, 24, pilot.end_tokens(model), tokenizer())
+        written = pilot.write(read.feed, read.keep, logits, tokenizer(), pilot.end_tokens(model), [24, 24])
     for prompt, text in zip(drawn, written):
         ids = all_ids(prompt)
         out = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib.lab import tasks
-from kvlib.lab.evaluation.answers import end_tokens, first_choices
+from kvlib.lab.evaluation.answers import end_tokens, first_choices, write
 from kvlib.lab.evaluation.configuration import Configuration
-from kvlib.lab.evaluation.prompts import Compressed, Prompts, compressed, one_by_one
+from kvlib.lab.evaluation.prompts import Prompts, compressed, one_by_one, padded
 from kvlib.lab.tasks import Prompt, natural
 
 FULL = Configuration("full", 1.0)
@@ -55,35 +55,19 @@ def answer(method, prompts: Prompts, last: torch.Tensor, drawn: list[Prompt], to
     with compressed(prompts, method) as read:
         logits = read.feed(last)[:, -1]
         if tasks.find(drawn[0].task).metric == "share":
-            most = max(tasks.new_tokens(prompt, tokenizer) for prompt in drawn)
-            written = greedy(read, logits, most, end_tokens(prompts.model), tokenizer)
+            most = [tasks.new_tokens(prompt, tokenizer) for prompt in drawn]
+            written = write(read.feed, read.keep, logits, tokenizer, end_tokens(prompts.model), most)
             return [tasks.score(prompt, text) for prompt, text in zip(drawn, written)]
         answers = [prompt.answer_ids(tokenizer) for prompt in drawn]
         chosen = first_choices(read.feed, read.keep, logits, answers, one_by_one(method))
         return [tasks.judge(prompt, row, tokenizer) for prompt, row in zip(drawn, chosen)]
 
 
-def greedy(read: Compressed, logits: torch.Tensor, most: int, ends: set[int], tokenizer) -> list[str]:
-    """What greedy decoding writes for each row, up to an end token or `most` tokens."""
-    rows, open_rows = [[] for _ in logits], set(range(len(logits)))
-    for _ in range(most):
-        chosen = logits.argmax(-1)
-        for row, token in enumerate(chosen.tolist()):
-            rows[row].append(token)
-            if token in ends:
-                open_rows.discard(row)
-        if not open_rows:
-            break
-        logits = read.feed(chosen[:, None])[:, -1]
-    stops = [next((i for i, token in enumerate(row) if token in ends), most) for row in rows]
-    return [tokenizer.decode(row[:stop]) for row, stop in zip(rows, stops)]
-
-
 def batch(model, tokenizer, drawn: list[Prompt]) -> tuple[Prompts, torch.Tensor]:
     """Prompts without their last tokens, padded on the left, and the last tokens `(batch, 1)`."""
     rows = [[token for part in prompt.ids(tokenizer) for token in part] for prompt in drawn]
-    padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-    return Prompts(model, padded.input_ids[:, :-1], padded.attention_mask[:, :-1]), padded.input_ids[:, -1:]
+    ids, mask = padded(rows, model.device)
+    return Prompts(model, ids[:, :-1], mask[:, :-1]), ids[:, -1:]
 
 
 def measure(model, tokenizer, drawn: list[Prompt], block: int) -> pd.DataFrame:
