@@ -407,10 +407,35 @@ def grouped_score(attention, values, weight):
     return (attention * (values[:, None] @ parts).abs().sum(-1)).mean(1)
 
 
+def product_score(attention, values):
+    return attention.sum(2).mean(1) * values.abs().sum(-1)
+
+
 def test_right_answers_of_01_pass(capsys):
+    lesson_01.check_product_score(product_score)
     lesson_01.check_limits(limits)
     lesson_01.check_grouped_score(grouped_score)
-    assert capsys.readouterr().out == "limits is right\ngrouped_score is right\n"
+    assert capsys.readouterr().out == "product_score is right\nlimits is right\ngrouped_score is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a, v: None, "product_score returned None: is there a `return`?"),
+        (lambda a, v: a.sum(2) * v.abs().sum(-1)[:, None], "shape (2, 3, 7), expected (kv_heads, tokens) = (2, 7)"),
+        (lambda a, v: product_score(a.mul_(2), v), "changes its arguments"),
+        (lambda a, v: a.sum((1, 2)), "that is the attention alone"),
+        (lambda a, v: v.abs().sum(-1), "that is the norm alone"),
+        (lambda a, v: a.sum((1, 2)) * v.norm(dim=-1), "that is the 2-norm"),
+        (lambda a, v: a.sum((1, 2)) * v.sum(-1), "positive and negative numbers cancel"),
+        (lambda a, v: product_score(a[:, :, -1:], v), "only the last query was counted"),
+        (lambda a, v: product_score(a[:, :1], v), "only one head of the group was counted"),
+        (lambda a, v: a.sum(2).amax(1) * v.abs().sum(-1), "the largest of the group"),
+        (lambda a, v: a.sum((1, 2)) + v.abs().sum(-1), "expected tensor"),
+    ],
+)
+def test_wrong_product_scores(answer, message):
+    refused(lesson_01.check_product_score, message, answer)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +492,8 @@ def test_wrong_grouped_scores(answer, message):
 def texts():
     """One held-out text, on the embedded model."""
     model, tokenizer = kvlib.load("minilm")
-    prefix, whole = excerpts.read_code(model, tokenizer, "attr/_make.py", 128, 16)
+    ids = excerpts.page(tokenizer, "needle", 0, 144)
+    prefix, whole = (kvlib.snapshot(model, torch.tensor([ids[:end]])) for end in (128, 144))
     return model, {"a text": (whole, scoring.importance(model, prefix, "forced_sinks"), value_norms.norms(prefix))}
 
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 import kvlib
-from kvlib.lab import statistics
+from kvlib.lab import statistics, tasks
 from kvlib.lab.lessons import attention_maps, evictions, excerpts, keep_sets, scoring, value_norms
 
 N, LATER = 30, 6
@@ -25,18 +25,19 @@ def both(model):
     return kvlib.snapshot(model, ids[:, :N]), kvlib.snapshot(model, ids)
 
 
-def test_code_is_read_from_its_first_function_on():
-    model, tokenizer = kvlib.load()
-    prefix, whole = excerpts.read_code(model, tokenizer, "jinja2/tests.py", 20, 4)
-    assert prefix.positions.shape == (1, 20) and whole.positions.shape == (1, 24)
-    text = excerpts.heldout_code("jinja2/tests.py")
-    ids = tokenizer(text[text.index("def ") :], return_tensors="pt").input_ids[:, :24]
-    expected = kvlib.snapshot(model, ids)
-    for layer, of_prefix, other in zip(whole.layers, prefix.layers, expected.layers):
-        assert torch.equal(layer[1], other[1])
-        torch.testing.assert_close(of_prefix[2], other[2][:, :, :20], atol=1e-4, rtol=1e-4)  # attention is causal
-    with pytest.raises(ValueError, match="attrs/filters.py has .* tokens from its first function on, 420 are needed"):
-        excerpts.read_code(model, tokenizer, "attrs/filters.py", 20, 400)
+@pytest.mark.parametrize(("task", "tokens"), [("needle", 54), ("needle", 500), ("number", 54)])
+def test_a_page_is_the_start_of_a_prompt_without_its_question(task, tokens):
+    _, tokenizer = kvlib.load()
+    page = excerpts.page(tokenizer, task, 1, tokens)
+    prompt = tasks.sample(task, max(400, tokens + 128), 1, tokenizer=tokenizer)
+    assert len(page) == tokens and page == prompt.ids(tokenizer)[0][:tokens]
+    assert page != excerpts.page(tokenizer, task, 2, tokens)
+
+
+def test_a_page_without_room_is_refused(monkeypatch):
+    monkeypatch.setattr(excerpts, "QUESTION", 3)
+    with pytest.raises(ValueError, match="needle: the question takes more than 3 tokens"):
+        excerpts.page(kvlib.load()[1], "needle", 1, 500)
 
 
 # Norms
@@ -78,7 +79,9 @@ def test_rank_correlation_is_spearmans():
 def test_scores_are_those_of_attention_and_removal(model, both):
     """Summed over queries one by one; the exact error by really leaving each token out."""
     prefix, _ = both
+    others = {"exact error": "exact_error", "output norm": "output_norm"}
     scores = scoring.all_scores(model, prefix)
+    scores |= {name: scoring.importance(model, prefix, method) for name, method in others.items()}
     for layer, module in enumerate(model.model.layers):
         query, key, value, scaling = attention_maps.expanded(prefix, layer)
         received, moved = attention_maps.attention_map(prefix, layer).sum(1), torch.zeros(len(query), N)
@@ -196,12 +199,16 @@ def test_damage_is_the_mean_change_of_the_best_tokens(model, both):
     assert table.loc[table["budget"] == 1.0, ["head", "layer", "terms", "mass"]].abs().max().max() < 1e-12
 
 
-def test_worst_found():
-    """A score that knows the errors finds all, its reverse none."""
-    ids = tiny.tokens(1, N + LATER)
-    prefix, whole = (kvlib.snapshot(tiny.model("llama-mha"), x) for x in (ids[:, :N], ids))
-    errors = torch.stack([evictions.eviction_errors(whole, layer, LATER)[1][:, :N] for layer in range(2)])
-    coming = torch.stack([attention_maps.attention_map(whole, layer)[:, N:, :N].mean(1) for layer in range(2)])
+def test_worst_found(model, both):
+    """A score that knows the errors finds all, its reverse none; a group is asked as one."""
+    prefix, whole = both
+    kv_heads = whole.layers[0][1].shape[1]
+
+    def of_groups(x):
+        return x.unflatten(0, (kv_heads, -1)).mean(1)
+
+    errors = torch.stack([of_groups(evictions.eviction_errors(whole, i, LATER)[1])[:, :N] for i in range(2)])
+    coming = torch.stack([of_groups(attention_maps.attention_map(whole, i)[:, N:, :N].mean(1)) for i in range(2)])
     found = evictions.worst_found(whole, {"all": errors, "none": -errors})
     assert found["all"] == 1 and found["none"] == 0 and list(found)[2:] == ["attention to come", "product to come"]
     worst = [set(row.topk(N // 5).indices.tolist()) for row in errors.flatten(0, 1)]

@@ -121,16 +121,18 @@ def damage(model, snapshot, scores: dict[str, torch.Tensor], budgets) -> pd.Data
 def worst_found(snapshot, scores: dict[str, torch.Tensor], share: float = 0.2) -> dict[str, float]:
     """Of the `share` of tokens whose single loss hurts the later queries most, how many each score has on top.
 
-    Each token is evicted alone. Beside the scores stands what the later queries themselves would say: their own
-    attention, and its product with the 1-norm of the value ("attention to come", "product to come").
+    Each token is evicted alone, from one KV head; what that costs is the mean over the query heads of the group.
+    Beside the scores stands what the later queries themselves would say: their own attention, and its product with the
+    1-norm of the value ("attention to come", "product to come").
 
     Args:
-        snapshot, scores: as in `damage`, of a model without grouped heads.
+        snapshot, scores: as in `damage`.
     """
     n = next(iter(scores.values())).shape[-1]
     later, sizes, found = snapshot.positions.shape[1] - n, norms(snapshot)[..., :n], {}
     for layer in range(len(snapshot.layers)):
-        coming, errors, _ = (x[:, :n] for x in eviction_errors(snapshot, layer, later))
+        groups = (x.unflatten(0, (sizes.shape[1], -1)).mean(1) for x in eviction_errors(snapshot, layer, later))
+        coming, errors, _ = (x[:, :n] for x in groups)
         of_layer = {name: score[layer] for name, score in scores.items()}
         of_layer |= {"attention to come": coming, "product to come": coming * sizes[layer]}
         for name, score in of_layer.items():

@@ -2,8 +2,11 @@
 
 import json
 
-import kvlib
 from kvlib import paths
+from kvlib.lab import tasks
+
+QUESTION = 128  # tokens, at most, of a question and how its answer begins
+SHORTEST = 400  # tokens of a prompt in which every task finds room
 
 
 def heldout_code(file: str) -> str:
@@ -15,20 +18,12 @@ def heldout_code(file: str) -> str:
     return texts[file]
 
 
-def read_code(model, tokenizer, file: str, scored: int, later: int):
-    """Snapshots of the first `scored` tokens of a held-out file, and of these and the `later` tokens behind them.
-
-    The file is read from its first function on.
-
-    Raises:
-        ValueError: for a file with fewer tokens.
-    """
-    text = heldout_code(file)
-    text = text[max(text.find("def "), 0) :]
-    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=scored + later).input_ids.to(model.device)
-    if ids.shape[1] < scored + later:
-        raise ValueError(f"{file} has {ids.shape[1]} tokens from its first function on, {scored + later} are needed")
-    return kvlib.snapshot(model, ids[:, :scored]), kvlib.snapshot(model, ids)
+def page(tokenizer, task: str, seed: int, tokens: int) -> list[int]:
+    """The first tokens of a prompt of `kvlib.lab.tasks.sample`, all before its question."""
+    context, _, _ = tasks.sample(task, max(SHORTEST, tokens + QUESTION), seed, tokenizer=tokenizer).ids(tokenizer)
+    if len(context) < tokens:
+        raise ValueError(f"{task}: the question takes more than {QUESTION} tokens")
+    return context[:tokens]
 
 
 def token_labels(tokenizer, ids) -> list[str]:

@@ -10,8 +10,6 @@ SCORES = {
     "attention, 20 sinks": ("forced_sinks", 20),
     "product": ("vatp", 0),
     "product, 20 sinks": ("vatp", 20),  # this is VATP
-    "exact error": ("exact_error", 0),
-    "output norm": ("output_norm", 0),
 }
 
 

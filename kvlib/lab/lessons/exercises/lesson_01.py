@@ -7,6 +7,35 @@ from kvlib.lab.lessons.evictions import damage
 from kvlib.lab.lessons.scoring import forced
 
 
+def check_product_score(function) -> None:
+    """H2O's sum times the 1-norm of the value: `function(attention, values)` gives `(kv_heads, tokens)`."""
+    generator = torch.Generator().manual_seed(0)
+    kv_heads, group, queries, tokens, dim = 2, 3, 5, 7, 4
+    attention = torch.rand(kv_heads, group, queries, tokens, generator=generator, dtype=torch.float64)
+    values = torch.randn(kv_heads, tokens, dim, generator=generator, dtype=torch.float64)
+    before = attention.clone(), values.clone()
+    found = function(attention, values)
+    expect(found is not None and found is not ..., f"product_score returned {found!r}: is there a `return`?")
+    unchanged = torch.equal(attention, before[0]) and torch.equal(values, before[1])
+    expect(unchanged, "product_score changes its arguments, work on copies")
+    message = f"product_score: shape {tuple(found.shape)}, expected (kv_heads, tokens) = {(kv_heads, tokens)}"
+    expect(tuple(found.shape) == (kv_heads, tokens), message)
+    sums = attention.sum((1, 2))
+    wrong = {
+        "that is the attention alone": sums,
+        "that is the norm alone": values.abs().sum(-1),
+        "that is the 2-norm, asked for was the 1-norm": sums * values.norm(dim=-1),
+        "without absolute values positive and negative numbers cancel": sums * values.sum(-1),
+        "only the last query was counted": attention[:, :, -1].sum(1) * values.abs().sum(-1),
+        "only one head of the group was counted": attention[:, 0].sum(1) * values.abs().sum(-1),
+        "the largest of the group, asked for was the sum": attention.sum(2).amax(1) * values.abs().sum(-1),
+    }
+    expected = sums * values.abs().sum(-1)
+    hints = [hint for hint, answer in wrong.items() if proportional(found, answer)]
+    expect(proportional(found, expected), f"expected {expected}, found {found}{''.join(f'; {hint}' for hint in hints)}")
+    print("product_score is right")
+
+
 def check_limits(function) -> None:
     """`function(weight, value_norm, output_norm)`: between which multiples of a ‖v‖ the true change of o must lie."""
     generator = torch.Generator().manual_seed(0)
