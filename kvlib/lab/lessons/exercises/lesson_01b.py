@@ -39,9 +39,9 @@ def check_prompts_needed(function) -> None:
         difference, deviation = (first - second).mean(), (first - second).std(ddof=1)
         expected = next(n for n in range(2, 10**7) if detectable_shift(n, deviation) <= abs(difference))
         found = number(function(first, second), "prompts_needed")
-        z, apart = 1.96 + 0.84, (first.var(ddof=1) + second.var(ddof=1)) ** 0.5
+        z, unpaired = 1.96 + 0.84, (first.var(ddof=1) + second.var(ddof=1)) / difference**2
         hints = {
-            (z * apart / difference) ** 2: "; the prompts are the same: what counts is how much the *difference* varies",
+            z**2 * unpaired: "; the prompts are the same: what counts is how much the *difference* varies",
             z * deviation / abs(difference): "; the square is missing: four times the prompts halve the interval",
             (1.96 * deviation / difference) ** 2: "; with 1.96 alone every second experiment misses it",
             prompts: "; not how many there were, but how many it takes",
