@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicLayer
 import kvlib
 from kvlib.lab import checks, statistics
 from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01
+from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b
 from kvlib.lab.results import summaries
+from kvlib.methods import vatp
 
 
 def refused(check, message: str, *arguments) -> None:
@@ -523,6 +524,139 @@ def test_wrong_own_scores(texts, answer, message):
     model, parts = texts
     copies = {name: tuple(x.clone() if torch.is_tensor(x) else x for x in part) for name, part in parts.items()}
     refused(lesson_01.check_own_score, message, answer, model, copies)
+
+
+# 01b_vatp_parts
+
+
+def chance(n, k, r):
+    return (r + (k - r) ** 2 / (n - r)) / k
+
+
+def prompts_needed(first, second):
+    difference = first - second
+    return math.ceil(((1.96 + 0.84) * difference.std(ddof=1) / difference.mean()) ** 2)
+
+
+class Projected(vatp.OutputNorm):
+    def importance(self, view, last=None):
+        return view.column_sums(last) * view.state["norm"].movedim(-1, 2)
+
+
+class Lifted(vatp.OutputNorm):
+    def observe(self, view):
+        norm = view.new_value.abs().sum(-1)
+        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
+        vatp.ForcedSinks.observe(self, view)
+
+
+class TwoNorm(vatp.OutputNorm):
+    def observe(self, view):
+        norm = view.new_value.norm(dim=-1)
+        view.remember("norm", norm[..., None].expand(*norm.shape, view.groups))
+        vatp.ForcedSinks.observe(self, view)
+
+
+class NormAlone(Lifted):
+    def importance(self, view, last=None):
+        return torch.ones_like(view.column_sums(last)) * view.state["norm"].movedim(-1, 2)
+
+
+class MoreAdded(Lifted):
+    def importance(self, view, last=None):
+        return (view.column_sums(last) + 1e-2) * view.state["norm"].movedim(-1, 2)
+
+
+class Reduced(Projected):
+    """One norm for the whole group."""
+
+    def importance(self, view, last=None):
+        return view.column_sums(last) * view.state["norm"].mean(-1)[:, :, None]
+
+
+@pytest.fixture
+def halves(registry):
+    """Registers two classes as "one" and "other"."""
+
+    def enter(one, other):
+        for name, cls in (("one", one), ("other", other)):
+            kvlib.register(name)(type(cls.__name__, (cls,), {"__doc__": "A half."}))
+
+    return enter
+
+
+def test_right_answers_of_01b_pass(halves, capsys):
+    halves(Projected, Lifted)
+    lesson_01b.check_chance(chance)
+    lesson_01b.check_prompts_needed(prompts_needed)
+    lesson_01b.check_halves("one", "other")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["chance is right", "prompts_needed is right", "one and other are one step each"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n, k, r: None, "chance returned None: is there a `return`?"),
+        (lambda n, k, r: k / n, "the recent tokens are the same for certain"),
+        (lambda n, k, r: k * chance(n, k, r), "that is a number of tokens, not a share of k"),
+        (lambda n, k, r: (r + (k - r) ** 2 / n) / k, "the others are chosen from n - r tokens"),
+        (lambda n, k, r: chance(n, k, r) - r / k, "the recent tokens count too"),
+        (lambda n, k, r: 1 - chance(n, k, r), "n = 512, k = 102, r = 51: 0.5553 is expected, found 0.4447"),
+        (lambda n, k, r: r / k, "n = 512, k = 102, r = 51: 0.5553 is expected, found 0.5000"),
+        (lambda n, k, r: (r + (k - r) * k / n) / k, "n = 512, k = 102, r = 51: 0.5553 is expected, found 0.5996"),
+    ],
+)
+def test_wrong_chances(answer, message):
+    refused(lesson_01b.check_chance, message, answer)
+
+
+def unpaired(first, second):
+    return math.ceil(2.8**2 * (first.var(ddof=1) + second.var(ddof=1)) / (first.mean() - second.mean()) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda f, s: ..., "prompts_needed returned Ellipsis"),
+        (unpaired, "what counts is how much the *difference* varies"),
+        (lambda f, s: prompts_needed(f, s) ** 0.5, "the square is missing"),
+        (lambda f, s: prompts_needed(f, s) * (1.96 / 2.8) ** 2, "with 1.96 alone every second experiment misses it"),
+        (lambda f, s: len(f), "not how many there were, but how many it takes"),
+        (lambda f, s: -(prompts_needed(f, s) ** 0.5), "a number of prompts is positive"),
+        (lambda f, s: ((f - s).std(ddof=1) * 2.8 / (f - s).mean()) ** 2, "is no whole number of prompts"),
+        (lambda f, s: (f != s).sum(), "1600 prompts, +1.56 points, 29 answers differ: about 576 are needed"),
+        (lambda f, s: prompts_needed(f, s) * 2, "are needed, prompts_needed says"),
+    ],
+)
+def test_wrong_numbers_of_prompts(answer, message):
+    refused(lesson_01b.check_prompts_needed, message, answer)
+
+
+BOTH = "(A + 1e-4) ‖W_O v‖₁, both steps at once"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (vatp.OutputNorm, Lifted, f"one ranks by {BOTH}, not by A ‖W_O v‖₁"),
+        (Projected, vatp.OutputNorm, f"other ranks by {BOTH}, not by (A + 1e-4) ‖v‖₁"),
+        (vatp.VATP, Lifted, "one ranks by A ‖v‖₁, not by A ‖W_O v‖₁"),
+        (vatp.ForcedSinks, Lifted, "one ranks by A, not by A ‖W_O v‖₁"),
+        (Lifted, Projected, "one ranks by (A + 1e-4) ‖v‖₁, not by A ‖W_O v‖₁"),
+        (Reduced, Lifted, "one ranks by something else, not by A ‖W_O v‖₁"),
+        (Projected, TwoNorm, "other ranks by something else, not by (A + 1e-4) ‖v‖₁"),
+        (Projected, NormAlone, "other ranks by ‖v‖₁ alone, not by (A + 1e-4) ‖v‖₁"),
+        (Projected, MoreAdded, "other ranks by something else, not by (A + 1e-4) ‖v‖₁"),
+    ],
+)
+def test_wrong_halves(halves, one, other, message):
+    halves(one, other)
+    refused(lesson_01b.check_halves, message, "one", "other")
+
+
+def test_halves_have_to_be_registered():
+    refused(lesson_01b.check_halves, "no method 'nowhere': is the class decorated", "nowhere", "vatp")
 
 
 # Methods

@@ -8,9 +8,9 @@ import torch
 from matplotlib.colors import LogNorm, to_rgba
 
 import kvlib
-from kvlib.lab import lessons
+from kvlib.lab import lessons, statistics
 from kvlib.lab.checks import tiny_model
-from kvlib.lab.lessons import asking, drawing, prefills, start
+from kvlib.lab.lessons import asking, comparing, drawing, prefills, start
 from kvlib.lab.plotting import COLORS
 
 IDS = [7, 3, 9, 11, 5, 3, 20, 41, 8, 6]
@@ -198,3 +198,26 @@ def test_points_have_the_intervals_of_the_table(axes):
     assert np.allclose(ends, [[0.5, 3], [-5, 0]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["VATP", "a row"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row on top
+
+
+# Tables
+
+
+def test_changes_are_of_the_prompts_that_both_have():
+    """By hand: one task of which two prompts are shared, another of which one is."""
+    rows = [("h2o", "number", n, value) for n, value in enumerate((1.0, 0.0, 1.0, 1.0))]
+    rows += [("vatp", "number", n, value) for n, value in enumerate((0.0, 0.0))]
+    rows += [("h2o", "year", 0, 0.0), ("vatp", "year", 0, 1.0), ("vatp", "year", 1, 0.0)]
+    table = pd.DataFrame(rows, columns=["method", "task", "sample", "value"])
+    table = table.assign(model="a model", budget=0.5, arguments="{}").sample(frac=1, random_state=0)
+    pairs = {"up": ("vatp", "h2o", 0.5), "down": ("h2o", "vatp", 0.5), "same": ("h2o", "h2o", 0.5)}
+    found = comparing.changes(table, pairs, ["number", "year"])
+    assert found["value"].tolist() == pytest.approx([25, -25, 0])  # the mean of -50 and 100
+    assert found["prompts"].tolist() == [3, 3, 5] and found["differ"].tolist() == [2, 2, 0]
+    assert found["deviation"].tolist() == pytest.approx([100, 100, 0])  # of -1, 0, 1
+    expected = statistics.paired_difference([[0, 0], [1]], [[1, 0], [0]])
+    assert found.loc["up", ["low", "high"]].tolist() == pytest.approx([100 * expected.low, 100 * expected.high])
+    assert found["p"].tolist() == pytest.approx([expected.above(0), expected.above(0), 1], abs=0.05)
+    assert found.loc["down", "low"] < -25 < found.loc["down", "high"]
+    with pytest.raises(KeyError):
+        comparing.changes(table, {"missing": ("vatp", "h2o", 0.2)}, ["number"])

@@ -123,6 +123,15 @@ def test_importance_is_what_the_running_method_ranks(model, method):
     assert torch.equal(keep_sets.kept_mask(run), scoring.best(score, 16.5 / N))
 
 
+def test_importance_on_scissorhands_is_the_mean_of_its_last_queries(model):
+    """Of 400, however few they are."""
+    snapshot = kvlib.snapshot(model, tiny.tokens(1, N))
+    found = scoring.importance(model, snapshot, "vatp", "scissorhands", sinks=3)
+    for layer, (_, key, value, _) in enumerate(snapshot.layers):
+        received = attention_maps.attention_map(snapshot, layer).sum(1).unflatten(0, (key.shape[1], -1)).sum(1) / 400
+        torch.testing.assert_close(found[layer], received * value[0].abs().sum(-1), check_dtype=False)
+
+
 def test_best_keeps_so_many_and_the_earlier_of_equals():
     score = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, torch.inf]])
     assert scoring.best(score, 0.5).int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
@@ -239,6 +248,25 @@ def test_paired_differences_are_in_points_by_budget():
 
 
 # What is kept
+
+
+def test_overlaps_by_hand():
+    a = torch.tensor([1, 1, 0, 0], dtype=torch.bool)
+    sets = {
+        "a": torch.stack([a, a])[None],
+        "half": torch.stack([a, ~a])[None],  # the same in one head, disjoint in the other
+        "larger": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)[None],
+    }
+    found = keep_sets.overlaps(sets)
+    assert (found.to_numpy() == found.to_numpy().T).all()
+    assert found.loc["a"].to_list() == pytest.approx([1, 0.5, (4 / 5 + 4 / 6) / 2])
+    assert found.loc["half", "larger"] == pytest.approx((4 / 5 + 4 / 6) / 2)
+
+
+def test_an_empty_set_is_refused():
+    kept = {"none": torch.zeros(1, 1, 4, dtype=torch.bool), "all": torch.ones(1, 1, 4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="an empty keep-set is like no other"):
+        keep_sets.overlaps(kept)
 
 
 def test_kept_by_is_what_runs_keep():

@@ -9,6 +9,8 @@
     lessons.interval_points(axes, table)                        a point with its interval per row
     lessons.annotated_grid(axes, table, label, limits=...)      coloured cells with numbers; `neutral` for differences
     lessons.strips(axes, {method: kept}, marks={...})           which tokens each method keeps
+    comparing.changes(table, {label: (first, second, budget)}, tasks)
+                                                                one setting minus another, on the prompts of both
 
 Drawings take methods by their names in `kvlib.METHODS`, with arguments as in the column `configuration`
 ("snapkv (kernel=15)"), and write them as in print (`kvlib.lab.plotting.printed`). An exercise is a cell `x-stub` and a

@@ -1,5 +1,6 @@
 """What methods keep of a prompt."""
 
+import pandas as pd
 import torch
 
 
@@ -21,3 +22,20 @@ def kept_by(model, snapshot, methods: dict) -> dict[str, torch.Tensor]:
             run.fork(snapshot)
             kept[name] = kept_mask(run)
     return kept
+
+
+def overlaps(kept: dict[str, torch.Tensor]) -> pd.DataFrame:
+    """How alike are keep-sets? 2 |A ∩ B| / (|A| + |B|) (Dice), mean over heads: 1 for equal sets, 0 for disjoint ones.
+
+    Args:
+        kept: name -> `(layers, kv_heads, tokens)` bool, the same tokens for all.
+
+    Raises:
+        ValueError: if a set is empty.
+    """
+    masks = torch.stack(list(kept.values())).double().flatten(1, 2)  # (methods, heads, tokens)
+    sizes = masks.sum(-1)
+    if (sizes == 0).any():
+        raise ValueError("an empty keep-set is like no other")
+    common = torch.einsum("aht,bht->abh", masks, masks)
+    return pd.DataFrame((2 * common / (sizes[:, None] + sizes)).mean(-1), index=list(kept), columns=list(kept))

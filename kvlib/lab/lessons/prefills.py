@@ -13,7 +13,7 @@ from kvlib import paths
 from kvlib.core.snapshot import Snapshot
 
 FOLDER = paths.ROOT / "build" / "prefills"
-FILES = 12  # of up to 100 MB each; the ones used longest ago go
+FILES = 12  # of up to 240 MB each; the ones used longest ago go
 
 
 def prefill(model, ids: list[int], folder: Path = FOLDER) -> Snapshot:

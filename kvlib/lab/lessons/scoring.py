@@ -13,13 +13,16 @@ SCORES = {
 }
 
 
-def importance(model, snapshot, method: str, **arguments) -> torch.Tensor:
-    """What a method of `kvlib.methods.vatp` on H2O has added up at the end of the prompt, `(layers, kv_heads, tokens)`.
+def importance(model, snapshot, method: str, host: str = "h2o", **arguments) -> torch.Tensor:
+    """What a method of `kvlib.methods.vatp` has added up at the end of the prompt, `(layers, kv_heads, tokens)`.
 
     Nothing is protected in it, neither sinks nor recent tokens: it is what the host ranks outside of these.
+
+    Args:
+        host: "h2o" or "scissorhands", which keep what they have added up.
     """
     tokens = snapshot.positions.shape[1]
-    with kvlib.method(method, budget=tokens, host="h2o", **arguments)(model) as run:  # the whole prompt: nothing goes
+    with kvlib.method(method, budget=tokens, host=host, **arguments)(model) as run:  # the whole prompt: nothing goes
         run.fork(snapshot)
     return torch.stack([layer.tail.rectangle(layer.tail.state["attention"])[0] for layer in run.cache.layers]).cpu()
 
