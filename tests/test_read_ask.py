@@ -292,6 +292,7 @@ def test_questions_that_cannot_be_asked():
     question = QUESTIONS[0][None]
     with kvlib.method("knorm", budget=0.5)(model) as run:
         refused(RuntimeError, "no document to ask about: call `run.read` first", run.ask, question)
+        refused(RuntimeError, "nothing to follow: read something first", run.follow, question)
         run.read(input_ids=ids, more=True)
         refused(RuntimeError, "no document .*: call `run.read` without `more` for its end", run.ask, question)
         run.read(input_ids=ids)

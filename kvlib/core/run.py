@@ -222,8 +222,13 @@ class Run(Report):
 
         Args:
             input_ids, attention_mask: `(batch, tokens)`, padded on the left, a row for each row of the cache.
+
+        Raises:
+            RuntimeError: if nothing has been read.
         """
         self._require_open()
+        if self.cache is None:
+            raise RuntimeError("nothing to follow: read something first")
         _check_text("question", input_ids, attention_mask)
         cache = self._answering = self.cache
         self._prompt_columns = cache.seen + input_ids.shape[1]

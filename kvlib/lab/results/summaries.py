@@ -69,19 +69,8 @@ def values(table: pd.DataFrame, task: str, configuration: str, budget: float) ->
     return cell.set_index("sample")["value"].sort_index()
 
 
-def gain(table: pd.DataFrame, first: tuple, second: tuple, tasks: list[str]) -> dict[str, float]:
-    """The first minus the second on the same samples, mean of tasks, in percentage points: value, low, high (95 %).
-
-    Args:
-        first, second: (configuration, budget).
-    """
-    sides = ([values(table, task, *side) for task in tasks] for side in (first, second))
-    found = statistics.paired_difference(*sides)
-    return {"value": 100 * found.value, "low": 100 * found.low, "high": 100 * found.high}
-
-
 def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) -> pd.DataFrame:
-    """`gain` as text, "value [low, high]": a row per comparison, a column per set.
+    """Paired differences in percentage points with 95 % intervals, as text: a row per comparison, a column per set.
 
     Args:
         comparisons: `((configuration, budget), (configuration, budget))`, the first minus the second.
@@ -90,11 +79,13 @@ def differences(table: pd.DataFrame, comparisons, sets: dict[str, list[str]]) ->
     rows, tasks = {}, dict.fromkeys(task for chosen in sets.values() for task in chosen)
     for first, second in comparisons:
         row = rows[" − ".join(f"{configuration} {budget:.0%}" for configuration, budget in (first, second))] = {}
+        ones, others = ({task: values(table, task, *side) for task in tasks} for side in (first, second))
         for name, chosen in sets.items():
-            row[name] = "{value:+z.1f} [{low:z.1f}, {high:z.1f}]".format(**gain(table, first, second, chosen))
-        pairs = [(values(table, task, *first), values(table, task, *second)) for task in tasks]
-        differing, samples = sum(int((one != other).sum()) for one, other in pairs), sum(len(one) for one, _ in pairs)
-        row["samples that differ"] = f"{differing} of {samples}"
+            found = statistics.paired_difference([ones[task] for task in chosen], [others[task] for task in chosen])
+            mean, low, high = (100 * x for x in (found.value, found.low, found.high))
+            row[name] = f"{mean:+z.1f} [{low:z.1f}, {high:z.1f}]"
+        differing = sum(int((ones[task] != others[task]).sum()) for task in tasks)
+        row["samples that differ"] = f"{differing} of {sum(map(len, ones.values()))}"
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
