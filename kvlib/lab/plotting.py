@@ -106,25 +106,6 @@ def series(configuration: str) -> dict:
     }
 
 
-def label_lines(axes, gap: float = 11) -> None:
-    """Write each line's label beside its last point, at least `gap` points apart, instead of a legend."""
-    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    points = 72 / axes.figure.dpi
-    ends = [(axes.transData.transform(line.get_xydata()[-1])[1] * points, line) for line in lines]
-    free = float("-inf")
-    for height, line in sorted(ends, key=lambda end: end[0]):
-        free = max(height, free)
-        axes.annotate(
-            line.get_label(),
-            line.get_xydata()[-1],
-            xytext=(7, free - height),
-            textcoords="offset points",
-            va="center",
-            annotation_clip=False,
-        )
-        free += gap
-
-
 def save(figure, name: str, live: bool = False) -> Path:
     """Write figures/<name>.svg, `name` being <notebook>_<what>, and note it in figures/manifest.json.
 

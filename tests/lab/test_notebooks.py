@@ -531,7 +531,6 @@ def draw(height: float, methods=("full", "h2o", "vatp")):
     figure, axes = plt.subplots()
     for number, method in enumerate(methods):
         axes.plot([0, 1], [0, height + 0.001 * number], **plotting.series(method))
-    plotting.label_lines(axes)
     return figure
 
 
