@@ -154,7 +154,7 @@ def test_changes_are_those_of_attention_without_the_tokens(model, both):
         found = evictions.change(whole, layer, kept, module.self_attn.o_proj.weight)
         query, key, value, scaling = attention_maps.expanded(whole, layer)
         heads = len(query)
-        assert found["head"].shape == found["terms"].shape == found["mass"].shape == (2, heads, LATER)
+        assert found["head"].shape == found["mass"].shape == (2, heads, LATER)
         assert found["layer"].shape == (2, LATER)
         for row, i in ((row, i) for row in range(2) for i in range(N, N + LATER)):
             before, after = [], []
@@ -165,7 +165,7 @@ def test_changes_are_those_of_attention_without_the_tokens(model, both):
                 before.append(weights @ v)
                 after.append((k[stays] @ q * scaling).softmax(0) @ v[stays])
                 size, gone = before[-1].norm(), weights * ~stays
-                expected = {"head": (after[-1] - before[-1]).norm() / size, "terms": (gone @ v).norm() / size}
+                expected = {"head": (after[-1] - before[-1]).norm() / size}
                 for measure, x in (expected | {"mass": gone.sum()}).items():
                     torch.testing.assert_close(found[measure][row, head, i - N], x)
             before, after = (module.self_attn.o_proj(torch.cat(outputs)) for outputs in (before, after))
@@ -192,7 +192,6 @@ def test_one_token_changes_what_the_formula_says(both):
     output, a, v = weights @ value, weights[..., 0], value[:, :1]
     expected = a / (1 - a) * (output - v).norm(dim=-1) / output.norm(dim=-1)
     torch.testing.assert_close(found["head"], expected)
-    torch.testing.assert_close(found["terms"], a * v.norm(dim=-1) / output.norm(dim=-1))
     torch.testing.assert_close(found["mass"], a)
 
 
@@ -205,7 +204,7 @@ def test_damage_is_the_mean_change_of_the_best_tokens(model, both):
         weight = model.model.layers[layer].self_attn.o_proj.weight
         found = evictions.change(whole, layer, scoring.best(scores[name][layer], budget), weight)
         assert {measure: float(x.mean()) for measure, x in found.items()} == pytest.approx(dict(row), abs=1e-12)
-    assert table.loc[table["budget"] == 1.0, ["head", "layer", "terms", "mass"]].abs().max().max() < 1e-12
+    assert table.loc[table["budget"] == 1.0, ["head", "layer", "mass"]].abs().max().max() < 1e-12
 
 
 def test_worst_found(model, both):

@@ -73,7 +73,6 @@ def change(snapshot, layer: int, kept: torch.Tensor, weight: torch.Tensor) -> di
     Returns:
         numbers for every query behind the first n tokens, `(..., query_heads, tokens - n)` in float64:
         "head": ‖o' − o‖₂ / ‖o‖₂, each head's own output;
-        "terms": ‖Σ a_k v_k‖₂ / ‖o‖₂ over the evicted, what goes if the other weights do not grow;
         "mass": Σ a_k over the evicted;
         "layer": `(..., tokens - n)`, as "head" for the output of the layer, all heads together after W_O.
     """
@@ -88,7 +87,6 @@ def change(snapshot, layer: int, kept: torch.Tensor, weight: torch.Tensor) -> di
     return {
         "head": moved.norm(dim=-1) / size,
         "layer": after.norm(dim=-1) / before.norm(dim=-1),
-        "terms": (terms - output).norm(dim=-1) / size,
         "mass": 1 - rest,
     }
 
@@ -106,8 +104,8 @@ def damage(model, snapshot, scores: dict[str, torch.Tensor], budgets) -> pd.Data
         scores: name -> `(layers, kv_heads, n)`, higher = keep.
 
     Returns:
-        A row per layer, score and budget, columns layer_idx, score, budget, head, layer, terms, mass: means over heads
-        and over the queries behind the scored tokens.
+        A row per layer, score and budget, columns layer_idx, score, budget, head, layer, mass: means over heads and
+        over the queries behind the scored tokens.
     """
     rows, cells = [], list(itertools.product(scores, budgets))
     for index, module in enumerate(attention_modules(model)):
