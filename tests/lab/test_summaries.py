@@ -1,7 +1,5 @@
 """Summaries of a table small enough to count by hand."""
 
-import re
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -70,27 +68,6 @@ def test_families_are_summarised_together_if_all_are_there(one):
     for name, families in (("families", FAMILIES), ("natural", NATURAL)):
         sets = summaries.task_sets(pd.DataFrame({"task": [*families, "next_line"]}))
         assert sets.pop(name) == list(families) and list(sets) == [*families, "next_line"]
-
-
-def test_pairs_are_those_of_a_sample(one):
-    """In whatever order rows come: ten samples of which both sides miss the same differ nowhere."""
-    half = one["value"].where(one["method"] != "full", one["sample"] < 8).where(one["task"] == "needle", 1.0)
-    shuffled = one.assign(value=half.astype(float)).sample(frac=1, random_state=1)
-    row = summaries.differences(shuffled, [(("snapkv", 0.2), ("full", 1.0))], {"needle": ["needle"]}).iloc[0]
-    assert row.tolist() == ["+0.0 [-30.0, 30.0]", "0 of 10"]
-
-
-def test_differences_are_paired(one):
-    pairs = [(("snapkv", 0.2), ("full", 1.0)), (("snapkv (kernel=15)", 0.2), ("full", 1.0))]
-    rows = summaries.differences(one, pairs, BOTH)
-    assert rows.index.tolist() == ["snapkv 20% − full 100%", "snapkv (kernel=15) 20% − full 100%"]
-    assert re.fullmatch(r"-50\.0 \[-\d+\.0, -\d+\.0\]", rows.loc[rows.index[0], "both"])
-    assert rows.iloc[1].tolist()[1:] == ["+0.0 [-30.0, 30.0]", "0 of 20"]  # ten samples that agree prove little
-    assert rows["samples that differ"].tolist() == ["10 of 20", "0 of 20"]
-    nearly = one.assign(value=one["value"].where(one["method"] == "full", 0.99999))
-    assert summaries.differences(nearly, pairs, BOTH).iloc[0, 0] == "+0.0 [0.0, 0.0]"  # and not -0.0
-    with pytest.raises(ValueError, match=r"no rows for needle, h2o at 0.2; configurations: full, snapkv, snapkv"):
-        summaries.differences(one, [(("h2o", 0.2), ("full", 1.0))], BOTH)
 
 
 def test_models_are_never_pooled(table):
