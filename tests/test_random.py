@@ -31,6 +31,11 @@ ARGUMENTS = {  # what is drawn besides the budget
     "exact_error": HOSTED,
     "output_norm": HOSTED,
     "streaming_llm": {"sinks": st.integers(0, 6), "renumber": st.booleans()},
+    "tidaldecode": {
+        "heads": st.sampled_from(["query", "group", "all"]),
+        "sinks": st.integers(0, 6),
+        "recent": st.sampled_from([0.0, 0.25, 1.0]),
+    },
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]

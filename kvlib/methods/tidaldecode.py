@@ -1,0 +1,108 @@
+"""TidalDecode: few layers choose tokens, the layers behind them read the same ones (Yang et al., 2410.05076)."""
+
+import torch
+
+from kvlib.core.method import Reader, highest, register, require, whole
+
+PAPER = (2, 13)  # of 32 layers, for Llama-3-8B and Llama-3.1-8B
+
+
+@register("tidaldecode")
+class TidalDecode(Reader):
+    """Position-persistent sparse attention. Nothing is evicted: a decoded token reads less.
+
+    In every decode step layers before the first selection layer attend to everything; so do selection layers, which
+    also choose `budget` tokens; each layer behind one attends to these tokens in the same slots, up to the next
+    selection layer. Nothing is carried over to the next step. Prompts, later turns and questions about a document are
+    read densely.
+
+    Followed: the authors' code (DerrickYLJ/TidalDecode d67a1bd), with the rule of its first author's fork for the token
+    that is being decoded: it is always read, and counts as one of the budget. Departures: later turns of several tokens
+    are dense, where the authors' Llama code selects for each of their queries (its Yarn code is dense, too); layers out
+    of range are errors, where theirs silently select once.
+
+    Args:
+        selection_layers: layers that choose, counted from 0, ascending; at least one layer has to follow the first.
+            None: the paper's layers 2 and 13 of 32 at the same depths, at most layer 2 for the first. The paper has no
+            rule, chooses the second one by an accuracy sweep for each family of models, and finds a neighbouring layer
+            far worse: measure it for your model.
+        heads: whose choice it is. "query": each query head chooses by its own logits (the paper); "group": the query
+            heads of a KV head by the sum of their attention; "all": one set for all heads, the best of each head first,
+            then the second ones (LessIsMore, 2508.07101).
+        sinks: first tokens that are always read.
+        recent: share of the budget that the newest tokens have, the one being decoded included; at least that one.
+
+    Raises:
+        ValueError: for layers that are not ascending whole numbers, another kind of heads, sinks < 0, and recent
+            outside of [0, 1]; in a block, for layers that the model does not have.
+    """
+
+    selection_layers: tuple[int, ...] | None = None
+    heads: str = "query"
+    sinks: int = 0
+    recent: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers = self.selection_layers
+        if layers is not None:
+            layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
+            object.__setattr__(self, "selection_layers", layers)
+            fits = all(whole(layer, 0) for layer in layers) and layers and [*layers] == sorted(set(layers))
+            require("selection_layers", layers, fits, "numbers of layers from 0 on, ascending, at least one")
+        require("heads", self.heads, self.heads in CHOICES, " or ".join(map(repr, CHOICES)))
+        require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
+        share = isinstance(self.recent, int | float) and not isinstance(self.recent, bool) and 0 <= self.recent <= 1
+        require("recent", self.recent, share, "a share of the budget in [0, 1]")
+
+    def prepare(self, model) -> tuple[int, ...]:
+        """The selection layers of this model."""
+        layers = model.config.get_text_config().num_hidden_layers
+        if self.selection_layers is None:
+            first = max(0, min(PAPER[0], layers - 2))
+            second = PAPER[1] * layers // 32
+            return (first, second) if second > first + 1 else (first,)
+        allowed = f"a model of {layers} layers has them from 0 to {layers - 1}, and one has to follow the first"
+        require("selection_layers", self.selection_layers, self.selection_layers[-1] < layers, allowed)
+        require("selection_layers", self.selection_layers, self.selection_layers[0] < layers - 1, allowed)
+        return self.selection_layers
+
+    def select(self, view):
+        layers, shared = view.run.prepared, view.step.shared
+        if view.layer_idx in layers:
+            shared["slots"] = self.choose(view)
+            return None
+        return shared["slots"] if view.layer_idx > layers[0] else None
+
+    def choose(self, view) -> torch.Tensor:
+        """Slots that the layers behind this one read, `(batch, kv_heads or query_heads, k)`, -1 = none."""
+        positions = view.positions[:, :1]  # nothing is evicted: all heads and layers have the same tokens in each slot
+        count = torch.minimum(self.tokens(view, self.budget), view.tokens)
+        recent = (self.recent * count).long().clamp(min=1)
+        sinks = view.clamp("sinks", self.sinks, 0, count - recent)
+        newest = positions >= view.per_row(view.step.ends) - view.per_row(recent)
+        score = CHOICES[self.heads](view).masked_fill(newest | (positions < view.per_row(sinks)), torch.inf)
+        return highest(score, positions, count).expand(-1, max(score.shape[1], view.key.shape[1]), -1)
+
+
+def by_query_head(view) -> torch.Tensor:
+    """Logits `(batch, query_heads, slots)`: their order is that of attention, and far from the largest they differ."""
+    dtype = torch.promote_types(view.query.dtype, torch.float32)
+    query = view.query.unflatten(1, (-1, view.groups)).squeeze(3)
+    return torch.einsum("bhgd,bhkd->bhgk", query.to(dtype), view.key.to(dtype)).flatten(1, 2)
+
+
+def by_group(view) -> torch.Tensor:
+    """Attention, summed over the query heads of each KV head, `(batch, kv_heads, slots)`."""
+    return view.weights.sum(2)
+
+
+def by_all_heads(view) -> torch.Tensor:
+    """One score `(batch, 1, slots)`: minus the place in the list of every head's first choice, its second ones, ..."""
+    logits = by_query_head(view).masked_fill(view.positions[:, :1] < 0, -torch.inf)
+    rank = logits.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    heads = torch.arange(logits.shape[1], device=logits.device)[:, None]
+    return -(rank * logits.shape[1] + heads).amin(1, keepdim=True).to(torch.float64)
+
+
+CHOICES = {"query": by_query_head, "group": by_group, "all": by_all_heads}
