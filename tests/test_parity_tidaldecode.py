@@ -36,6 +36,7 @@ def decode(case):
         for _ in range(STEPS):
             token = logits[-1].argmax().view(1, 1)
             logits.append(model(case)(token, past_key_values=run.cache).logits[0, -1])
+    assert len(steps) == STEPS
     return torch.stack(logits), steps
 
 

@@ -26,9 +26,10 @@ class TidalDecode(Reader):
             None: the paper's layers 2 and 13 of 32 at the same depths, at most layer 2 for the first. The paper has no
             rule, chooses the second one by an accuracy sweep for each family of models, and finds a neighbouring layer
             far worse: measure it for your model.
-        heads: whose choice it is. "query": each query head chooses by its own logits (the paper); "group": the query
-            heads of a KV head by the sum of their attention; "all": one set for all heads, the best of each head first,
-            then the second ones (LessIsMore, 2508.07101).
+        heads: whose choice it is. "query": each query head chooses by its own logits (the paper), and a layer reads as
+            many rows as it has query heads times the budget, which can be more than it stores; "group": the query heads
+            of a KV head by the sum of their attention; "all": one set for all heads, the best of each head first, then
+            the second ones (LessIsMore, 2508.07101).
         sinks: first tokens that are always read.
         recent: share of the budget that the newest tokens have, the one being decoded included; at least that one.
 
@@ -77,7 +78,8 @@ class TidalDecode(Reader):
     def choose(self, view) -> torch.Tensor:
         """Slots that the layers behind this one read, `(batch, kv_heads or query_heads, k)`, -1 = none."""
         positions = view.positions[:, :1]  # nothing is evicted: all heads and layers have the same tokens in each slot
-        count = torch.minimum(self.tokens(view, self.budget), view.tokens)
+        budget = view.per_prompt("budget in tokens", lambda view: self.tokens(view, self.budget))
+        count = torch.minimum(budget, view.tokens)
         recent = (self.recent * count).long().clamp(min=1)
         sinks = view.clamp("sinks", self.sinks, 0, count - recent)
         newest = positions >= view.per_row(view.step.ends) - view.per_row(recent)
@@ -102,7 +104,8 @@ def by_all_heads(view) -> torch.Tensor:
     logits = by_query_head(view).masked_fill(view.positions[:, :1] < 0, -torch.inf)
     rank = logits.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     heads = torch.arange(logits.shape[1], device=logits.device)[:, None]
-    return -(rank * logits.shape[1] + heads).amin(1, keepdim=True).to(torch.float64)
+    place = (rank * logits.shape[1] + heads).amin(1, keepdim=True)
+    return -place.to(torch.float64)  # float32 has no place of its own for each token of a long text
 
 
 CHOICES = {"query": by_query_head, "group": by_group, "all": by_all_heads}
