@@ -88,6 +88,36 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.select_rows(rows)
 
+    def forget(self, count: torch.Tensor) -> None:
+        """Forget the newest tokens of every row, as if they had never come.
+
+        Rows that forget different numbers can be decoded further, but no mask says where their padding would be. What
+        a method remembers per row stays as it is.
+
+        Args:
+            count: `(batch,)` on the CPU.
+
+        Raises:
+            ValueError: if fewer have come since the latest prompt, if a layer has evicted or encoded some of its
+                tokens, and while steps are captured.
+        """
+        since = self.tokens - self.prompt_tokens
+        if bool(((count < 0) | (count > since)).any()):
+            raise ValueError(f"count={count.tolist()}: since the prompt {since.tolist()} tokens have come")
+        for layer in self.layers:
+            if (
+                layer.body is not None
+                or layer.tail.slot is not None
+                or bool((layer.lengths != self.tokens[:, None]).any())
+            ):
+                raise ValueError(
+                    f"layer {layer.index} does not hold all tokens as they came, so none can be taken back"
+                )
+        for layer in self.layers:
+            layer.tail.truncate(layer.lengths - count[:, None])
+        self.seen, self.tokens = self.seen - int(count.min()), self.tokens - count
+        self.ends = self.ends - count.to(self.ends.device)[:, None]
+
     def copy(self) -> "KVCache":
         """A cache of its own memory that holds the same; layers that share a body share the copy of it."""
         return copy.deepcopy(self, {id(self.method): self.method})

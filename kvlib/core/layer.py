@@ -95,6 +95,10 @@ class Layer(DynamicLayer):
         """Evict from the tail all but `mask` `(batch, kv_heads, slots)`, `lengths` `(batch, kv_heads)` tokens."""
         self.tail.keep(mask, lengths)
 
+    def row_reads(self) -> torch.Tensor:
+        """`(batch,)` on the CPU, bytes of keys and values read in the last pass: what is stored, or less."""
+        return sum(part.row_bytes() for part in self.parts) if self.reads is None else self.reads.cpu()
+
     def position_rectangle(self) -> torch.Tensor:
         """Positions of all parts, `(batch, kv_heads, slots)`, -1 in empty slots."""
         if self.body is None:

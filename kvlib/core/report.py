@@ -60,10 +60,7 @@ class Report:
 
     def read_bytes(self) -> int:
         """Bytes of K and V read in the last decode step: what is stored, unless the method reads sparsely."""
-        return sum(
-            sum(int(part.row_bytes().sum()) for part in layer.parts) if layer.reads is None else int(layer.reads.sum())
-            for layer in self._filled().layers
-        )
+        return sum(int(layer.row_reads().sum()) for layer in self._filled().layers)
 
     def _filled(self) -> KVCache:
         if self.cache is None or self.cache.tokens is None:

@@ -96,7 +96,8 @@ class Run(Report):
         self._prompt_columns: float | None = None  # where the prompt ends that is being read, if that is known
         self._unended: KVCache | None = None  # a document of which more will come
         self._answering: KVCache | None = None  # the copy in which a question is read and answered
-        self._probing = False
+        self._probing = self._rereading = False
+        self._inside = False  # a pass goes on in which another one begins
         self._hooks: list = []  # while the block is open
         self._blocks: Blocks | None = None  # likewise
         self.thread = self.frame = None  # likewise: who has opened it (`kvlib.core.blocks`)
@@ -339,7 +340,7 @@ class Run(Report):
             raise ValueError(POSITIONS)
         kwargs["position_ids"] = step.positions if step.complete else step.positions.clamp(min=0)
         self._begin(step)
-        if not self._probing:
+        if not step.aside:
             cache.note_ids(ids, step)
         for layer in cache.layers:
             layer.accepting = True
@@ -351,12 +352,14 @@ class Run(Report):
         """What kind of pass this is: `generate` has said where the prompt ends; without it several tokens are one."""
         cache, new, end = self.cache, inputs.shape[1], self._prompt_columns
         reads = cache.seen + new <= end if end is not None else new > 1
-        if not (reads or self._probing or not cache.seen):
+        aside = self._probing or self._rereading
+        if not (reads or aside or not cache.seen):
             return decode_step(cache, len(inputs), mask)
         # an empty cache in the middle of `generate`: the model has dropped the old one and reads everything again
         step = reading_step(cache, inputs, mask, end if reads else None)
-        if self._probing:
-            step.probing, step.ends_prompt, step.prompt_tokens = True, False, cache.prompt_tokens
+        if aside:
+            step.probing, step.rereading = self._probing, self._rereading
+            step.ends_prompt, step.prompt_tokens = False, cache.prompt_tokens
             return step
         if cache is self._answering:
             step.question, step.ends_question = True, step.ends_prompt
@@ -402,7 +405,7 @@ class Run(Report):
         self.streamed = True
 
     def _begin(self, step: Step, again: bool = False) -> None:
-        if not (step.after_prompt or step.probing or again):
+        if not (step.after_prompt or step.aside or again):
             self.cache.notes = {}
         self.cache.steps = step.index
         self.cache.memo.open = True
@@ -422,7 +425,7 @@ class Run(Report):
         finally:
             if self.step is not None:
                 self._close()
-            if not self._probing:
+            if not self._inside:
                 self._blocks.end_pass()
 
     def _close(self) -> None:
@@ -434,7 +437,7 @@ class Run(Report):
         step.view = None  # it holds keys that were just evicted, and in a cycle they would wait for the collector
         cache = self.cache
         cache.seen, cache.tokens, cache.prompt_tokens = step.seen, step.tokens, step.prompt_tokens
-        if not step.probing and self.method.hooks("finish"):
+        if not step.aside and self.method.hooks("finish"):
             with torch.no_grad():
                 self.method.finish(self)
             step.view = None
@@ -478,7 +481,7 @@ class Run(Report):
         view.save_state()
         if step.ends_prompt or (method.evicts_in_decode and (step.decoding or step.ends_question)):
             method.compress(view)
-        if step.probing:
+        if step.aside:
             return
         if step.decoding or step.ends_prompt or step.ends_question or not method.window:
             layer.queries = None
@@ -500,20 +503,67 @@ class Run(Report):
         Args:
             ids: `(batch, new)`, -1 = padding, which must come first.
         """
-        step, cache = self.step, self.cache
-        before = cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps, cache.interrupted
+        cache = self.cache
+        before = cache.seen, cache.tokens, cache.prompt_tokens
         lengths = [layer.tail.lengths for layer in cache.layers]
-        mask = ids >= 0
-        self._probing, columns, self._prompt_columns = True, self._prompt_columns, None
-        cache.interrupted = False  # but for the method that is finishing
+        self._probing = True
         try:
-            self.model(input_ids=ids.clamp(min=0), attention_mask=mask, past_key_values=cache, use_cache=True)
+            self._pass_aside(ids.clamp(min=0), ids >= 0)
         finally:
-            self._probing, self._prompt_columns = False, columns
+            self._probing = False
         for layer, length in zip(cache.layers, lengths):
             layer.tail.truncate(length)
-        cache.seen, cache.tokens, cache.prompt_tokens, cache.ends, cache.steps, cache.interrupted = before
-        self._begin(step, again=True)
+        cache.seen, cache.tokens, cache.prompt_tokens = before
+
+    @torch.no_grad()
+    def reread(self, count: int) -> torch.Tensor:
+        """Compute the newest tokens once more, in one pass in which each attends to everything before it.
+
+        What was stored of them is replaced: for tokens that were decoded from less. No budget changes and nothing is
+        evicted. What the pass reads is added to what the latest step has read.
+
+        Args:
+            count: tokens of every row.
+
+        Returns:
+            logits `(batch, count, vocabulary)` after each of them.
+
+        Raises:
+            RuntimeError: if nothing has been read.
+            ValueError: as `KVCache.forget`, and where embeddings were passed in place of ids.
+        """
+        self._require_open()
+        cache = self._filled()
+        at = cache.tokens.to(cache.ids.device)[:, None] - count + torch.arange(count, device=cache.ids.device)
+        ids = cache.ids.gather(1, at.clamp(min=0)).long()
+        if bool((ids < 0).any()):
+            raise ValueError("embeddings were passed in place of ids, and cannot be read again")
+        ends, reads = cache.ends, [layer.row_reads() for layer in cache.layers]
+        cache.forget(torch.full_like(cache.tokens, count))
+        self._rereading = True
+        try:
+            logits = self._pass_aside(ids, None).logits
+        finally:
+            self._rereading = False
+        cache.ends = ends
+        for layer, read in zip(cache.layers, reads):
+            layer.reads = read + layer.row_reads()
+        return logits
+
+    def _pass_aside(self, ids: torch.Tensor, mask: torch.Tensor | None):
+        """A pass between two others, or inside of one, after which the text goes on as if there had been none."""
+        step, cache, columns, inside = self.step, self.cache, self._prompt_columns, self._inside
+        before = cache.ends, cache.steps, cache.interrupted
+        self._prompt_columns, self._inside = None, step is not None
+        cache.interrupted = False  # but for the method that is finishing
+        try:
+            output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        finally:
+            self._prompt_columns, self._inside = columns, inside
+        cache.ends, cache.steps, cache.interrupted = before
+        if step is not None:
+            self._begin(step, again=True)
+        return output
 
     def fork(self, snapshot) -> KVCache:
         """Start from a snapshot instead of a forward pass: a new cache in which this method has read the prompt.

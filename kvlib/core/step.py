@@ -28,7 +28,8 @@ class Step:
         counts: `(batch,)` on the CPU, real tokens of this pass. complete: none of its columns is padding.
         tokens, prompt_tokens: `(batch,)` on the CPU, real tokens per row after this pass, and at the end of the prompt
             (while a prompt is read: so far).
-        probing: the tokens of this pass will be forgotten (`Run.probe`).
+        probing: the tokens of this pass will be forgotten (`Run.probe`). rereading: they have been here before
+            (`Run.reread`).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
         shared: free space for what a method carries from layer to layer. Slots of one layer mean nothing in another
             unless both store the same tokens in the same order; positions do.
@@ -48,6 +49,7 @@ class Step:
     question: bool = False
     ends_question: bool = False
     probing: bool = False
+    rereading: bool = False
     columns: torch.Tensor | None = None
     shared: dict = field(default_factory=dict)
     sums: dict = field(default_factory=dict)
@@ -67,6 +69,11 @@ class Step:
     @property
     def decoding(self) -> bool:
         return self.index > 0
+
+    @property
+    def aside(self) -> bool:
+        """Is this a pass beside the text's own, at which nothing begins or ends?"""
+        return self.probing or self.rereading
 
     @property
     def after_prompt(self) -> bool:

@@ -32,16 +32,21 @@ class TidalDecode(Reader):
             the second ones (LessIsMore, 2508.07101).
         sinks: first tokens that are always read.
         recent: share of the budget that the newest tokens have, the one being decoded included; at least that one.
+        correction: period in decoded tokens; after so many they are all computed once more, in one dense pass, since
+            keys and values of all layers behind the first sparse one follow from what sparse layers have read (the
+            paper's cache correction). What was sampled stays. None: never, as in the paper's evaluation. Tokens that
+            are left over when a new turn begins stay as they are.
 
     Raises:
-        ValueError: for layers that are not ascending whole numbers, another kind of heads, sinks < 0, and recent
-            outside of [0, 1]; in a block, for layers that the model does not have.
+        ValueError: for layers that are not ascending whole numbers, another kind of heads, sinks < 0, recent
+            outside of [0, 1], and correction < 1; in a block, for layers that the model does not have.
     """
 
     selection_layers: tuple[int, ...] | None = None
     heads: str = "query"
     sinks: int = 0
     recent: float = 0.0
+    correction: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,6 +60,8 @@ class TidalDecode(Reader):
         require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
         share = isinstance(self.recent, int | float) and not isinstance(self.recent, bool) and 0 <= self.recent <= 1
         require("recent", self.recent, share, "a share of the budget in [0, 1]")
+        period = self.correction is None or whole(self.correction, 1)
+        require("correction", self.correction, period, "a number of tokens >= 1, or None")
 
     def prepare(self, model) -> tuple[int, ...]:
         """The selection layers of this model."""
@@ -74,6 +81,10 @@ class TidalDecode(Reader):
             shared["slots"] = self.choose(view)
             return None
         return shared["slots"] if view.layer_idx > layers[0] else None
+
+    def finish(self, run):
+        if self.correction and not self.everything and run.step.decoding and run.step.index % self.correction == 0:
+            run.reread(self.correction)
 
     def choose(self, view) -> torch.Tensor:
         """Slots that the layers behind this one read, `(batch, kv_heads or query_heads, k)`, -1 = none."""
