@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kvlib import checksums, paths
 from kvlib.lab.results import __main__ as command
 from kvlib.lab.results import checking, summaries, verification
-from kvlib.lab.results.studies import STUDIES, Study
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.results.study import Study
 from kvlib.lab.tasks import FAMILIES
 
 NAME = next(iter(STUDIES))

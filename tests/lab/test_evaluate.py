@@ -17,11 +17,12 @@ from kvlib.lab import tasks
 from kvlib.lab.evaluation import evaluate, prompts
 from kvlib.lab.evaluation.answers import NEW_TOKENS, end_tokens, write
 from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.evaluation.evaluate import PROTOCOLS
 from kvlib.lab.evaluation.metrics import code_similarity, is_decided
 from kvlib.lab.evaluation.prompts import Prompts, compressed
 from kvlib.lab.evaluation.reference import Reference
 from kvlib.lab.results import keys, tables
-from kvlib.lab.results.studies import PROTOCOLS, STUDIES
+from kvlib.lab.results.studies import STUDIES
 from kvlib.methods.baselines import Full, SnapKV
 
 CONFIGURATIONS = (

@@ -11,6 +11,9 @@ import torch
 
 import kvlib
 from kvlib.lab import tasks
+from kvlib.lab.evaluation.answers import end_tokens, write
+from kvlib.lab.evaluation.blockwise import divided
+from kvlib.lab.evaluation.prompts import compressed
 from kvlib.lab.tasks import natural
 from kvlib.lab.tasks.natural import pilot, texts
 
@@ -269,7 +272,7 @@ def test_the_full_cache_scores_what_stock_transformers_writes(task):
 
 def test_a_batch_holds_all_but_the_last_tokens_of_its_prompts():
     drawn = [tasks.sample("constant", tokens, 1, tokenizer=tokenizer()) for tokens in (300, 400)]
-    prompts, last = pilot.batch(kvlib.load()[0], tokenizer(), drawn)
+    prompts, last = divided(kvlib.load()[0], tokenizer(), drawn, 1)
     for prompt, row, mask, end in zip(drawn, prompts.ids, prompts.mask, last):
         assert [*row[mask.bool()], *end] == all_ids(prompt)[0].tolist() and mask[-1] == 1
 
@@ -277,10 +280,10 @@ def test_a_batch_holds_all_but_the_last_tokens_of_its_prompts():
 def test_greedy_decoding_of_a_batch_is_that_of_each_prompt():
     model = kvlib.load()[0]
     drawn = [tasks.sample(*asked, 1, tokenizer=tokenizer()) for asked in (("constant", 300), ("number", 400))]
-    prompts, last = pilot.batch(model, tokenizer(), drawn)
-    with torch.no_grad(), pilot.compressed(prompts, kvlib.method("full")) as read:
+    prompts, last = divided(model, tokenizer(), drawn, 1)
+    with torch.no_grad(), compressed(prompts, kvlib.method("full")) as read:
         logits = read.feed(last)[:, -1]
-        written = pilot.write(read.feed, read.keep, logits, tokenizer(), pilot.end_tokens(model), [24, 24])
+        written = write(read.feed, read.keep, logits, tokenizer(), end_tokens(model), [24, 24])
     for prompt, text in zip(drawn, written):
         ids = all_ids(prompt)
         out = model.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]

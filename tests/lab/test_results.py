@@ -21,7 +21,7 @@ from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results import __main__ as command
 from kvlib.lab.results import keys, making, studies, tables, verification
-from kvlib.lab.results.studies import Study, samples_of
+from kvlib.lab.results.study import Study, samples_of
 from kvlib.lab.results.summaries import summarise
 
 TOKENIZER = paths.MODELS / "minilm"

@@ -13,7 +13,7 @@ from kvlib.lab.claims import registered, verdicts
 from kvlib.lab.evaluation import evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results import keys, tables
-from kvlib.lab.results.studies import Study
+from kvlib.lab.results.study import Study
 
 FULL, SNAPKV = Configuration("full", 1.0), Configuration("snapkv", 0.5)
 OTHERS = (Configuration("h2o", 0.2), Configuration("random", 0.2))

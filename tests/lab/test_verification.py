@@ -13,7 +13,7 @@ from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
 from kvlib.lab.results import verification
-from kvlib.lab.results.studies import Study
+from kvlib.lab.results.study import Study
 
 TASKS = list(tasks.CATALOGUE)
 CONFIGURATIONS = tuple(Configuration("random", round(0.01 * i, 2)) for i in range(1, 41))

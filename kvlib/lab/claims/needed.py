@@ -13,7 +13,8 @@ from kvlib.lab.claims.claim import Claim, cells_of, named
 from kvlib.lab.claims.registered import read
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL
-from kvlib.lab.results.studies import STUDIES, Study
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.results.study import Study
 
 COLUMNS = ["table", *CELL, "samples"]
 

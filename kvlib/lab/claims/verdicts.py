@@ -31,7 +31,8 @@ from kvlib.lab.evaluation.evaluate import BLOCK
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import keys
 from kvlib.lab.results.making import Block, Loader, as_file, blocks, gathered, make_block
-from kvlib.lab.results.studies import STUDIES, Study
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.results.study import Study
 
 
 def studies_of(cells: pd.DataFrame, model: str) -> dict[str, Study]:

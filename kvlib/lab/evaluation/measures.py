@@ -1,5 +1,12 @@
-"""What a study measures: modules whose `evaluate` makes rows of a result table."""
+"""What a study measures: modules whose `evaluate` makes rows of a result table, and the protocols that each knows."""
 
-from kvlib.lab.evaluation import evaluate, sinks
+from kvlib.lab.evaluation import drift, evaluate, recall, sinks, stepwise
 
-MEASURES = {"answers": evaluate, "sinks": sinks}
+MEASURES = {"answers": evaluate, "sinks": sinks, "stepwise": stepwise, "drift": drift, "recall": recall}
+PROTOCOLS = {
+    "answers": evaluate.PROTOCOLS,
+    "sinks": evaluate.PROTOCOLS,
+    "stepwise": stepwise.PROTOCOLS,
+    "drift": tuple(drift.PROTOCOLS),
+    "recall": recall.PROTOCOLS,
+}

@@ -19,7 +19,8 @@ import sys
 
 from kvlib.lab.evaluation.evaluate import BLOCK
 from kvlib.lab.results import checking, making, tables, verification
-from kvlib.lab.results.studies import STUDIES, Study, samples_of
+from kvlib.lab.results.studies import STUDIES
+from kvlib.lab.results.study import Study, samples_of
 
 
 def main(argv: list[str] | None = None) -> None:

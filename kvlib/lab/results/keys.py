@@ -16,7 +16,7 @@ from kvlib.lab import definitions, tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL
 from kvlib.lab.evaluation.measures import MEASURES
-from kvlib.lab.results.studies import Study
+from kvlib.lab.results.study import Study
 from kvlib.lab.tasks.composing import HELDOUT
 from kvlib.lab.tasks.natural.texts import NOVEL
 

@@ -21,7 +21,7 @@ from kvlib.lab.evaluation.evaluate import BLOCK, CELL
 from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import current, keys
-from kvlib.lab.results.studies import FEWER, Study
+from kvlib.lab.results.study import FEWER, Study
 from kvlib.lab.results.summaries import summarise
 from kvlib.lab.results.tables import owner, read, together, write
 

@@ -1,9 +1,9 @@
 """`python -m kvlib.lab.tasks.natural.pilot FOLDER`: which families a model can answer, with what is lost by eviction.
 
-Every family is drawn at each length. The full cache answers, and so do methods at a fifth of it, by the protocol
-*asked*: all but the last token of the prompt is read and compressed, then the last token is fed, so that no answer
-token is chosen before. Answers are greedy. Rows are kept family by family (a second run goes on where one stopped);
-`pilot.csv` is their summary with the verdict of `passes`.
+Every family is drawn at each length. The full cache answers, and so do methods at a fifth of it: all but the last token
+of a prompt is read and compressed, then the last token is fed, so that no answer token is chosen before. Answers are
+greedy. Rows are kept family by family (a second run goes on where one stopped); `pilot.csv` is their summary with the
+verdict of `passes`.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib.lab import tasks
-from kvlib.lab.evaluation.answers import end_tokens, first_choices, write
+from kvlib.lab.evaluation import stepwise
+from kvlib.lab.evaluation.blockwise import divided
 from kvlib.lab.evaluation.configuration import Configuration
-from kvlib.lab.evaluation.prompts import Prompts, compressed, one_by_one, padded
 from kvlib.lab.tasks import Prompt, natural
 
 FULL = Configuration("full", 1.0)
@@ -49,35 +49,14 @@ def exceeds(values: np.ndarray) -> bool:
     return bool(values.mean() > ERRORS * values.std(ddof=1) / len(values) ** 0.5)
 
 
-@torch.no_grad()
-def answer(method, prompts: Prompts, last: torch.Tensor, drawn: list[Prompt], tokenizer) -> list[float]:
-    """Scores of one method: `last` `(batch, 1)` are the tokens of the prompts that are fed after eviction."""
-    with compressed(prompts, method) as read:
-        logits = read.feed(last)[:, -1]
-        if tasks.find(drawn[0].task).metric == "share":
-            most = [tasks.new_tokens(prompt, tokenizer) for prompt in drawn]
-            written = write(read.feed, read.keep, logits, tokenizer, end_tokens(prompts.model), most)
-            return [tasks.score(prompt, text) for prompt, text in zip(drawn, written)]
-        answers = [prompt.answer_ids(tokenizer) for prompt in drawn]
-        chosen = first_choices(read.feed, read.keep, logits, answers, one_by_one(method))
-        return [tasks.judge(prompt, row, tokenizer) for prompt, row in zip(drawn, chosen)]
-
-
-def batch(model, tokenizer, drawn: list[Prompt]) -> tuple[Prompts, torch.Tensor]:
-    """Prompts without their last tokens, padded on the left, and the last tokens `(batch, 1)`."""
-    rows = [[token for part in prompt.ids(tokenizer) for token in part] for prompt in drawn]
-    ids, mask = padded(rows, model.device)
-    return Prompts(model, ids[:, :-1], mask[:, :-1]), ids[:, -1:]
-
-
 def measure(model, tokenizer, drawn: list[Prompt], block: int) -> pd.DataFrame:
     """One row per prompt and configuration: task, length, sample, method, budget, value."""
     found = []
     for begin in range(0, len(drawn), block):
         part = drawn[begin : begin + block]
-        prompts, last = batch(model, tokenizer, part)
+        prompts, last = divided(model, tokenizer, part, 1)
         for configuration in (FULL, *EVICTING):
-            values = answer(configuration.make(), prompts, last, part, tokenizer)
+            values = stepwise.score(configuration.make(), prompts, last, part, tokenizer)["value"]
             found += [
                 (prompt.task, prompt.seed, configuration.method, configuration.budget, value)
                 for prompt, value in zip(part, values)
