@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,45 @@ def test_verification_finds_a_tampered_table(folder):
     table[1:].to_parquet(folder / "results" / "study.parquet")
     with pytest.raises(ValueError, match="the table lacks 1 of 36 recomputed rows"):
         verification.verify("study", STUDY, 12)
+
+
+MEASURED = {  # measure -> a task, its length, a protocol, and what is measured beside full
+    "stepwise": ("needle", 200, "later-stepwise", Configuration("snapkv", 0.3)),
+    "drift": ("code_bits", 512, "steps 1-64", Configuration("h2o", 0.3)),
+    "recall": ("needle", 200, "dense steps", Configuration("tidaldecode", 0.3, '{"selection_layers": [0]}')),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURED)
+def test_every_measure_can_be_made_and_verified(folder, measure):
+    task, length, protocol, other = MEASURED[measure]
+    configurations = (Configuration("full", 1.0), other)
+    study = Study((task,), length, configurations, {"minilm-test": 4}, protocol, measure=measure)
+    table = making.make("study", study, size=3)
+    assert set(table["protocol"]) == {protocol} and len(table) == 8
+    assert table.groupby("method")["key"].nunique().eq(1).all() and table["key"].nunique() == 2
+    assert verification.verify("study", study, 4) == 1.0
+    others = table["method"] == other.method
+    wrong = table.assign(value=table["value"].mask(others, table["value"] + 0.04))
+    tables.write(wrong, folder / "results" / "study.parquet")
+    with pytest.raises(ValueError, match="rows agree with the table"):
+        verification.verify("study", study, 4)
+    with pytest.raises(ValueError, match=f"protocol='asked': {re.escape(protocol)}"):
+        replace(study, protocol="asked")
+    with pytest.raises(ValueError, match=f"protocol='{re.escape(protocol)}': asked or later"):
+        replace(study, measure="answers")
+    with pytest.raises(ValueError, match="measure='speed': answers or"):
+        replace(study, measure="speed")
+
+
+@pytest.mark.parametrize(("measure", "rounded"), [("answers", 1e-10), ("drift", 1 / 64), ("recall", 5e-4)])
+def test_what_counts_as_rounding(measure, rounded):
+    """One first choice of 64, a token or two of the best ones; nothing of an answer."""
+    one = {**dict.fromkeys((*evaluate.CELL, *evaluate.MEASURED), 1.0), "task": "needle", "sample": 0, "value": 0.5}
+    table = pd.DataFrame([one])
+    assert verification.compare(table, table.assign(value=0.5 + rounded), measure) == 1.0
+    with pytest.raises(ValueError, match="rows agree with the table"):
+        verification.compare(table, table.assign(value=0.5 + 4 * rounded + 1e-8), measure)
 
 
 def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch, capsys):

@@ -126,6 +126,6 @@ def caught(view: View, slots: torch.Tensor) -> torch.Tensor:
     chosen = chosen.scatter(-1, slots.where(slots >= 0, width), True)[..., :width]
     count = chosen.sum(-1)
     best = strongest(weights, positions, count)
-    recall = (chosen & best).sum(-1) / count
-    mass = (weights * chosen).sum(-1)
-    return torch.stack([recall.double().mean(1), mass.double().mean(1)]).cpu()
+    recall = (chosen & best).sum(-1).double() / count
+    mass = (weights * chosen).sum(-1).double()
+    return torch.stack([recall.mean(1), mass.mean(1)]).cpu()
