@@ -19,6 +19,10 @@ UNIFORM = [
     kvlib.method("tova", budget=0.4),
     kvlib.method("vatp", budget=0.4, host="h2o", sinks=2),
     kvlib.method("output_norm", budget=0.4, host="scissorhands"),
+    kvlib.method("tidaldecode", budget=0.4),
+    kvlib.method("quest", budget=0.4, page=4, dense=0),
+    kvlib.method("loki", budget=0.4),
+    kvlib.method("tokenselect", budget=0.4, similarity=0.5),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

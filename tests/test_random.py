@@ -36,6 +36,13 @@ ARGUMENTS = {  # what is drawn besides the budget
         "sinks": st.integers(0, 6),
         "recent": st.sampled_from([0.0, 0.25, 1.0]),
     },
+    "quest": {"page": st.integers(1, 9), "dense": st.integers(0, 1)},
+    "loki": {"rank": st.one_of(st.integers(1, 8), st.floats(0.01, 1))},
+    "tokenselect": {
+        "sinks": st.none() | st.integers(0, 6),
+        "recent": st.none() | st.integers(1, 9),
+        "similarity": st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    },
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]
