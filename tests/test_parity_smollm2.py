@@ -11,6 +11,7 @@ import torch
 import kvlib
 from kvlib import smollm2
 from kvlib.core.method import Method
+from kvlib.methods.loki import principal
 
 RECORDED = np.load(Path(__file__).parent / "parity" / "kvpress_smollm2" / "kept.npz")
 LAYERS, OBSERVED = 30, (0, 14, 29)
@@ -132,3 +133,16 @@ def test_column_sums_and_norms_of_values(prompt):
     for layer, sums, norms in zip(OBSERVED, RECORDED[f"{prompt}_column_sums"], RECORDED[f"{prompt}_value_l1"]):
         np.testing.assert_allclose(found[layer][0], sums, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(found[layer][1], norms, rtol=1e-3)
+
+
+@prompts
+def test_shipped_directions_are_those_of_its_keys(prompt):
+    """Sixteen hold, of a text that they were not made of, most of what the text's own hold; random ones at most half."""
+    with kvlib.method("loki", budget=32, calibration="smollm2")(model()) as run:
+        run.fork(read(prompt))
+    for layer in run.cache.layers:
+        key = layer.tail.rectangle(layer.tail.fields["key"])[0]
+        own, shipped = principal(key, torch.ones_like(key[..., 0], dtype=torch.bool)), layer.rows["directions"][0]
+        centred = key - key.mean(1, keepdim=True)
+        held = [(centred @ directions).square().sum((1, 2)) for directions in (own[..., :16], shipped)]
+        assert (held[1] / held[0]).min() > 0.7

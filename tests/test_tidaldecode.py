@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import tiny
 import torch
-from transformers import AttentionInterface, DynamicCache
+from dense import Masked
 
 import kvlib
 
@@ -49,36 +49,23 @@ def oracle_choice(attention, k, heads, sinks, recent):
     return [best(union)] * len(orders)
 
 
-class Oracle:
-    """The stock model and its own cache; attention is dense, and hides in sparse layers what was not chosen."""
+class Oracle(Masked):
+    """A masked dense model; `chosen` maps selection layers to what the layers behind them read."""
 
     def __init__(self, model, method, k):
-        self.model, self.method, self.k, self.cache, self.sets = model, method, k, DynamicCache(), {}
+        super().__init__(model, self.select)
+        self.method, self.k, self.chosen = method, k, {}
 
-    def attend(self, module, query, key, value, mask, scaling=None, **kwargs):
-        layers, layer, new = self.method.selection_layers, module.layer_idx, query.shape[2]
-        grouped = query[0].unflatten(0, (key.shape[1], -1))
-        logits = torch.einsum("hgqd,hkd->hgqk", grouped, key[0]) * scaling
-        hidden = torch.ones(new, key.shape[2], dtype=torch.bool).triu(key.shape[2] - new + 1)
-        if new == 1 and layer in layers:
+    def select(self, layer, query, key, scaling):
+        layers = self.method.selection_layers
+        if query.shape[1] > 1 or layer < layers[0]:
+            return None
+        if layer in layers:
+            logits = torch.einsum("hgd,hkd->hgk", query[:, 0].unflatten(0, (len(key), -1)), key) * scaling
             arguments = (self.k, self.method.heads, self.method.sinks, self.method.recent)
-            self.chosen = oracle_choice(logits[:, :, 0], *arguments)
-            self.sets[layer] = self.chosen
-        if new == 1 and layer > layers[0] and layer not in layers:
-            hidden = torch.ones(query.shape[1], 1, key.shape[2], dtype=torch.bool)
-            for head, chosen in enumerate(self.chosen):
-                hidden[head, 0, sorted(chosen)] = False
-            hidden = hidden.unflatten(0, (key.shape[1], -1))
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
-        return torch.einsum("hgqk,hkd->qhgd", weights, value[0]).flatten(1, 2)[None], None
-
-    def __call__(self, ids):
-        AttentionInterface.register("oracle", self.attend)
-        before, self.model.config._attn_implementation = self.model.config._attn_implementation, "oracle"
-        try:
-            return self.model(ids, past_key_values=self.cache).logits[:, -1]
-        finally:
-            self.model.config._attn_implementation = before
+            self.chosen[layer] = oracle_choice(logits, *arguments)
+            return None
+        return self.chosen[max(x for x in layers if x < layer)]
 
 
 @contextlib.contextmanager
@@ -112,8 +99,9 @@ def test_every_step_is_that_of_a_masked_dense_model(architecture, setting, k):
             ours, theirs = model(token, past_key_values=run.cache).logits[:, -1], oracle(token)
             for layer, slots in steps[step].items():
                 heads = [{*map(int, head)} - {-1} for head in slots[0]]
-                heads = [heads[head * len(heads) // len(oracle.sets[layer])] for head in range(len(oracle.sets[layer]))]
-                assert heads == oracle.sets[layer]
+                wanted = oracle.chosen[layer]
+                heads = [heads[head * len(heads) // len(wanted)] for head in range(len(wanted))]
+                assert heads == wanted
             assert steps[step].keys() == set(method.selection_layers)
 
 

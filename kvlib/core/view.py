@@ -321,7 +321,8 @@ class View:
         if bool(changed.any()):
             per_row = inside if inside.ndim == 1 else inside.amin(1)
             self.run.clamped[name] = per_row
-            self.run.clamped_rows = self.run.clamped_rows | (changed if changed.ndim == 1 else changed.any(1))
+            rows, before = changed if changed.ndim == 1 else changed.any(1), self.run.clamped_rows
+            self.run.clamped_rows = rows | before if len(before) in (1, len(rows)) else rows  # beams may be more rows
         return inside
 
 
