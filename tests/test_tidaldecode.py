@@ -229,7 +229,7 @@ def test_default_layers_are_the_papers_at_the_same_depth(layers, wanted):
         ({"selection_layers": (2, 2)}, "selection_layers=\\(2, 2\\): "),
         ({"selection_layers": (-1, 2)}, "selection_layers=\\(-1, 2\\): "),
         ({"selection_layers": (1.5,)}, "selection_layers=\\(1.5,\\): "),
-        ({"selection_layers": "2"}, "selection_layers=\\('2',\\): "),
+        ({"selection_layers": ("2",)}, "selection_layers=\\('2',\\): "),
         ({"heads": "kv"}, "heads='kv': 'query' or 'group' or 'all'"),
         ({"sinks": -1}, "sinks=-1: a number of tokens >= 0"),
         ({"recent": 1.5}, "recent=1.5: a share of the budget in \\[0, 1\\]"),

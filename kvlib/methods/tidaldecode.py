@@ -1,10 +1,15 @@
 """TidalDecode: few layers choose tokens, the layers behind them read the same ones (Yang et al., 2410.05076)."""
 
+import json
+
 import torch
 
+from kvlib import calibration
 from kvlib.core.method import Reader, highest, register, require, whole
 
 PAPER = (2, 13)  # of 32 layers, for Llama-3-8B and Llama-3.1-8B
+CALIBRATION = "tidaldecode.json"
+WAYS = ("accuracy", "mass")  # of calibration, the preferred one first
 
 
 @register("tidaldecode")
@@ -25,7 +30,9 @@ class TidalDecode(Reader):
         selection_layers: layers that choose, counted from 0, ascending; at least one layer has to follow the first.
             None: the paper's layers 2 and 13 of 32 at the same depths, at most layer 2 for the first. The paper has no
             rule, chooses the second one by an accuracy sweep for each family of models, and finds a neighbouring layer
-            far worse: measure it for your model.
+            far worse: measure it for your model (`kvlib.calibration.selection_layers`). A string: what was found then,
+            for these `heads`, by accuracy if it was measured and else by attention mass; the name of a shipped model
+            ("smollm2"), or the folder of a calibration.
         heads: whose choice it is. "query": each query head chooses by its own logits (the paper), and a layer reads as
             many rows as it has query heads times the budget, which can be more than it stores; "group": the query heads
             of a KV head by the sum of their attention; "all": one set for all heads, the best of each head first, then
@@ -39,10 +46,11 @@ class TidalDecode(Reader):
 
     Raises:
         ValueError: for layers that are not ascending whole numbers, another kind of heads, sinks < 0, recent
-            outside of [0, 1], and correction < 1; in a block, for layers that the model does not have.
+            outside of [0, 1], and correction < 1; in a block, for layers that the model does not have, and for a
+            calibration that is not there, is that of another model, or has nothing for these heads.
     """
 
-    selection_layers: tuple[int, ...] | None = None
+    selection_layers: tuple[int, ...] | str | None = None
     heads: str = "query"
     sinks: int = 0
     recent: float = 0.0
@@ -51,7 +59,7 @@ class TidalDecode(Reader):
     def __post_init__(self):
         super().__post_init__()
         layers = self.selection_layers
-        if layers is not None:
+        if layers is not None and not isinstance(layers, str):
             layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
             object.__setattr__(self, "selection_layers", layers)
             fits = all(whole(layer, 0) for layer in layers) and layers and [*layers] == sorted(set(layers))
@@ -70,10 +78,20 @@ class TidalDecode(Reader):
             first = max(0, min(PAPER[0], layers - 2))
             second = PAPER[1] * layers // 32
             return (first, second) if second > first + 1 else (first,)
+        chosen = self.calibrated(model) if isinstance(self.selection_layers, str) else self.selection_layers
         allowed = f"a model of {layers} layers has them from 0 to {layers - 1}, and one has to follow the first"
-        require("selection_layers", self.selection_layers, self.selection_layers[-1] < layers, allowed)
-        require("selection_layers", self.selection_layers, self.selection_layers[0] < layers - 1, allowed)
-        return self.selection_layers
+        require("selection_layers", chosen, chosen[-1] < layers and chosen[0] < layers - 1, allowed)
+        return chosen
+
+    def calibrated(self, model) -> tuple[int, ...]:
+        """The selection layers that a calibration of this model has found for these heads."""
+        file = calibration.find(self.selection_layers, CALIBRATION)
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        calibration.require_same(model, recorded["fingerprint"], file)
+        ways = recorded["choices"].get(self.heads, {})
+        found = next((ways[way]["selection_layers"] for way in WAYS if way in ways), None)
+        require("heads", self.heads, found is not None, f"{file} has layers for {' and '.join(recorded['choices'])}")
+        return tuple(found)
 
     def select(self, view):
         layers, shared = view.run.prepared, view.step.shared

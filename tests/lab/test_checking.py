@@ -101,6 +101,16 @@ def test_files_that_changed_are_gone_or_new(data):
     ]
 
 
+def test_a_calibration_without_a_checksum(data):
+    folder = data / "calibration" / "model"
+    folder.mkdir(parents=True)
+    for file in (folder / "method.json", folder / "method.safetensors"):
+        file.write_text("{}\n")
+        assert checking.problems(data) == [f"{file} has no checksum"]
+        checksums.record(file)
+        assert checking.problems(data) == []
+
+
 @given(st.dictionaries(st.sampled_from("abcdef"), st.binary(max_size=5)), st.sampled_from("abcdef"), st.binary())
 @settings(max_examples=50)
 def test_a_record_changes_one_line(tmp_path_factory, files, name, content):

@@ -16,6 +16,8 @@ def problems(data: Path = paths.DATA) -> list[str]:
     found = [problem for sums in sorted(data.rglob(checksums.NAME)) for problem in checksums.problems(sums.parent)]
     found += checksums.unlisted(data, "*.yaml", "*.csv", "VERDICTS.md")
     found += checksums.unlisted(data / "results", "*.parquet", "*.csv")
+    for folder in sorted(data.glob("calibration/*/")):
+        found += checksums.unlisted(folder, "*.json", "*.safetensors")
     for name in STUDIES:
         table, summary = (data / "results" / f"{name}.{kind}" for kind in ("parquet", "csv"))
         if table.is_file() and summary.is_file() and not summed_up(pd.read_parquet(table), pd.read_csv(summary)):
