@@ -33,9 +33,10 @@ def oracle_mass(model, ids, k, heads, positions):
         for query, key, _, scaling in layers:
             grouped = query[0, :, at].unflatten(0, (key.shape[1], -1))
             logits.append(torch.einsum("hgd,hkd->hgk", grouped, key[0, :, : at + 1]) * scaling)
+        attention = [x.softmax(-1).flatten(0, 1).tolist() for x in logits]
         for i, chosen in enumerate(oracle_choice(x, k, heads, 0, 0.0) for x in logits):
-            for j, attention in enumerate(x.softmax(-1).flatten(0, 1) for x in logits):
-                shares = [sum(float(attention[head, token]) for token in chosen[head]) for head in range(len(chosen))]
+            for j, rows in enumerate(attention):
+                shares = [sum(row[token] for token in tokens) for row, tokens in zip(rows, chosen, strict=True)]
                 total[i, j] += sum(shares) / len(shares) / positions
     return total
 
@@ -202,7 +203,7 @@ def swept(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sweep, "evaluate", watched)
 
-    def run(seconds, budget=64, folder="kept", families=("needle", "dict_lookup")):
+    def run(seconds, budget=64, folder="kept", families=("needle",)):
         configurations = [sweep.configuration(budget, "all", (2, second)) for second in seconds]
         where = {"kept": tmp_path / folder, "block": 2}
         found = sweep.accuracies(model, tokenizer, configurations, families, 256, [7, 8, 9], **where)
@@ -213,21 +214,28 @@ def swept(monkeypatch, tmp_path):
 
 def test_a_sweep_goes_on_where_it_stopped(swept):
     run, asked, stop_at = swept
-    whole = [("needle", 7, 8, 3, 11), ("needle", 9, 3, 11), ("dict_lookup", 7, 8, 3, 11), ("dict_lookup", 9, 3, 11)]
-    stop_at.append(2)
+    stop_at.append(1)
     with pytest.raises(KeyboardInterrupt):
         run([3, 11])
     stop_at.clear()
     found = run([3, 11])
-    assert asked == whole and found[0] < found[1]
+    assert asked == [("needle", 7, 8, 3, 11), ("needle", 9, 3, 11)] and found[0] < found[1]
     asked.clear()
-    assert run([3, 11]) == found and asked == []
-    assert run([11]) == found[1:] and asked == []
-    assert run([3, 11], folder="another") == found and asked == whole
+    assert run([3, 11]) == found and run([11]) == found[1:] and asked == []
+    assert run([11], folder="another") == found[1:] and asked == [("needle", 7, 8, 11), ("needle", 9, 11)]
+
+
+def test_a_sweep_makes_what_is_missing(swept):
+    run, asked, _ = swept
+    (needle,) = run([11])
     asked.clear()
-    assert run([11, 4], families=["needle"])[0] >= found[1] and asked == [("needle", 7, 8, 4), ("needle", 9, 4)]
+    assert run([11, 12])[0] == needle and asked == [("needle", 7, 8, 12), ("needle", 9, 12)]
     asked.clear()
-    assert run([11], budget=63, families=["needle"]) and asked == [("needle", 7, 8, 11), ("needle", 9, 11)]
+    both, other = run([11], families=["needle", "label"]), run([11], families=["label"])
+    assert asked == [("label", 7, 8, 11), ("label", 9, 11)] and both == [pytest.approx((needle + other[0]) / 2)]
+    asked.clear()
+    run([11], budget=63)
+    assert asked == [("needle", 7, 8, 11), ("needle", 9, 11)]
 
 
 def test_from_the_command_line(tmp_path, capsys):
