@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import os
 
 import pytest
 import tiny
@@ -245,9 +246,9 @@ def test_from_the_command_line(tmp_path, capsys):
     ways = json.loads((tmp_path / "tidaldecode.json").read_text())["choices"]["all"]
     assert calibrated(tmp_path, "all").prepare(model) == tuple(ways["mass"]["selection_layers"])
     assert ways["mass"]["prompts"] == [["needle"], ["label"]] and len(ways["mass"]["scores"]) <= 102
-    selection_layers.main([*common, "--by", "accuracy", "--first", "10", "--rows", str(tmp_path / "rows")])
+    selection_layers.main([*common, "--by", "accuracy", "--first", "12", "--rows", str(tmp_path / "rows")])
     ways = json.loads((tmp_path / "tidaldecode.json").read_text())["choices"]["all"]
-    assert [*ways["accuracy"]["scores"]] == ["10", *(f"10 {second}" for second in range(11, 16))]
+    assert [*ways["accuracy"]["scores"]] == ["12", "12 13", "12 14", "12 15"]
     assert calibrated(tmp_path, "all").prepare(model) == tuple(ways["accuracy"]["selection_layers"])
     assert capsys.readouterr().out.count(str(tmp_path / "tidaldecode.json")) == 2
     with pytest.raises(SystemExit):
@@ -278,11 +279,13 @@ def test_shipped_calibrations(name):
             assert score(mass, tuple(map(int, chosen.split()))) == pytest.approx(value, abs=1e-3)
 
 
-@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_models_have_their_layers(name, heads):
+def test_shipped_models_have_their_layers(name):
+    if name == "smollm2" and os.environ.get("MODEL") == "minilm":
+        pytest.skip("without the real model")
     model, _ = kvlib.load(name)
-    recorded = json.loads(calibration.find(name, "tidaldecode.json").read_text())["choices"][heads]
-    way = "accuracy" if "accuracy" in recorded else "mass"
-    method = kvlib.method("tidaldecode", budget=0.1, selection_layers=name, heads=heads)
-    assert method.prepare(model) == tuple(recorded[way]["selection_layers"])
+    choices = json.loads(calibration.find(name, "tidaldecode.json").read_text())["choices"]
+    for heads in HEADS:
+        way = "accuracy" if "accuracy" in choices[heads] else "mass"
+        method = kvlib.method("tidaldecode", budget=0.1, selection_layers=name, heads=heads)
+        assert method.prepare(model) == tuple(choices[heads][way]["selection_layers"])
