@@ -49,7 +49,7 @@ class TokenSelect(Reader):
     def observe(self, view):
         if not (view.step.decoding or self.everything):
             dtype, batch = torch.promote_types(view.query.dtype, torch.float32), len(view.query)
-            view.layer.rows["query"] = view.query[:, :, 0].flatten(1).to(dtype).zero_()  # like no other query
+            view.layer.rows["query"] = torch.zeros_like(view.query[:, :, 0].flatten(1), dtype=dtype)  # like no other
             view.layer.rows["vote"] = torch.zeros(batch, view.key.shape[2], dtype=dtype, device=view.device)
 
     def split(self, view) -> torch.Tensor:

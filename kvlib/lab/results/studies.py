@@ -45,6 +45,48 @@ ABLATED = tuple(
     for c in with_arguments("vatp", (0.2, 0.5), host=host, **arguments)
     if c not in VALUES
 )
+# Selection layers that answer most on other prompts for sets per KV head and for all heads; for sets per query head they
+# and [2, 8] answer as many there (data/calibration/smollm2/tidaldecode.json).
+CHOSEN = [2, 14]
+LESS_IS_MORE = {"selection_layers": CHOSEN, "heads": "all", "sinks": 4, "recent": 0.25}
+PAGES = 128  # tokens that Quest reads: the bytes of TidalDecode with a set per KV head and a fifth of 2 048 tokens
+READING = (  # which decide claims
+    FULL,
+    *with_arguments("tidaldecode", (0.05, 0.1, 0.2), selection_layers=CHOSEN),
+    *with_arguments("tidaldecode", (0.1,), selection_layers=[2]),
+    *with_arguments("tidaldecode", (0.05,), selection_layers=[2, 13]),
+    Configuration("tidaldecode", 0.1),
+    *with_arguments("tidaldecode", (0.1, 0.2), selection_layers=CHOSEN, heads="group"),
+    *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN, heads="all"),
+    *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
+    Configuration("quest", 0.05),
+    Configuration("quest", PAGES),
+    Configuration("h2o", 0.05),
+)
+READ_TOO = (
+    *with_arguments("tidaldecode", (0.05, 0.2), **LESS_IS_MORE),
+    Configuration("quest", 0.2),
+    *with_arguments("loki", (0.1, 0.2), calibration="smollm2"),
+    *with_arguments("loki", (0.1,), rank=64),  # all directions: the best tokens of every layer
+    *(Configuration("tokenselect", b) for b in (0.05, 0.1, 0.2)),
+    Configuration("streaming_llm", 0.05),
+)
+IN_ONE_PASS = (  # the same questions, read densely
+    FULL,
+    *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN),
+    *with_arguments("tidaldecode", (0.2,), selection_layers=CHOSEN, heads="group"),
+    *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
+    Configuration("quest", PAGES),
+    Configuration("tokenselect", 0.1),
+)
+CORRECTED = (
+    FULL,
+    *(c for t in (32, 128) for c in with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN, correction=t)),
+    *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN),
+    *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
+    *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE, correction=32),
+    Configuration("quest", PAGES),
+)
 STUDIES = {
     "00_real": Study(
         tasks=ANSWERED,
@@ -120,4 +162,53 @@ STUDIES = {
         configurations=(FULL, *VALUES),
         models={"minilm": 100},
     ),
+    "04_real_stepwise": Study(
+        tasks=ANSWERED,
+        length=2048,
+        configurations=READING,
+        fewer=READ_TOO,
+        models={"smollm2": 100},
+        protocol="later-stepwise",
+        measure="stepwise",
+    ),
+    **{
+        name: Study(tasks=ANSWERED, length=2048, configurations=IN_ONE_PASS, models={"smollm2": 50}, protocol=protocol)
+        for name, protocol in (("04_real", "asked"), ("04_real_later", "later"))
+    },
+    "04_real_texts": Study(
+        tasks=READ,
+        length=2048,
+        configurations=(*IN_ONE_PASS, Configuration("quest", 0.1), Configuration("h2o", 0.1)),
+        models={"smollm2": 50},
+    ),
+    "04_recall": Study(
+        tasks=("number",),
+        length=2048,
+        configurations=(
+            *with_arguments("tidaldecode", (0.1,), selection_layers=[2]),
+            *with_arguments("tidaldecode", (0.1,), selection_layers=[2], heads="all"),
+            *(c for r in range(3, 30) for c in with_arguments("tidaldecode", (0.1,), selection_layers=[2, r])),
+            *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN, heads="group"),
+            *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN, heads="all"),
+            *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
+            *(Configuration("quest", b) for b in (0.1, PAGES)),
+            *with_arguments("loki", (0.1,), calibration="smollm2"),
+            *with_arguments("loki", (0.1,), rank=64),
+            Configuration("tokenselect", 0.1),
+        ),
+        models={"smollm2": 100},
+        protocol="dense steps",
+        measure="recall",
+    ),
+    **{
+        f"04_drift_{last}": Study(
+            tasks=("prose_bits",),
+            length=1024,
+            configurations=CORRECTED,
+            models={"smollm2": 50},
+            protocol=f"steps {first}-{last}",
+            measure="drift",
+        )
+        for first, last in ((1, 64), (65, 128), (129, 256), (257, 512))
+    },
 }
