@@ -155,18 +155,31 @@ def test_what_cannot_be_asked(small):
         divided(*small, drawn, tokens)
 
 
-@pytest.mark.parametrize("task", ["all_numbers", "number"])
-def test_answers_end_with_the_window(small, monkeypatch, task):
-    """Answers of different lengths in one pass, and longer ones that are written, must not go beyond it."""
+def prompts_in_a_window(task: str, small, monkeypatch) -> tuple[list, list[int]]:
+    """Four prompts of different lengths, the longest of which leaves room for one token; and the room of each."""
     model, tokenizer = small
-    limits, plain = [], stepwise.write
-    monkeypatch.setattr(stepwise, "write", lambda *given: limits.append(given[5]) or plain(*given))
     drawn = [tasks.sample(task, LENGTH, number, tokenizer=tokenizer) for number in range(4)]
     counts = [sum(map(len, prompt.ids(tokenizer))) for prompt in drawn]
-    window = max(prompt.length for prompt in drawn)
-    monkeypatch.setattr(model.config, "max_position_embeddings", window)
-    prompts, last = divided(model, tokenizer, drawn, 64)
-    stepwise.score(kvlib.method("full"), prompts, last, drawn, tokenizer)
-    if task == "all_numbers":
-        asked = [tasks.new_tokens(prompt, tokenizer) for prompt in drawn]
-        assert limits == [[min(n, window - count + 1) for n, count in zip(asked, counts)]] != [asked]
+    assert len({*counts}) > 1
+    monkeypatch.setattr(model.config, "max_position_embeddings", max(counts) + 1)
+    return drawn, [max(counts) + 1 - count for count in counts]
+
+
+def test_what_is_written_ends_with_the_window(small, monkeypatch):
+    """Of every row for itself."""
+    drawn, room = prompts_in_a_window("all_numbers", small, monkeypatch)
+    limits, plain = [], stepwise.write
+    monkeypatch.setattr(stepwise, "write", lambda *given: limits.append(given[5]) or plain(*given))
+    monkeypatch.setattr(tasks, "new_tokens", lambda *_: 4)
+    stepwise.score(kvlib.method("full"), *divided(*small, drawn, 64), drawn, small[1])
+    assert limits == [[min(4, n + 1) for n in room]]
+    assert 4 > min(limits[0]) == 2
+
+
+def test_answers_that_fill_the_window(small, monkeypatch):
+    """What fills up the shorter ones must not count as text beyond it."""
+    drawn, room = prompts_in_a_window("number", small, monkeypatch)
+    monkeypatch.setattr(tasks.Prompt, "answer_ids", lambda prompt, _: [5] * room[prompt.seed])
+    monkeypatch.setattr(tasks, "judge", lambda prompt, chosen, _: float(len(chosen)))
+    found = stepwise.score(kvlib.method("full"), *divided(*small, drawn, 64), drawn, small[1])
+    assert found["value"] == [max(room) + 1] * 4
