@@ -310,7 +310,7 @@ def test_verification_finds_a_tampered_table(folder):
 
 MEASURED = {  # measure -> a task, its length, a protocol, and what is measured beside full
     "stepwise": ("needle", 200, "later-stepwise", Configuration("snapkv", 0.3)),
-    "drift": ("code_bits", 512, "steps 1-64", Configuration("h2o", 0.3)),
+    "drift": ("prose_bits", 512, "steps 1-64", Configuration("h2o", 0.3)),
     "recall": ("needle", 200, "dense steps", Configuration("tidaldecode", 0.3, '{"selection_layers": [0]}')),
 }
 
