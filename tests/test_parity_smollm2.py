@@ -137,7 +137,7 @@ def test_column_sums_and_norms_of_values(prompt):
 
 @prompts
 def test_shipped_directions_are_those_of_its_keys(prompt):
-    """Sixteen hold, of a text that they were not made of, most of what the text's own hold; random ones at most half."""
+    """Sixteen hold, of a text that they were not made of, most of what its own hold; random ones at most half."""
     with kvlib.method("loki", budget=32, calibration="smollm2")(model()) as run:
         run.fork(read(prompt))
     for layer in run.cache.layers:

@@ -258,8 +258,9 @@ def highest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -
     order = score.masked_fill(positions < 0, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     order = order[..., : int(count.max())]
     found = positions.expand_as(score).gather(-1, order) >= 0
-    inside = torch.arange(order.shape[-1], device=order.device) < count[:, None, None].to(order.device)
-    return order.where(found & inside, -1)
+    if bool((count < count.max()).any()):  # else nothing is brought to the device, as captured steps want it
+        found &= torch.arange(order.shape[-1], device=order.device) < count[:, None, None].to(order.device)
+    return order.where(found, -1)
 
 
 def register(name: str):
