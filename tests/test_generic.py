@@ -63,8 +63,12 @@ def host(method):
     return [method.host] if hasattr(method, "host") else []
 
 
+def name_of(method):
+    return getattr(method, "name", type(method).__name__)
+
+
 def label(x):
-    return "-".join([x.name, *host(x), str(x.budget)]) if isinstance(x, kvlib.Method) else str(x)
+    return "-".join([x.name, *host(x), str(x.budget)]) if hasattr(x, "name") else str(x)
 
 
 def on(methods):
@@ -78,7 +82,7 @@ def spread(name, options, methods, each=2):
     round.
     """
     pairs = []
-    for start, (_, same) in enumerate(groupby(sorted(methods, key=lambda m: m.name), key=lambda m: m.name)):
+    for start, (_, same) in enumerate(groupby(sorted(methods, key=name_of), key=name_of)):
         same = list(same)
         share = min(len(options), max(each, -(-len(options) // len(same))))
         for i, method in enumerate(same):

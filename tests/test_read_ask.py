@@ -7,7 +7,7 @@ import pytest
 import throwaway
 import tiny
 import torch
-from test_generic import MASKING, METHODS, on
+from test_generic import MASKING, METHODS, on, spread
 
 import kvlib
 
@@ -69,9 +69,8 @@ def test_no_question_knows_of_another(method):
     assert answers[0] == answers[2]
 
 
-@every
-@pytest.mark.parametrize("chunks", [(), (10, 11, 30)], ids=str)
-def test_padding_chunks_and_company_change_nothing(method, chunks):
+@spread("chunks", [(), (10, 11, 30)], [*METHODS, *throwaway.METHODS], each=1)
+def test_padding_chunks_and_company_change_nothing(chunks, method):
     model = tiny.model("llama-gqa")
     with method(model) as run:
         read(run, DOCUMENTS, chunks, extra=2)
@@ -147,8 +146,7 @@ def test_the_full_cache_answers_like_the_stock_model(architecture, arguments):
     assert run.stored_bytes() == run.full_bytes()
 
 
-@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
-@on(MASKING)
+@spread("architecture", ["llama-gqa", "qwen3"], MASKING, each=1)
 def test_answers_are_those_of_a_model_that_does_not_see_what_was_evicted(architecture, method):
     """The oracle is one pass of the stock model under a mask: who asks sees the kept tokens and the text since."""
     model, document, question = tiny.model(architecture), DOCUMENTS[0], QUESTIONS[1]

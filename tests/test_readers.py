@@ -308,6 +308,19 @@ def test_rows_that_are_reordered_take_what_was_learned_with_them(name, setting):
         torch.testing.assert_close(logits, alone[row][3:], rtol=1e-9, atol=1e-9)
 
 
+@settings
+def test_what_was_learned_stays_where_it_is_while_steps_are_captured(name, setting):
+    """A CUDA graph reads and writes the memory that it was captured with."""
+    model, method = tiny.model("llama-gqa", **THREE), kvlib.method(name, budget=6, **setting)
+    with method(model) as run, torch.no_grad():
+        token, places = model(tiny.tokens(1, 30)).logits[:, -1:].argmax(-1), []
+        with run.capture(10) as step:
+            for _ in range(10):
+                token = step(token).argmax(-1, keepdim=True)
+                places.append([x.data_ptr() for layer in run.cache.layers for x in layer.rows.values()])
+    assert places[1:] == places[:1] * 9 and places[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @settings
 def test_half_precision(name, setting, dtype):
@@ -364,6 +377,14 @@ def test_bounds_are_those_of_the_stored_keys(page, chunk):
         check_bounds(run, page)
         tiny.generate(model, run, [tiny.tokens(5), tiny.tokens(5, seed=1)], new=9, before=turn, chunk=chunk)
         check_bounds(run, page)
+
+
+def test_bounds_are_right_after_every_pass():
+    model = tiny.model("llama-gqa")
+    with kvlib.method("quest", budget=8, page=4, dense=0)(model) as run:
+        for turn, new in enumerate((7, 2, 6, 1, 1, 9, 5)):
+            model(tiny.tokens(1, new, seed=turn), past_key_values=run.cache if turn else None)
+            check_bounds(run, 4)
 
 
 @pytest.mark.parametrize("forgotten", [1, 3, 9])
