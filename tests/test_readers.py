@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 import kvlib
 from kvlib.calibration import key_directions
+from kvlib.methods.loki import principal
 from kvlib.paths import DATA
 
 ENTRY = 2 * 8  # bytes of a channel of a key and a value in float64
@@ -429,6 +430,16 @@ def test_loki_chooses_by_the_first_directions_only():
             return super().select(view.replaced(key=view.key + 10 * outside))
 
     assert torch.equal(tiny.once(model, Blurred(budget=6, rank=3), [tiny.tokens(40)], new=2).logits, clean.logits)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 30])
+def test_directions_without_variance_are_zero(tokens):
+    """Else rounding would choose for short prompts, and padding could change it."""
+    key = 1 + torch.randn(2, tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = principal(key, torch.ones(2, tokens, dtype=torch.bool))
+    some = min(tokens - 1, 8)
+    assert torch.equal(found[..., some:], torch.zeros(2, 8, 8 - some, dtype=torch.float64))
+    torch.testing.assert_close(found.mT[:, :some] @ found[..., :some], torch.eye(some).double().expand(2, -1, -1))
 
 
 def plain(**changes):
