@@ -225,7 +225,7 @@ def beams_have_their_own_history(model, method, rows: list[torch.Tensor], beams:
     hook = model.register_forward_pre_hook(read, with_kwargs=True)
     with patch.object(KVCache, "reorder_cache", reorder), method(model) as run:
         model.generate(ids, attention_mask=mask, num_beams=beams, max_new_tokens=new, do_sample=False)
-        live, stored = tiny.kept(run), [layer.tail.rectangle(layer.tail.fields["key"]) for layer in run.cache.layers]
+        live, stored = tiny.kept(run), [_fields(layer) for layer in run.cache.layers]
     hook.remove()
     assert len(live) == len(rows) * beams
     assert text[-1].shape[1] == ids.shape[1] + new - 1
@@ -236,6 +236,11 @@ def beams_have_their_own_history(model, method, rows: list[torch.Tensor], beams:
             for token in row[ids.shape[1] :]:
                 model(token[None, None], past_key_values=run.cache)
             assert sets == tiny.kept(run)[0]
-            for layer, theirs in zip(run.cache.layers, stored if not method.evicts else (), strict=not method.evicts):
-                mine = layer.tail.rectangle(layer.tail.fields["key"])
-                torch.testing.assert_close(theirs[i : i + 1, :, : mine.shape[2]], mine, rtol=1e-9, atol=1e-9)
+            for layer, theirs in zip(run.cache.layers, stored) if not method.evicts else ():  # slots are in text order
+                for name, mine in _fields(layer).items():
+                    torch.testing.assert_close(theirs[name][i : i + 1, :, : mine.shape[2]], mine, rtol=1e-9, atol=1e-9)
+
+
+def _fields(layer) -> dict[str, torch.Tensor]:
+    """What a layer's tail stores: field -> rectangle."""
+    return {name: layer.tail.rectangle(flat) for name, flat in layer.tail.fields.items()}

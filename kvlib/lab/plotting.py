@@ -28,6 +28,8 @@ COLORS = {
     "tova": "#004d40",
     "knorm": "#999933",
     "quest": "#882255",
+    "loki": "#44aa99",
+    "tokenselect": "#7a4a1d",
     "forced_sinks": "#661100",
     "exact_error": "#332288",
     "output_norm": "#117733",
@@ -47,6 +49,8 @@ NAMES = {  # as in print
     "tova": "TOVA",
     "knorm": "key norm",
     "quest": "Quest",
+    "loki": "Loki",
+    "tokenselect": "TokenSelect",
     "forced_sinks": "forced sinks",
     "exact_error": "exact error",
     "output_norm": "output norm",
@@ -55,7 +59,7 @@ NAMES = {  # as in print
     "anchorcoder": "AnchorCoder",
     "tidaldecode": "TidalDecode",
 }
-MARKERS = dict(zip(COLORS, ".x<s^Dvp*>+8HoPXd", strict=True))
+MARKERS = dict(zip(COLORS, ".x<s^Dvp*>12+8HoPXd", strict=True))
 DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
 DASHES |= dict.fromkeys(("vatp", "uncomp", "anchorcoder", "tidaldecode"), "-")
 

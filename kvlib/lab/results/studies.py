@@ -45,8 +45,8 @@ ABLATED = tuple(
     for c in with_arguments("vatp", (0.2, 0.5), host=host, **arguments)
     if c not in VALUES
 )
-# Selection layers that answer most on other prompts, for sets per KV head and for all heads. For sets per query head they
-# and [2, 8] answer as many there (data/calibration/smollm2/tidaldecode.json).
+# Selection layers that answer most on other prompts, for sets per KV head and for all heads. For sets per query head
+# they and [2, 8] answer as many there (data/calibration/smollm2/tidaldecode.json).
 CHOSEN = [2, 14]
 LESS_IS_MORE = {"selection_layers": CHOSEN, "heads": "all", "sinks": 4, "recent": 0.25}
 PAGES = 128  # tokens that Quest reads: the bytes of TidalDecode with a set per KV head and a fifth of 2 048 tokens
