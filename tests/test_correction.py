@@ -87,6 +87,19 @@ def test_beams_are_corrected_with_their_own_history():
     )
 
 
+def test_answers_about_a_document_are_corrected_like_those_to_a_prompt():
+    model, method = tiny.model("llama-gqa", **SIX), tidal(5, correction=3)
+    document, question = tiny.tokens(2, 24), tiny.tokens(2, 5, seed=4)
+    arguments = {"max_new_tokens": 10, "do_sample": False}
+    with method(model) as run:
+        run.read(input_ids=document)
+        first, again = (run.ask(question, **arguments) for _ in range(2))
+        whole = model.generate(torch.cat([document, question], dim=1), **arguments)
+    with tidal(5)(model):
+        polluted = model.generate(torch.cat([document, question], dim=1), **arguments)
+    assert torch.equal(first, again) and torch.equal(first, whole[:, 24:]) and not torch.equal(whole, polluted)
+
+
 def test_the_bytes_of_a_step_include_its_correction():
     model, bytes_of = tiny.model("llama-gqa", **SIX), properties.token_bytes(tiny.model("llama-gqa", **SIX))
     reads = []
