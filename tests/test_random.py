@@ -101,7 +101,7 @@ def label(choice):
 
 @pytest.mark.parametrize("choice", METHODS, ids=label)
 def test_a_few_random_conversations(choice):
-    converse(choice, 12)
+    converse(choice, 20)
 
 
 @pytest.mark.deep
