@@ -11,11 +11,12 @@ import torch
 
 import kvlib
 from kvlib.lab import tasks
-from kvlib.lab.evaluation.answers import end_tokens, write
+from kvlib.lab.evaluation.answers import write
 from kvlib.lab.evaluation.blockwise import divided
 from kvlib.lab.evaluation.prompts import compressed
 from kvlib.lab.tasks import natural
 from kvlib.lab.tasks.natural import pilot, texts
+from kvlib.verified import end_tokens
 
 CHAT = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"

@@ -119,9 +119,3 @@ def greedy(
         if len(stay) < len(rows):
             keep(torch.tensor(stay))
             logits, rows = logits[stay], [rows[place] for place in stay]
-
-
-def end_tokens(model) -> set[int]:
-    """Ids at which `generate` would stop."""
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [ends]) - {None}

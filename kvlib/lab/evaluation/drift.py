@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 
 import kvlib
-from kvlib.lab.evaluation.answers import end_tokens
 from kvlib.lab.evaluation.blockwise import check_protocol, costs, divided, table
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK, check_window
 from kvlib.lab.evaluation.prompts import Prompts, compressed, window_of
 from kvlib.lab.tasks import Prompt
+from kvlib.verified import end_tokens
 
 PROTOCOLS = {f"steps {first}-{last}": (first, last) for first, last in ((1, 64), (65, 128), (129, 256), (257, 512))}
 LOOP = 64  # tokens

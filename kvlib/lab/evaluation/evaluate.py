@@ -22,12 +22,13 @@ import pandas as pd
 import torch
 
 from kvlib.lab import tasks
-from kvlib.lab.evaluation.answers import NEW_TOKENS, compare, end_tokens, first_choices, write
+from kvlib.lab.evaluation.answers import NEW_TOKENS, compare, first_choices, write
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.metrics import is_decided
 from kvlib.lab.evaluation.prompts import Prompts, compressed, device_name, one_by_one, padded, read_per_row, window_of
 from kvlib.lab.evaluation.reference import Reference
 from kvlib.lab.tasks import Prompt
+from kvlib.verified import end_tokens
 
 PROTOCOLS = ("asked", "later")
 BLOCK = 4  # prompts per prefill

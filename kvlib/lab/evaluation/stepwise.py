@@ -20,12 +20,13 @@ import pandas as pd
 import torch
 
 from kvlib.lab import tasks
-from kvlib.lab.evaluation.answers import end_tokens, first_choices, write
+from kvlib.lab.evaluation.answers import first_choices, write
 from kvlib.lab.evaluation.blockwise import check_protocol, costs, divided, table
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK, check_window
 from kvlib.lab.evaluation.prompts import Prompts, compressed, one_by_one, window_of
 from kvlib.lab.tasks import Prompt
+from kvlib.verified import end_tokens
 
 PROTOCOLS = ("later-stepwise",)
 STEPS = 64  # tokens
