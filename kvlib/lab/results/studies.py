@@ -49,14 +49,14 @@ ABLATED = tuple(
 # they and [2, 8] answer as many there (data/calibration/smollm2/tidaldecode.json).
 CHOSEN = [2, 14]
 LESS_IS_MORE = {"selection_layers": CHOSEN, "heads": "all", "sinks": 4, "recent": 0.25}
-PAGES = 128  # tokens that Quest reads: the bytes of TidalDecode with a set per KV head and a fifth of 2 048 tokens
+PAGES = 128  # tokens that Quest reads: the bytes of TidalDecode with a set per KV head and 19 % of 2 048 tokens
 READING = (  # which decide claims
     FULL,
     *with_arguments("tidaldecode", (0.05, 0.1, 0.2), selection_layers=CHOSEN),
     *with_arguments("tidaldecode", (0.1,), selection_layers=[2]),
     *with_arguments("tidaldecode", (0.05,), selection_layers=[2, 13]),
     Configuration("tidaldecode", 0.1),
-    *with_arguments("tidaldecode", (0.1, 0.2), selection_layers=CHOSEN, heads="group"),
+    *with_arguments("tidaldecode", (0.1, 0.19, 0.2), selection_layers=CHOSEN, heads="group"),
     *with_arguments("tidaldecode", (0.1,), selection_layers=CHOSEN, heads="all"),
     *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
     Configuration("quest", 0.05),
@@ -86,6 +86,33 @@ CORRECTED = (
     *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE),
     *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE, correction=32),
     Configuration("quest", PAGES),
+)
+SIZES = tuple(  # a few tokens to half of them, and whose choice it is
+    c
+    for k in (16, 64, 256, 1024)
+    for c in (
+        *with_arguments("tidaldecode", (k,), selection_layers=CHOSEN),
+        *with_arguments("tidaldecode", (k,), selection_layers=CHOSEN, heads="group"),
+        *with_arguments("tidaldecode", (k,), selection_layers=CHOSEN, heads="all"),
+        Configuration("quest", k),
+    )
+)
+DECODED = (  # every token of a text
+    FULL,
+    *with_arguments("tidaldecode", (64,), selection_layers=CHOSEN),
+    *with_arguments("tidaldecode", (64,), **LESS_IS_MORE),
+    Configuration("quest", 64),
+    Configuration("h2o", 64),
+)
+READING_MINILM = (  # minilm: the choice is that of both sweeps, its query heads share no keys
+    FULL,
+    *with_arguments("tidaldecode", (0.05, 0.1, 0.2), selection_layers=[2, 11]),
+    *with_arguments("tidaldecode", (0.1,), selection_layers=[2]),
+    *with_arguments("tidaldecode", (0.05,), selection_layers=[2, 10]),
+    Configuration("tidaldecode", 0.1),
+    *with_arguments("tidaldecode", (0.1,), **LESS_IS_MORE | {"selection_layers": [2, 11]}),
+    Configuration("quest", 0.05),
+    Configuration("h2o", 0.05),
 )
 STUDIES = {
     "00_real": Study(
@@ -175,6 +202,39 @@ STUDIES = {
         name: Study(tasks=ANSWERED, length=2048, configurations=IN_ONE_PASS, models={"smollm2": 50}, protocol=protocol)
         for name, protocol in (("04_real", "asked"), ("04_real_later", "later"))
     },
+    "04_real_sizes": Study(
+        tasks=ANSWERED,
+        length=2048,
+        configurations=(FULL, *SIZES),
+        models={"smollm2": 50},
+        protocol="later-stepwise",
+        measure="stepwise",
+    ),
+    **{
+        f"04_running_{last}": Study(
+            tasks=("prose_bits",),
+            length=1152,  # the shortest of these prompts has 1 071 tokens
+            configurations=DECODED,
+            models={"smollm2": 50},
+            protocol=f"tokens {first}-{last}",
+            measure="running",
+        )
+        for first, last in ((65, 256), (257, 512), (513, 1024))
+    },
+    "04_tidaldecode": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=READING_MINILM,
+        fewer=(
+            *with_arguments("tidaldecode", (0.1,), selection_layers=[2, 11], heads="all"),
+            Configuration("quest", 0.1),
+            *with_arguments("loki", (0.1,), rank=32),  # all directions
+            Configuration("tokenselect", 0.1),
+        ),
+        models={"minilm": 200},
+        protocol="later-stepwise",
+        measure="stepwise",
+    ),
     "04_real_texts": Study(
         tasks=READ,
         length=2048,

@@ -27,6 +27,7 @@ ROUNDING = 2e-4  # of bits and norms, which another CPU or a GPU adds up in anot
 ALLOWED = {  # of what is no answer, by measure
     "sinks": lambda recorded: ROUNDING * recorded.abs(),
     "drift": lambda recorded: 1.5 / 64,  # one close first choice among 64 tokens
+    "running": lambda recorded: 1e-3 * recorded.abs(),  # a token or two in a set that had nearly the same logits
     "recall": lambda recorded: 1e-3,  # a few tokens of nearly the same attention
 }
 EXACT = ("stored_bytes", "read_bytes", "full_bytes", "prefill_flops", "clamped")
