@@ -203,7 +203,7 @@ STUDIES = {
         for name, protocol in (("04_real", "asked"), ("04_real_later", "later"))
     },
     "04_real_sizes": Study(
-        tasks=ANSWERED,
+        tasks=ANSWERED[:-1],  # but for `year`, for want of time; no claim is decided here
         length=2048,
         configurations=(FULL, *SIZES),
         models={"smollm2": 50},
