@@ -9,7 +9,7 @@ import torch
 import kvlib
 from kvlib.lab.speed import decoding
 from kvlib.lab.speed.decoding import Captured, Contestant, compared, main, measure, take_turns, write
-from kvlib.lab.speed.settings import CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED
+from kvlib.lab.speed.settings import ARGUMENTS, CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, method
 
 TINY = SETTINGS["tiny"]
 
@@ -125,6 +125,45 @@ def test_all_have_decoded_as_much_and_the_short_cache_is_as_long_as_the_compress
     ]
 
 
+READ = {  # bytes of one prompt: each token is of 2 layers, 2 KV heads and 4 query heads, 8 channels in float32
+    "full": 2 * 2 * 76 * 64,  # 64 tokens of the prompt, and four blocks of one and two
+    "h2o": 2 * 2 * 32 * 64,
+    "snapkv": 2 * 2 * (32 + 12) * 64,
+    "tidaldecode, group": 2 * 76 * 64 + 2 * 32 * 64,  # layer 0 reads everything and chooses
+    "quest, page 16": 2 * 2 * 76 * 64,  # its first two layers are dense
+    "loki, rank 0.25": 2 * (4 * 32 * 64 + 2 * 76 * 2 * 4),  # two directions of all keys
+    "tokenselect, no vote stands": 2 * (2 * 32 * 64 + 2 * (76 - 1 - 6) * 8 * 4),  # keys between 1 first and 6 newest
+}
+
+
+def test_bytes_read_are_those_of_the_last_step(model, monkeypatch):
+    """Counted by hand; what is not read sparsely is what is stored, and all rows of the batch count."""
+    monkeypatch.setitem(ARGUMENTS, "tidaldecode, group", {"selection_layers": (0,), "heads": "group"})
+    rows = decoding.contest(replace(TINY, batch=3), model, tuple(READ), Clock())
+    for row in rows:
+        assert row["read_bytes"] == 3 * READ[row["method"]], row["method"]
+        assert row["full_bytes"] == 3 * READ["full"]
+        assert row["stored_bytes"] == 3 * READ[row["method"] if row["method"] in ("h2o", "snapkv") else "full"]
+    assert {row["method"] for row in rows} == {*READ}
+
+
+def test_a_contestant_s_arguments_reach_its_method():
+    found = method("tidaldecode, all", 0.1)
+    assert found == kvlib.method("tidaldecode", budget=0.1, selection_layers=(2, 14), heads="all")
+    assert method("tidaldecode, all" + CAPTURED, 0.1) == found
+
+
+def test_rows_of_before_have_no_bytes_read(tmp_path):
+    """A column that a table lacks stays empty where nothing was measured anew."""
+    out, known = tmp_path / "speed.csv", {"setting": "a", "device": "x", "budget": 0.5, "baseline": STOCK}
+    write([known | {"method": name, "stored_bytes": 7} for name in ("h2o", "tova")], out)
+    write([known | {"method": "tova", "stored_bytes": 7, "read_bytes": 5}], out)
+    assert [(row["method"], row["stored_bytes"], row["read_bytes"]) for row in rows_of(out)] == [
+        ("h2o", "7", ""),
+        ("tova", "7", "5"),
+    ]
+
+
 def test_rows_of_a_fake_clock():
     """A look a second: two tokens take one, whoever decodes them, and so does a prompt."""
     rows = measure("tiny", replace(TINY, methods=("full", "tova"), together=1), Clock(), command="none")
@@ -186,7 +225,7 @@ def test_arguments_that_cannot_work(arguments, tmp_path, capsys):
 def test_targets_are_those_of_methods_that_are_measured():
     methods = {name for setting in SETTINGS.values() for name in setting.methods}
     assert {method for method, _, _ in WANTED} <= methods
-    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED}} <= {*kvlib.METHODS}
+    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED, *ARGUMENTS}} <= {*kvlib.METHODS}
 
 
 def test_captured_steps_decode_the_same():

@@ -13,6 +13,9 @@ On a GPU attention runs without cuDNN, for all contestants: while a cache grows 
 A block is greedy calls of the model, the first of them not timed. The clock is the host's; on a GPU it waits for the
 device at the ends of a block only, so that launching kernels costs what it costs in use. `wanted` in the printed table
 is what was hoped for, and nothing fails that misses it. A setting's rows are written when it has ended.
+
+Beside the time stand the bytes of keys and values that the last step has read, of the whole batch: what is stored,
+unless a method reads sparsely; stock reads a full cache. What was measured before they were counted has none.
 """
 
 import argparse
@@ -32,11 +35,26 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
-from kvlib.lab.speed.settings import CAPTURED, DEFAULT, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, Setting, method
+from kvlib.lab.speed.settings import (
+    ARGUMENTS,
+    CAPTURED,
+    DEFAULT,
+    FULL,
+    RAGGED,
+    SAME,
+    SETTINGS,
+    STOCK,
+    WANTED,
+    Setting,
+    method,
+)
 
 LIMIT = 30.0  # seconds of decoding for each method; later turns are left out, but for the first two
 IDENTITY = ("setting", "device", "method")  # a measurement replaces the rows of an earlier one with the same
-SHOWN = "method budget baseline ms_per_token baseline_ms ratio ratio_min ratio_max wanted prefill_ms prefill_ratio"
+SHOWN = (
+    "method budget baseline ms_per_token read_bytes baseline_ms ratio ratio_min ratio_max wanted "
+    "prefill_ms prefill_ratio"
+)
 
 
 class Contestant:
@@ -175,9 +193,15 @@ def spread(name: str, values: list[float]) -> dict:
 
 
 def sizes(run) -> dict:
-    """Bytes after the last block: of K and V, of what is allocated if the library tells, of a full cache."""
+    """Bytes of K and V after the last block, of the whole batch: what is stored, what its last step has read, what is
+    allocated if the library tells, and a full cache, all of which stock reads."""
     allocated = run.allocated_bytes() if hasattr(run, "allocated_bytes") else None
-    return {"stored_bytes": run.stored_bytes(), "allocated_bytes": allocated, "full_bytes": run.full_bytes()}
+    return {
+        "stored_bytes": run.stored_bytes(),
+        "read_bytes": run.read_bytes(),
+        "allocated_bytes": allocated,
+        "full_bytes": run.full_bytes(),
+    }
 
 
 def measure(name: str, setting: Setting, clock: Callable[[], float], **more) -> list[dict]:
@@ -230,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[*kvlib.METHODS, *RAGGED, *(name + CAPTURED for name in kvlib.METHODS)],
+        choices=[*kvlib.METHODS, *RAGGED, *ARGUMENTS, *(name + CAPTURED for name in kvlib.METHODS)],
         metavar="METHOD",
         help="default: the setting's",
     )

@@ -14,6 +14,14 @@ from kvlib.lab.speed.ragged import PerHead, Threshold
 
 CAPTURED = ", captured"  # behind a method's name: its steps are replayed as a CUDA graph
 RAGGED = {cls.name: cls for cls in (PerHead, Threshold)}  # heads of different lengths, beside the registered methods
+ARGUMENTS = {  # of methods that read a part, by a name that begins with theirs; layers are those found for SmolLM2
+    "tidaldecode, query": {"selection_layers": (2, 14), "heads": "query"},
+    "tidaldecode, group": {"selection_layers": (2, 14), "heads": "group"},
+    "tidaldecode, all": {"selection_layers": (2, 14), "heads": "all"},
+    "quest, page 16": {"page": 16},
+    "loki, rank 0.25": {"rank": 0.25},
+    "tokenselect, no vote stands": {"similarity": 1.0},  # votes take their time anyhow, but count if they do not stand
+}
 STOCK, SAME, FULL = "stock", "stock at the same length", "full"  # the baselines
 AT_THE_END, IN_DECODE = ("snapkv", "pyramidkv"), ("streaming_llm", "h2o", "tova", "vatp")  # when they evict
 WANTED = {  # (method, budget, baseline) -> the largest ratio hoped for
@@ -84,11 +92,11 @@ class Setting:
 
 
 def method(name: str, budget: float):
-    """A registered method, to be captured or not, or one of `RAGGED`; the full cache whatever the budget."""
+    """A registered method, to be captured or not, one of `ARGUMENTS`, or one of `RAGGED`; full keeps everything."""
     if name in RAGGED:
         return RAGGED[name](budget)
     name = name.removesuffix(CAPTURED)
-    return kvlib.method(name, budget=1.0 if name == FULL else budget)
+    return kvlib.method(name.split(",")[0], budget=1.0 if name == FULL else budget, **ARGUMENTS.get(name, {}))
 
 
 def processor() -> str:
@@ -99,10 +107,13 @@ def processor() -> str:
 
 
 SMOL = Setting("SmolLM2-135M", "cpu", "float32", 1800, 0.5, pairs=12, tokens=8, prefills=2, threads=1)
+READERS = replace(SMOL, budget=0.1, methods=(FULL, "snapkv", "h2o", *ARGUMENTS))
 LLAMA = Setting("Llama-3.1-8B, 8 layers", "cuda", "bfloat16", 32_768, 0.2)
 SETTINGS = {
     "smollm2-1.8k": SMOL,
     "smollm2-1.8k-bf16": replace(SMOL, dtype="bfloat16"),
+    "smollm2-1.8k-readers": READERS,
+    "smollm2-8k-readers": replace(READERS, prompt=8192, prefills=1),
     "llama-32k": LLAMA,
     "llama-8k-x8": replace(LLAMA, prompt=8192, batch=8),
     "llama-8k-x8-captured": replace(
@@ -115,7 +126,7 @@ SETTINGS = {
 }
 # On a CPU float32, because bfloat16 took 1.5 times as long to decode where both were tried, with AVX-512 BF16 too.
 DEFAULT = {
-    "cpu": ["smollm2-1.8k"],
+    "cpu": ["smollm2-1.8k", "smollm2-1.8k-readers", "smollm2-8k-readers"],
     "cuda": [
         "llama-32k",
         "llama-8k-x8",

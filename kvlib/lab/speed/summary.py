@@ -1,6 +1,6 @@
-"""README's table of decoding speed.
+"""README's tables of decoding speed, and of the bytes that a step reads.
 
-python -m kvlib.lab.speed.summary       write it, from data/results/decoding_speed.csv
+python -m kvlib.lab.speed.summary       write them, from data/results/decoding_speed.csv
 """
 
 import pandas as pd
@@ -9,7 +9,6 @@ from kvlib import checksums, paths
 from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
-MARKS = "<!-- decoding speed -->\n", "<!-- end of decoding speed -->\n"
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -32,10 +31,27 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + "; ".join(notes) + "."])
 
 
+def reads(rows: pd.DataFrame) -> str:
+    """Markdown: time beside bytes read, where these were counted. Stock reads a full cache."""
+    lines = ["| setting | method | ms a token | / stock | MB read in a step | / full cache |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
+    for setting, group in rows[rows.read_bytes.notna() & (rows.baseline == STOCK)].groupby("setting", sort=True):
+        stock = group.iloc[0]
+        lines.append(f"| {setting} | stock | {stock.baseline_ms:.3g} | 1.00 | {stock.full_bytes / 1e6:.1f} | 1.00 |")
+        for row in group.itertuples():
+            time = f"{row.ms_per_token:.3g} | {row.ratio:.2f}"
+            read = f"{row.read_bytes / 1e6:.1f} | {row.read_bytes / row.full_bytes:.2f}"
+            lines.append(f"| {setting} | {row.method} | {time} | {read} |")
+    return "\n".join(lines)
+
+
 def written(readme: str, rows: pd.DataFrame) -> str:
-    """README with the table of today."""
-    start, end = readme.index(MARKS[0]) + len(MARKS[0]), readme.index(MARKS[1])
-    return readme[:start] + table(rows) + "\n" + readme[end:]
+    """README with the tables of today."""
+    for name, made in (("bytes read", reads), ("decoding speed", table)):
+        before, rest = readme.split(f"<!-- {name} -->\n")
+        after = rest.split(f"<!-- end of {name} -->\n")[1]
+        readme = f"{before}<!-- {name} -->\n{made(rows)}\n<!-- end of {name} -->\n{after}"
+    return readme
 
 
 def main() -> None:
