@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlib import checksums, paths
 from kvlib.lab import definitions
-from kvlib.lab.evaluation import drift, evaluate
+from kvlib.lab.evaluation import drift, evaluate, running
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results import __main__ as command
 from kvlib.lab.results import keys, making, studies, tables, verification
@@ -311,6 +311,7 @@ def test_verification_finds_a_tampered_table(folder):
 MEASURED = {  # measure -> a task, its length, a protocol, and what is measured beside full
     "stepwise": ("needle", 200, "later-stepwise", Configuration("snapkv", 0.3)),
     "drift": ("prose_bits", 512, "steps 1-64", Configuration("h2o", 0.3)),
+    "running": ("prose_bits", 512, "tokens 65-256", Configuration("h2o", 8)),
     "recall": ("needle", 200, "dense steps", Configuration("tidaldecode", 0.3, '{"selection_layers": [0]}')),
 }
 
@@ -318,6 +319,7 @@ MEASURED = {  # measure -> a task, its length, a protocol, and what is measured 
 @pytest.mark.parametrize("measure", MEASURED)
 def test_every_measure_can_be_made_and_verified(folder, monkeypatch, measure):
     monkeypatch.setitem(drift.PROTOCOLS, "steps 1-64", (1, 16))  # sooner done
+    monkeypatch.setitem(running.PROTOCOLS, "tokens 65-256", (9, 24))
     task, length, protocol, other = MEASURED[measure]
     configurations = (Configuration("full", 1.0), other)
     study = Study((task,), length, configurations, {"minilm-test": 4}, protocol, measure=measure)
@@ -338,7 +340,9 @@ def test_every_measure_can_be_made_and_verified(folder, monkeypatch, measure):
         replace(study, measure="speed")
 
 
-@pytest.mark.parametrize(("measure", "rounded"), [("answers", 1e-10), ("drift", 1 / 64), ("recall", 5e-4)])
+@pytest.mark.parametrize(
+    ("measure", "rounded"), [("answers", 1e-10), ("drift", 1 / 64), ("recall", 5e-4), ("running", 4e-4)]
+)
 def test_what_counts_as_rounding(measure, rounded):
     """One first choice of 64, a token or two of the best ones; nothing of an answer."""
     one = {**dict.fromkeys((*evaluate.CELL, *evaluate.MEASURED), 1.0), "task": "needle", "sample": 0, "value": 0.5}
