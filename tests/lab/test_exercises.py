@@ -1,6 +1,7 @@
 """The checks of the exercises accept right answers and name what is wrong with others, at least seven a check."""
 
 import math
+from itertools import pairwise
 from typing import ClassVar
 
 import pandas as pd
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
 import kvlib
+from kvlib.calibration import attention_mass
 from kvlib.lab import checks, statistics
 from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b
+from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b, lesson_04
 from kvlib.lab.results import summaries
 from kvlib.methods import vatp
 
@@ -657,6 +659,165 @@ def test_wrong_halves(halves, one, other, message):
 
 def test_halves_have_to_be_registered():
     refused(lesson_01b.check_halves, "no method 'nowhere': is the class decorated", "nowhere", "vatp")
+
+
+# 04_tidaldecode
+
+
+def share_read(layers, dense, query_heads, kv_heads, tokens, k, heads):
+    sets = query_heads if heads == "query" else kv_heads
+    return (dense * kv_heads * tokens + (layers - dense) * sets * min(k, tokens)) / (layers * kv_heads * tokens)
+
+
+def ranked(score, k):
+    """Positions of the newest token and of the k - 1 best others."""
+    newest = torch.full((*score.shape[:-1], 1), score.shape[-1] - 1)
+    return torch.cat([score[..., :-1].topk(k - 1).indices, newest], dim=-1)
+
+
+def best_layers(mass, count):
+    compared = attention_mass.candidates(len(mass), count)
+    return max(compared, key=lambda chosen: attention_mass.score(mass, chosen))
+
+
+def greedy(mass, count):
+    chosen = (2,)
+    while len(chosen) < count:
+        longer = [tuple(sorted((*chosen, layer))) for layer in range(3, len(mass)) if layer not in chosen]
+        chosen = max(longer, key=lambda one: attention_mass.score(mass, one))
+    return chosen
+
+
+def counting_all(mass, count):
+    """Selection layers counted as if they were sparse."""
+    ends = (len(mass),)
+
+    def held(chosen):
+        return sum(mass[i, i + 1 : j + 1].sum() for i, j in pairwise((*chosen, *ends)))
+
+    return max(attention_mass.candidates(len(mass), count), key=held)
+
+
+def test_right_answers_of_04_pass(capsys):
+    lesson_04.check_share_read(share_read)
+    lesson_04.check_choose_by_group(lambda logits, k: ranked(logits.softmax(-1).sum(1), k))
+    lesson_04.check_choose_by_group(lambda logits, k: ranked(logits.softmax(-1).mean(1), k).flip(-1))
+    lesson_04.check_best_layers(best_layers)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["share_read is right", *["choose_by_group is right"] * 2, "best_layers is right"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "share_read returned None: is there a `return`?"),
+        (lambda *a: share_read(*a[:-1], "query"), "with heads='group' there is one set per KV head"),
+        (lambda *a: share_read(*a[:-1], "group"), "with heads='query' there is one set per query head"),
+        (lambda n, d, q, h, t, k, s: (d * t * h + (n - d) * min(k, t)) / (n * t * h), "every head has one"),
+        (lambda n, d, q, h, t, k, s: share_read(n, 0, q, h, t, k, s), "the selection layers read everything"),
+        (lambda *a: 100 * share_read(*a), "a share of 1 is asked for, not percent"),
+        (
+            lambda n, d, q, h, t, k, s: (d * h * t + (n - d) * (q if s == "query" else h) * k) / (n * h * t),
+            "a layer has no more tokens than were seen",
+        ),
+        (lambda n, d, q, h, t, k, s: share_read(n, d + 1, q, h, t, k, s), "a small model, 1 dense layers, k = 10"),
+        (lambda *a: share_read(*a) / 4, "0.4000 is expected, found 0.1000"),
+    ],
+)
+def test_wrong_shares(answer, message):
+    refused(lesson_04.check_share_read, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, k: ..., "choose_by_group returned Ellipsis"),
+        (lambda x, k: ranked(x.sum(1), k), "the head with the largest scale decides"),
+        (lambda x, k: ranked(x.softmax(-1).amax(1), k), "that is the largest attention of a head"),
+        (lambda x, k: ranked(x.softmax(-1)[:, 0], k), "that is the first head of the group alone"),
+        (lambda x, k: ranked(x.softmax(-1), k), "that is a set per query head"),
+        (lambda x, k: ranked(x.softmax(-1).sum(1), k + 1), "the newest token is one of the k"),
+        (lambda x, k: x.softmax(-1).sum(1).topk(k).indices, "the newest token is always read"),
+        (lambda x, k: ranked(-x.softmax(-1).sum(1), k), "the tokens with the least attention"),
+        (lambda x, k: ranked(x.softmax(1).sum(1), k), "the softmax is over tokens"),
+        (
+            lambda x, k: ranked(x.softmax_(-1).sum(1), k) if hasattr(x, "softmax_") else x.mul_(2),
+            "changes its argument",
+        ),
+        (lambda x, k: ranked(x.softmax(-1).sum(1), k).clamp(min=x.shape[-1] - 2), "a token stands twice in a set"),
+    ],
+)
+def test_wrong_groups(answer, message):
+    refused(lesson_04.check_choose_by_group, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda m, c: None, "best_layers returned None"),
+        (lambda m, c: 2, "best_layers returned 2, not layers"),
+        (lambda m, c: best_layers(m, c)[1:], "8 layers, 2 of them choose"),
+        (lambda m, c: (*best_layers(m, c), 7), "are 3"),
+        (lambda m, c: best_layers(m, c)[::-1], "ascending"),
+        (lambda m, c: tuple(range(3, 3 + c)), "the first one is given: layer 2"),
+        (lambda m, c: best_layers(m.T, c), "of their attention to the sparse layers"),
+        (lambda m, c: tuple(range(2, 2 + c)), "of their attention to the sparse layers"),
+        (counting_all, "of their attention to the sparse layers"),
+        (greedy, "layers chosen one after another are not the best together"),
+        (lambda m, c: best_layers(m.fill_(0.5), c), "changes its argument"),
+    ],
+)
+def test_wrong_layers(answer, message):
+    refused(lesson_04.check_best_layers, message, answer)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """Steps whose later layers look where all heads of the first one do, a little, and one head much."""
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for _ in range(3):
+        rows = torch.rand(4, 6, 60, generator=generator, dtype=torch.float64) * 0.02
+        rows[:, :, 20:28] += 1  # what all look at
+        rows[1, 0, :8] += 1.1  # firsts of the ranks, for single heads
+        rows[1, 1, 40:48] += 1.1
+        rows[1, 2, 50:58] += 1.1
+        rows /= rows.sum(-1, keepdim=True)
+        chosen = torch.zeros(4, 6, 60, dtype=torch.bool)
+        for layer in range(4):
+            ranks = rows[layer, :, :-1].argsort(-1, descending=True).T.flatten().tolist()
+            chosen[layer][:, [59, *list(dict.fromkeys(ranks))[:9]]] = True
+        steps.append((rows, {"all": chosen}))
+    return {"a page": (steps, 1)}
+
+
+def test_own_choices(traced, capsys):
+    lesson_04.check_own_choice(lambda attention: attention.sum(0), traced)
+    assert capsys.readouterr().out.startswith("a page: your set holds ")
+
+
+def by_ranks(attention):
+    order = attention[:, :-1].argsort(-1, descending=True).T.flatten().tolist()
+    place = {token: number for number, token in reversed([*enumerate(order)])}
+    return -torch.tensor([*(float(place[token]) for token in range(attention.shape[-1] - 1)), 0.0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda a: None, "my_choice returned None"),
+        (lambda a: a, "shape (6, 60), expected (tokens,) = (60,): one set for all"),
+        (lambda a: a.sum(1), "shape (6,), expected (tokens,) = (60,)"),
+        (lambda a: a.mul_(2).sum(0), "changes its argument"),
+        (lambda a: a.sum(0).log() / 0.0, "no token may be forced"),
+        (lambda a: -a.sum(0), "your set holds"),
+        (by_ranks, "your set holds"),
+        (lambda a: torch.arange(60.0), "your set holds"),
+        (lambda a: a[0], "your set holds"),
+    ],
+)
+def test_wrong_shared_choices(traced, answer, message):
+    refused(lesson_04.check_own_choice, message, answer, traced)
 
 
 # Methods
