@@ -45,18 +45,17 @@ def test_slots_that_are_no_tokens_mark_nothing():
     assert found.int().tolist() == [[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]]
 
 
-def test_common_tokens_by_loops():
+def test_overlaps_by_loops():
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(3, 2, 9, generator=generator) < 0.5
+    chosen = torch.rand(3, 3, 9, generator=generator) < 0.5
     sets = [[{*mask.nonzero().flatten().tolist()} for mask in layer] for layer in chosen]
-    found = selections.common(chosen)
+    same, other = selections.overlaps(chosen)
     for i in range(3):
         for j in range(3):
-            for g in range(2):
-                for h in range(2):
-                    share = len(sets[j][h] & sets[i][g]) / len(sets[j][h])
-                    assert found[i, j, g, h].item() == pytest.approx(share)
-    assert not torch.equal(found, found.transpose(0, 1).transpose(2, 3))  # whose share it is
+            shares = {(g, h): len(sets[j][h] & sets[i][g]) / len(sets[j][h]) for g in range(3) for h in range(3)}
+            assert same[i, j].item() == pytest.approx(sum(shares[h, h] for h in range(3)) / 3)
+            assert other[i, j].item() == pytest.approx(sum(x for (g, h), x in shares.items() if g != h) / 6)
+    assert not torch.equal(same, same.T)  # whose share it is
 
 
 def test_similarity_by_loops():
@@ -142,6 +141,17 @@ def test_a_right_answer_is_found(tokenizer):
     right = SimpleNamespace(ids=prompt.ids, answer_ids=prompt.answer_ids, answer=answer)
     found = selections.answers(model, tokenizer, snapshot, right, {"full": kvlib.method("full")})
     assert found["found"].tolist() == [True]
+
+
+def test_recall_by_the_second_selection_layer():
+    given = [{"selection_layers": [2, 9]}, {"selection_layers": [2, 4]}, {"selection_layers": [2, 4]}]
+    others = [{"selection_layers": [2]}, {"selection_layers": [2, 4], "heads": "all"}, {"selection_layers": [2, 4, 9]}]
+    arguments = [json.dumps(each) for each in [*given, *others, given[0]]]
+    methods = ["tidaldecode"] * 6 + ["another"]
+    rows = {"method": methods, "arguments": arguments, "value": range(7), "agreement": range(10, 80, 10)}
+    found = selections.by_second_layer(pd.DataFrame(rows))
+    assert found.index.tolist() == [4, 9] and list(found) == ["recall", "mass"]
+    assert found.to_numpy().tolist() == [[1.5, 25], [0, 10]]
 
 
 @pytest.mark.parametrize("way", ["accuracy", "mass"])

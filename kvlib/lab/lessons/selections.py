@@ -39,17 +39,19 @@ def marked(slots: torch.Tensor, seen: int) -> torch.Tensor:
     return mask.scatter_(-1, slots.where(slots >= 0, seen), True)[..., :seen]
 
 
-def common(chosen: torch.Tensor) -> torch.Tensor:
-    """The share of one head's tokens that another one has, too: `(layers, layers, heads, heads)`.
+def overlaps(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What sets of two layers share, those of the same head and those of different ones: `(layers, layers)` each.
 
-    `[i, j, g, h]` is |T ∩ S| / |T| of the set T of head h in layer j and the set S of head g in layer i.
+    `[i, j]` is the mean over heads h (and over heads g other than h) of |T ∩ S| / |T|, with the set T of head h in
+    layer j and the set S of head h (of head g) in layer i.
 
     Args:
-        chosen: `(layers, heads, tokens)` bool, no set empty.
+        chosen: `(layers, heads, tokens)` bool, no set empty, at least two heads.
     """
     sets = chosen.double()
-    both = torch.einsum("igt,jht->ijgh", sets, sets)
-    return both / sets.sum(-1)[None, :, None]
+    both = torch.einsum("igt,jht->ijgh", sets, sets) / sets.sum(-1)[None, :, None]
+    same, heads = both.diagonal(dim1=2, dim2=3).sum(-1), chosen.shape[1]
+    return same / heads, (both.sum((2, 3)) - same) / (heads * (heads - 1))
 
 
 def similarity(attention: torch.Tensor) -> torch.Tensor:
@@ -118,6 +120,19 @@ def answers(model, tokenizer, snapshot, prompt, methods: dict) -> pd.DataFrame:
         found = answer.strip().startswith(prompt.answer.strip())
         rows[printed(name)] = {"read, %": round(100 * share, 1), "answer": answer, "found": found}
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def by_second_layer(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean recall and mass of TidalDecode with a set per query head, for every second selection layer in the table.
+
+    Args:
+        table: rows that the measure "recall" has written (`kvlib.lab.evaluation.recall`).
+    """
+    arguments = table["arguments"].map(json.loads)
+    only = arguments.map(lambda given: [*given] == ["selection_layers"] and len(given["selection_layers"]) == 2)
+    rows = table[only & table["method"].eq("tidaldecode")]
+    second = arguments[rows.index].map(lambda given: given["selection_layers"][1]).rename("second selection layer")
+    return rows.groupby(second)[["value", "agreement"]].mean().set_axis(["recall", "mass"], axis=1)
 
 
 def sweep(name: str, way: str, elsewhere: bool = False) -> pd.DataFrame:
