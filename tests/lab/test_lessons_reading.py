@@ -107,16 +107,19 @@ def test_every_reader_of_a_study_has_its_own_look():
     names = ["quest", "loki", "tokenselect", "full", "h2o", "tidaldecode", "tidaldecode (selection_layers=[2, 14])"]
     names += [f"tidaldecode (selection_layers=[2, 14], heads={kind})" for kind in ("group", "all")]
     less = ", ".join(f"{name}={value}" for name, value in studies.LESS_IS_MORE.items())
-    names += [f"tidaldecode ({less})", "tidaldecode (selection_layers=[2, 14], correction=32)"]
+    names += [f"tidaldecode ({less})", "tidaldecode (selection_layers=[2, 14], correction=32)", "loki (rank=64)"]
     looks = {name: reading.look(name) for name in names}
     assert looks["quest"] == series("quest") and looks["tidaldecode"] == series("tidaldecode")
     assert looks["tidaldecode (selection_layers=[2, 14])"] == series("tidaldecode")
-    assert [look["label"] for look in looks.values()][-4:] == [
+    assert [look["label"] for look in looks.values()][-5:] == [
         "TidalDecode, set per KV head", "TidalDecode, one set", "LessIsMore", "TidalDecode, corrected every 32",
+        "Loki, all directions",
     ]  # fmt: skip
     apart = {(look["label"], look["marker"], look["linestyle"], look["markerfacecolor"]) for look in looks.values()}
     assert len(apart) == len(names) - 1
     assert {look["color"] for name, look in looks.items() if "tidal" in name} == {COLORS["tidaldecode"]}
+    assert looks["loki (rank=64)"]["color"] == COLORS["loki"]
+    assert reading.look("loki (calibration=smollm2)") == series("loki")
 
 
 def table() -> pd.DataFrame:
@@ -150,6 +153,19 @@ def test_points_above_another_setting_are_paired():
     estimate = statistics.paired_difference(own, other)
     assert found.loc[("quest", 0.1), ["value", "low", "high"]].tolist() == [estimate.value, estimate.low, estimate.high]
     assert found.loc[("full", 1.0), ["value", "low", "high"]].tolist() == [0, 0, 0]
+
+
+def test_one_setting_in_two_tables():
+    """On the prompts that both have."""
+    first, second = table(), table().assign(value=lambda rows: rows["value"] ** 2)
+    second = second[second["sample"].ge(2) | second["method"].eq("full")]
+    settings = {"a tenth": ("quest", 0.1), "whole": ("full", 1.0)}
+    found = reading.between(first, second, settings, ["one", "two"])
+    own = [values[2:] for values in by_hand(first, "quest", 0.1, 4)]
+    estimate = statistics.paired_difference(own, [values**2 for values in own])
+    expected = [100 * estimate.value, 100 * estimate.low, 100 * estimate.high]
+    assert found.loc["a tenth", ["value", "low", "high"]].tolist() == pytest.approx(expected)
+    assert found["prompts"].tolist() == [3 * 2, 3 * 8] and found["value"].gt(0).all()
 
 
 def test_lines_join_the_budgets_of_a_setting(axes):

@@ -8,6 +8,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from kvlib.lab import statistics
+from kvlib.lab.lessons import comparing
 from kvlib.lab.lessons.drawing import annotated_grid
 from kvlib.lab.plotting import COLORS, series
 from kvlib.lab.results import summaries
@@ -65,6 +66,8 @@ def look(configuration: str) -> dict:
     """
     method, _, variant = configuration.partition(" ")
     base = series(method)
+    if method == "loki" and "rank=" in variant:
+        return base | {"label": "Loki, all directions", "linestyle": ":"}
     if method != "tidaldecode":
         return base
     if "heads=group" in variant:
@@ -90,18 +93,33 @@ def points(table: pd.DataFrame, families, above: tuple[str, float] | None = None
         index (configuration, budget) in the order of the table; columns read, the share of the full cache's bytes that
         a decode step reads; value, low, high, the mean over families with its 95 % interval over prompts.
     """
-    rows = summaries.named(table[table["task"].isin(families)]).sort_values("sample", kind="stable")
-    cells = dict(list(rows.groupby(["configuration", "budget"], sort=False)))
-    scores = {name: cell.set_index(["task", "sample"])["value"] for name, cell in cells.items()}
+    cells = summaries.named(table[table["task"].isin(families)]).groupby(["configuration", "budget"], sort=False)
+    scores = {setting: rows.set_index(["task", "sample"])["value"] for setting, rows in cells}
+    shares = cells["read_bytes"].sum() / cells["full_bytes"].sum()
     found = {}
-    for name, cell in cells.items():
-        both = pd.concat([scores[name], scores[above or name]], axis=1, join="inner", keys=["own", "other"])
-        own, other = ([both.loc[family, side] for family in families] for side in both)
-        estimate = statistics.mean(own) if above is None else statistics.paired_difference(own, other)
-        read = cell["read_bytes"].sum() / cell["full_bytes"].sum()
-        found[name] = {"read": read, "value": estimate.value, "low": estimate.low, "high": estimate.high}
+    for setting, own in scores.items():
+        both = pd.concat([own, scores[above or setting]], axis=1, join="inner", keys=["own", "other"])
+        sides = [[both.loc[family, side] for family in families] for side in both]
+        estimate = statistics.paired_difference(*sides) if above else statistics.mean(sides[0])
+        found[setting] = {"read": shares[setting], "value": estimate.value, "low": estimate.low, "high": estimate.high}
     made = pd.DataFrame.from_dict(found, orient="index")
     return made.set_axis(pd.MultiIndex.from_tuples(made.index, names=["configuration", "budget"]))
+
+
+def between(first: pd.DataFrame, second: pd.DataFrame, settings: dict, families) -> pd.DataFrame:
+    """One setting in two tables, such as those of two protocols, on the prompts that both have.
+
+    Args:
+        first, second: rows of one model and length.
+        settings: label -> (configuration, budget).
+
+    Returns:
+        A row per label with the columns of `comparing.changes`, of first - second.
+    """
+    sides = {"first": first, "second": second}
+    both = pd.concat([table.assign(method=f"{side} " + table["method"]) for side, table in sides.items()])
+    pairs = {label: (f"first {name}", f"second {name}", budget) for label, (name, budget) in settings.items()}
+    return comparing.changes(both, pairs, families)
 
 
 def lines_over_bytes(axes, found: pd.DataFrame, factor: float = 1) -> None:
