@@ -76,6 +76,7 @@ class Head:
     Attributes:
         stored: positions that are in the cache, ascending.
         keys, values: position -> vector, keys before rotation.
+        queries: (query head, position) -> rotated query.
         attention: (query head, position of the query) -> {position of the key: weight}, for everything that was read.
         outputs: (query head, position of the query) -> what attention gave it.
         projections: query head -> its columns of the output projection.
@@ -91,6 +92,7 @@ class Head:
     stored: list = field(default_factory=list)
     keys: dict = field(default_factory=dict)
     values: dict = field(default_factory=dict)
+    queries: dict = field(default_factory=dict)
     attention: dict = field(default_factory=dict)
     outputs: dict = field(default_factory=dict)
     projections: dict = field(default_factory=dict)
@@ -155,7 +157,7 @@ class Decoder:
                 weights = {at: math.exp(logits[at] - max(logits.values())) for at in head.stored}
                 total = sum(weights.values())
                 weights = {at: weights[at] / total for at in head.stored}
-                head.attention[h, position] = weights
+                head.queries[h, position], head.attention[h, position] = query, weights
                 outputs[h] = sum(weights[at] * head.values[at] for at in head.stored)
                 head.outputs[h, position], head.projections[h] = outputs[h], o[:, h * dim : h * dim + dim]
         return o @ np.concatenate([outputs[h] for h in sorted(outputs)])

@@ -14,7 +14,10 @@ import kvlib
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
 BUDGETS = {"full": [1.0]}
-SETTINGS = {"quest": {"page": 4, "dense": 0}}  # its own read all of two layers and short prompts
+SETTINGS = {  # their own read all of two layers and short prompts, and leave no budget of 12 to the score
+    "quest": {"page": 4, "dense": 0},
+    "uncomp": {"window": 4, "kernel": 3, "spread": 0.5},
+}
 METHODS = [
     *(
         kvlib.method(name, budget=budget, **SETTINGS.get(name, {}))

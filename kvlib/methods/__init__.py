@@ -1,3 +1,3 @@
 """The methods, one file per paper; importing this package registers them."""
 
-from kvlib.methods import baselines, loki, quest, tidaldecode, tokenselect, vatp  # noqa: F401
+from kvlib.methods import baselines, loki, quest, tidaldecode, tokenselect, uncomp, vatp  # noqa: F401

@@ -1,0 +1,206 @@
+"""UNComp against a reference that works through one token, one head and one key at a time, and its budgets by hand."""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from reference import Host, count, simulate, tiny_llama
+from test_baselines import decode, lists, prompt
+
+import kvlib
+from kvlib.methods import entropy
+
+few = settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+SIZES = {"window": 4, "kernel": 3}
+
+
+@dataclass
+class Reference(Host):
+    """The method's policy; heads are ranked when one of them is asked for the first time."""
+
+    window: int = 8
+    kernel: int = 7
+    groups: int | None = None
+    spread: float = 2 / 3
+    ranks: dict = field(default_factory=dict)
+    evicts_in_decode = True
+
+    def __call__(self, head):
+        mean, heads = count(self.budget, head.prompt), len(head.neighbours)
+        furthest = max(0, min(int(self.spread * mean), head.prompt - mean))
+        if head.layer not in self.ranks:
+            self.ranks[head.layer] = ranked(head.neighbours, head.prompt)
+        groups = self.groups or heads
+        group = self.ranks[head.layer].index(head.index) * groups // heads
+        budget = mean if groups == 1 else mean + int(furthest * (2 * group - groups + 1) / (groups - 1))
+        if len(head.stored) <= budget:
+            return head.stored
+        start = head.tokens - max(1, min(self.window, mean - furthest - 1))
+        older = [at for at in head.stored if at < start]
+        scores = self.received(head, range(start, head.tokens), older)
+        reach = self.kernel // 2
+        pooled = {at: max(scores[j] for j in older[max(0, i - reach) : i + reach + 1]) for i, at in enumerate(older)}
+        newest = [at for at in head.stored if at >= start]
+        return self.heaviest(pooled, budget - len(newest)) + newest
+
+
+def ranked(heads, tokens: int) -> list[int]:
+    """KV heads of a layer from the lowest entropy of their queries to the highest."""
+    means = {head.index: np.mean([truncated(head, h, tokens) for h in head.query_heads]) for head in heads}
+    return sorted(means, key=lambda index: (round(float(means[index]), 5), index))
+
+
+def truncated(head, h, tokens: int) -> float:
+    rows = np.array([head.queries[h, at] for at in range(tokens)])
+    rows = rows - rows.mean(0)
+    lengths = np.linalg.norm(rows, axis=1)
+    rows = rows[lengths > 1e-12]
+    if len(rows) == 0:
+        return 0.0
+    singular = np.linalg.svd(rows / lengths[lengths > 1e-12][:, None], compute_uv=False)
+    shares = singular[: rows.shape[1] // 4] ** 2 / len(rows)
+    return -sum(share * np.log(share) for share in shares if share > 0)
+
+
+ARGUMENTS = st.fixed_dictionaries(
+    {
+        "window": st.integers(1, 9),
+        "kernel": st.sampled_from([1, 3, 5]),
+        "groups": st.sampled_from([None, 1, 2]),
+        "spread": st.floats(0, 0.7),
+    }
+)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_equals_reference(kv_heads):
+    model = tiny_llama(kv_heads)
+
+    @few
+    @example({}, 0.01, [13, 30], 3, 0)
+    @example({"window": 2}, 9, [1, 6], 6, 1)
+    @example({"groups": 2, "spread": 0.5, "window": 3}, 20, [40], 12, 2)
+    @given(
+        ARGUMENTS,
+        st.floats(0.01, 0.99) | st.integers(32, 40),
+        st.lists(st.integers(1, 40), min_size=1, max_size=2),
+        st.integers(0, 12),
+        st.integers(0, 99),
+    )
+    def check(arguments, budget, lengths, steps, seed):
+        prompts = [prompt(length, seed + row) for row, length in enumerate(lengths)]
+        logits, kept, _ = decode(kvlib.method("uncomp", budget=budget, **arguments), model, prompts, steps)
+        for row, ids in enumerate(prompts):
+            expected = simulate(model, ids, steps, Reference(budget, **arguments))
+            assert lists(kept, row) == expected.kept
+            np.testing.assert_allclose(torch.stack(logits)[:, row], expected.logits, rtol=0, atol=1e-9)
+
+    check()
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+def test_one_group_keeps_of_the_prompt_what_snapkv_keeps(architecture):
+    model, rows = tiny.model(architecture), [tiny.tokens(40), tiny.tokens(31, seed=1)]
+    kept = []
+    for method in (kvlib.method("snapkv", budget=0.5, **SIZES), kvlib.method("uncomp", budget=0.5, groups=1, **SIZES)):
+        with method(model) as run:
+            model(*tiny.pad(rows))
+            kept.append([run.kept(layer).tolist() for layer in range(len(run.cache.layers))])
+    assert kept[0] == kept[1]
+
+
+@given(st.integers(10, 400), st.floats(0.02, 0.98), st.floats(0, 0.9), st.sampled_from([2, 4, 8, None]))
+@settings(max_examples=30, deadline=None)
+def test_budgets_keep_their_mean_and_rise_with_entropy(tokens, budget, spread, groups):
+    """Eight heads with a known order: the mean is that of one budget for all, steps are even, nothing exceeds the
+    prompt."""
+    rank = torch.tensor([[3, 1, 7, 0, 5, 2, 6, 4]])
+    method = kvlib.method("uncomp", budget=budget, spread=spread, groups=groups)
+    found = method.budgets(Stub(tokens, rank))
+    mean = max(1, int(budget * tokens))
+    assert found.double().mean() == mean
+    by_rank = [found[0, (rank[0] == r).nonzero().item()].item() for r in range(8)]
+    assert by_rank == sorted(by_rank) and by_rank[0] >= 1 and by_rank[-1] <= tokens
+    size = 8 // (groups or 8)
+    firsts = by_rank[::size]
+    assert all(by_rank[i] == firsts[i // size] for i in range(8))
+    steps = [b - a for a, b in pairwise(firsts)]
+    assert max(steps) - min(steps) <= 2  # rounding towards the mean
+    assert by_rank[-1] - mean == min(int(spread * mean), tokens - mean)
+
+
+class Stub:
+    """What `budgets` looks at."""
+
+    def __init__(self, tokens, rank):
+        self.prompt_tokens, self.lengths = torch.tensor([tokens]), torch.full_like(rank, tokens)
+        self.layer = type("Layer", (), {"rows": {"rank": rank}})
+
+    def clamp(self, name, value, low=None, high=None):
+        value = value if high is None else torch.minimum(value, high)
+        return value.clamp(min=low)
+
+
+def test_budgets_of_the_paper():
+    """Two groups of 256 and 512 tokens, eight from 129 to 640 in steps of 73."""
+    rank = torch.arange(8)[None]
+    two = kvlib.method("uncomp", budget=384, groups=2, spread=1 / 3).budgets(Stub(4096, rank))
+    assert two.tolist() == [[256] * 4 + [512] * 4]
+    eight = kvlib.method("uncomp", budget=384, spread=2 / 3).budgets(Stub(4096, rank))[0]
+    published = torch.tensor([129, 202, 275, 348, 421, 494, 567, 640])
+    assert (eight - published).abs().max() <= 1
+
+
+def planted(ranks: list[int], tokens: int = 60, dim: int = 16) -> torch.Tensor:
+    """Queries `(1, heads, tokens, dim)` that fill so many directions each."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.stack([torch.randn(tokens, r, generator=draw) @ torch.randn(r, dim, generator=draw) for r in ranks])[
+        None
+    ]
+
+
+def test_heads_of_known_rank_get_budgets_in_this_order():
+    """Up to k = dim / 4 directions; beyond them the truncated entropy falls again, as it does in the release."""
+    queries = planted([3, 1, 4, 2])
+    found = entropy.entropy(entropy.spectrum(queries), entropy.truncation(16))
+    rank = found.argsort(dim=1).argsort(dim=1)
+    assert rank.tolist() == [[2, 0, 3, 1]]
+    assert kvlib.method("uncomp", budget=40, spread=0.6).budgets(Stub(60, rank)).tolist() == [[46, 20, 60, 34]]
+
+
+def test_later_turns_keep_the_groups_of_the_first():
+    model, method = tiny.model("llama-gqa"), kvlib.method("uncomp", budget=0.5, spread=0.5, **SIZES)
+    with method(model) as run:
+        first = tiny.generate(model, run, [tiny.tokens(30)])
+        ranks = [layer.rows["rank"].tolist() for layer in run.cache.layers]
+        tiny.generate(model, run, [tiny.tokens(20, seed=5)], before=first)
+        assert [layer.rows["rank"].tolist() for layer in run.cache.layers] == ranks
+        assert not any({"queries", "asked"} & {*layer.rows} for layer in run.cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": 0}, "groups=0: a number >= 1, or None"),
+        ({"spread": 1.0}, r"spread=1.0: a share of the mean budget, in \[0, 1\)"),
+        ({"budget": 24}, "budget=24: the smallest group has 8 of them, and the window alone takes 8"),
+    ],
+)
+def test_impossible_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kvlib.method("uncomp", **{"budget": 0.5, **arguments})
+    kvlib.method("uncomp", budget=25)
+
+
+def test_more_groups_than_heads():
+    model = tiny.model("llama-gqa")
+    with (
+        pytest.raises(ValueError, match="groups=4: a divisor of 2 KV heads"),
+        kvlib.method("uncomp", budget=0.5, groups=4)(model),
+    ):
+        model(tiny.tokens(30)[None])
