@@ -1,6 +1,7 @@
 """Matrix entropy: an oracle by SVD and loops, closed forms, what it does not depend on and what it does."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_it_grows_with_k_up_to_the_directions_there_are(tokens, d, seed):
     assert found.tolist() == sorted(found.tolist(), reverse=True) and float(found[-1]) >= 0
     for renormalised in (False, True):
         values = [float(entropy(found, k, renormalised)) for k in range(1, d + 1)]
-        assert all(later >= earlier - 1e-12 for earlier, later in zip(values, values[1:]))
+        assert all(later >= earlier - 1e-12 for earlier, later in pairwise(values))
     assert float(entropy(found)) <= math.log(min(d, tokens - 1)) + 1e-9
     assert float(participation_ratio(found)) <= float(effective_rank(found)) + 1e-9
 

@@ -22,6 +22,12 @@ SNAPKV = {
     "pooling": st.sampled_from(["max", "avg"]),
 }
 HOSTED = {"host": st.sampled_from(["h2o", "scissorhands", "snapkv", "pyramidkv"]), "sinks": st.integers(0, 9)}
+UNCOMP = {
+    "window": st.integers(1, 9),
+    "kernel": st.sampled_from([1, 3, 5]),
+    "groups": st.sampled_from([None, 1, 2]),
+    "spread": st.floats(0, 0.9),
+}
 ARGUMENTS = {  # what is drawn besides the budget
     "random": {"seed": st.integers(0, 9)},
     "snapkv": SNAPKV,
@@ -43,6 +49,8 @@ ARGUMENTS = {  # what is drawn besides the budget
         "recent": st.none() | st.integers(1, 9),
         "similarity": st.sampled_from([0.1, 0.5, 0.9, 1.0]),
     },
+    "uncomp": UNCOMP,
+    "uncomp_stage": {**UNCOMP, "starts": st.sampled_from([None, (), (1,)]), "shortest": st.floats(0.1, 1)},
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]
@@ -79,7 +87,7 @@ def converse(choice, cases: int) -> int:
     """Check random cases of one method; how many there were."""
     count = 0
     # Chunks matter to methods that look at one pass at a time (see test_gate).
-    chunks = choice not in (gate.Shorten, gate.Reader)
+    chunks = choice not in (gate.Shorten, gate.Reader, "uncomp_stage")
 
     @settings(max_examples=cases, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
     @given(methods(choice), st.sampled_from(list(tiny.ARCHITECTURES)), conversations(chunks))

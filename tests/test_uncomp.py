@@ -11,6 +11,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from reference import Host, count, simulate, tiny_llama
 from test_baselines import decode, lists, prompt
+from transformers import AttentionInterface
 
 import kvlib
 from kvlib.methods import entropy
@@ -197,10 +198,110 @@ def test_impossible_arguments_are_named(arguments, message):
     kvlib.method("uncomp", budget=25)
 
 
-def test_more_groups_than_heads():
-    model = tiny.model("llama-gqa")
-    with (
-        pytest.raises(ValueError, match="groups=4: a divisor of 2 KV heads"),
-        kvlib.method("uncomp", budget=0.5, groups=4)(model),
-    ):
+@pytest.mark.parametrize(("architecture", "heads", "groups"), [("llama-gqa", 2, 4), ("llama-mha", 4, 3)])
+def test_groups_divide_the_heads(architecture, heads, groups):
+    model, method = tiny.model(architecture), kvlib.method("uncomp", budget=0.5, groups=groups)
+    with pytest.raises(ValueError, match=f"groups={groups}: a divisor of {heads} KV heads"), method(model):
         model(tiny.tokens(30)[None])
+
+
+# Stages
+
+
+class Staged:
+    """A prompt read by the stock layers one after the other, with fewer tokens from stage to stage.
+
+    positions: per layer the tokens that it reads. logits: of the last one.
+    """
+
+    def __init__(self, model, ids, shares: dict[int, float], window: int):
+        AttentionInterface.register("staged", self.attend)
+        before, model.config._attn_implementation = model.config._attn_implementation, "staged"
+        hidden, at = model.model.embed_tokens(ids), torch.arange(ids.shape[1])
+        self.window, self.positions, self.seen = window, [], None
+        for index, layer in enumerate(model.model.layers):
+            if index in shares:
+                total = ids.shape[1]
+                forced = {0, *range(total - window, total)}
+                count = max(window + 1, int(shares[index] * total))
+                others = [i for i, token in enumerate(at.tolist()) if token not in forced]
+                chosen = sorted(others, key=lambda i: (-self.seen[i].item(), i))[: count - len(forced)]
+                stay = sorted([*chosen, *(i for i, token in enumerate(at.tolist()) if token in forced)])
+                hidden, at = hidden[:, stay], at[stay]
+            self.positions.append(at.tolist())
+            rotary = model.model.rotary_emb(hidden, at[None])
+            hidden = layer(hidden, attention_mask=None, position_ids=at[None], position_embeddings=rotary)
+            hidden = hidden if torch.is_tensor(hidden) else hidden[0]
+        model.config._attn_implementation = before
+        self.logits = model.lm_head(model.model.norm(hidden[:, -1:]))[0, 0]
+
+    def attend(self, module, query, key, value, mask, scaling=None, **kwargs):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        weights = (scaling * query @ key.mT).masked_fill(future, -torch.inf).softmax(-1)
+        self.seen = weights[0, :, -self.window :].sum((0, 1))
+        return (weights @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("tokens", [40, 11])
+def test_stages_equal_stock_layers_that_get_fewer_tokens(architecture, tokens):
+    model, ids = tiny.build(architecture, num_hidden_layers=5), tiny.tokens(tokens)[None]
+    expected = Staged(model, ids, {1: 0.75, 3: 0.5}, window=3)
+    # As many tokens as there are: nothing is evicted from what layers have read.
+    method = kvlib.method("uncomp_stage", budget=tokens, spread=0, window=3, starts=(1, 3), shortest=0.5)
+    with method(model) as run, torch.no_grad():
+        logits = model(ids).logits[0, -1]
+        for layer, positions in enumerate(expected.positions):
+            assert run.kept(layer)[0].tolist() == [positions] * 2
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-9)
+    counts = [len(positions) for positions in expected.positions]
+    assert counts == [tokens, int(0.75 * tokens), int(0.75 * tokens), int(0.5 * tokens), int(0.5 * tokens)]
+
+
+def test_layers_store_their_budgets_or_all_that_they_have_read():
+    model, rows = tiny.build("llama-gqa", num_hidden_layers=4), [tiny.tokens(40), tiny.tokens(21, seed=1)]
+    arguments = {"budget": 0.6, "spread": 0.5, "starts": (2, 3), "shortest": 0.5, **SIZES}
+    with kvlib.method("uncomp_stage", **arguments)(model) as run:
+        model(*tiny.pad(rows))
+        lengths = torch.stack([layer.lengths.sort(dim=1).values for layer in run.cache.layers])
+        assert lengths[:, 0].tolist() == [[12, 36], [12, 36], [12, 30], [12, 20]]
+        assert lengths[:, 1].tolist() == [[6, 18], [6, 18], [6, 15], [6, 10]]
+        assert run.stored_bytes() == lengths.sum() * 2 * 8 * 8 and run.full_bytes() == 61 * 4 * 2 * 2 * 8 * 8
+
+
+def test_released_stages_at_other_depths():
+    model = tiny.build("llama-gqa", num_hidden_layers=30)
+    prepared = kvlib.method("uncomp_stage", budget=0.5).prepare(model)
+    assert [*prepared] == [1, 14, 24, 29] and [*prepared.values()] == pytest.approx([0.84375, 0.6875, 0.53125, 0.375])
+
+
+def test_questions_are_not_shortened():
+    model = tiny.build("llama-gqa", num_hidden_layers=4)
+    method = kvlib.method("uncomp_stage", budget=30, spread=0, window=2, starts=(2,), shortest=0.4)
+    with method(model) as run:
+        run.read(input_ids=tiny.tokens(30)[None])
+        before = [layer.lengths.tolist() for layer in run.cache.layers]
+        assert before == [[[30, 30]]] * 2 + [[[12, 12]]] * 2
+        run.ask(input_ids=tiny.tokens(9, seed=1)[None], max_new_tokens=1)
+        after = [[[30, 30]]] * 2 + [[[12 + 9] * 2]] * 2  # room for all of the question where the document took less
+        assert [layer.lengths.tolist() for layer in run.cache.layers] == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"starts": (0, 2)}, "starts=\\(0, 2\\): a tuple of layers >= 1"),
+        ({"starts": (3, 2)}, "starts=\\(3, 2\\): a tuple of layers >= 1, ascending"),
+        ({"shortest": 0.0}, "shortest=0.0: a share of the prompt"),
+    ],
+)
+def test_impossible_stages_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kvlib.method("uncomp_stage", budget=0.5, **arguments)
+
+
+def test_stages_of_layers_that_there_are_not():
+    model = tiny.model("llama-gqa")
+    with pytest.raises(ValueError, match="starts=\\(1, 2\\): of 2 layers"):
+        kvlib.method("uncomp_stage", budget=0.5, starts=(1, 2))(model).__enter__()

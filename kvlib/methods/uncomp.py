@@ -2,11 +2,14 @@
 
 import torch
 
-from kvlib.core.method import register, require, whole
-from kvlib.methods import entropy
+from kvlib.core.method import register, require, strongest, whole
+from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
+from kvlib.methods.head_groups import head_entropy, per_kv_head, ranks
+from kvlib.methods.layer_groups import relative_lengths
 
 DECIMALS = 5  # entropies that agree in them are equal
+RELEASED = 32, (2, 15, 26, 31)  # layers of the models, and where later stages begin
 
 
 @register("uncomp")
@@ -97,11 +100,8 @@ class UNComp(SnapKV):
             rows[name] = torch.cat([rows[name], new], dim=dim) if name in rows else new
         if view.step.ends_prompt:
             queries, asked = rows.pop("queries"), rows.pop("asked")
-            spectrum = entropy.spectrum(queries, (asked >= 0)[:, None])
-            found = entropy.entropy(spectrum, entropy.truncation(queries.shape[-1]))
-            found = found.unflatten(1, (-1, view.groups)).mean(2)
-            found = found.round(decimals=DECIMALS)  # of two tokens every head has entropy 0, up to rounding
-            rows["rank"] = found.argsort(dim=1, stable=True).argsort(dim=1)
+            found = per_kv_head(head_entropy(queries, asked >= 0), view.new_key.shape[1])
+            rows["rank"] = ranks(found.round(decimals=DECIMALS))  # of two tokens all have 0, up to rounding
 
     # Which tokens
 
@@ -114,3 +114,77 @@ class UNComp(SnapKV):
         age = torch.arange(self.window, 0, -1)
         counted = view.on_device((age <= last[:, None]).long())[:, None, None]
         return (view.state["rows"] * counted).sum(-1)[:, :, None]
+
+
+@register("uncomp_stage")
+class UNCompStage(UNComp):
+    """`UNComp`, and hidden states of the prompt that get fewer from one stage of layers to the next.
+
+    Before the first layer of each stage but the first, the tokens stay in the residual stream that the last `window`
+    queries of the layer before looked at most, in all heads together; the others are gone for it and all later layers,
+    which compute and store nothing of them. Positions stay what they were. From stage to stage the share of the tokens
+    that stays falls in equal steps from 1 to `shortest`. The method whose code is called group-stage.
+
+    Departures from the released code: shares of the prompt, not of the model's window (1536 of 4096 tokens are .375);
+    the text's first token and the last `window` always stay (there the last one stays only because it looks at itself,
+    and logits could be those of another token); every row of a batch has its own tokens. Each chunk of a prompt is
+    shortened by itself, so that how a prompt is cut changes what is dropped. Questions about a document are not
+    shortened, and with a budget of 1.0 nothing is.
+
+    Args:
+        starts: first layers of the stages behind the first. None: those of the release for 32 layers, which come from
+            scores of full entropy (`kvlib.methods.layer_groups`), at the same depth.
+        shortest: in (0, 1], the share of the last stage.
+
+    Raises:
+        ValueError: for starts that do not ascend, of a layer that the model has not, or of layer 0, which reads all;
+            for another share, and what `UNComp` refuses.
+    """
+
+    starts: tuple[int, ...] | None = None
+    shortest: float = 1536 / 4096
+    own_prefill = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        ascending = self.starts is None or (
+            isinstance(self.starts, tuple)
+            and all(whole(layer, 1) for layer in self.starts)
+            and [*self.starts] == sorted({*self.starts})
+        )
+        require("starts", self.starts, ascending, "a tuple of layers >= 1, ascending, or None")
+        fits = isinstance(self.shortest, int | float) and 0 < self.shortest <= 1
+        require("shortest", self.shortest, fits, "a share of the prompt, in (0, 1]")
+
+    def prepare(self, model):
+        layers = len(attention_modules(model))
+        if self.starts is None:
+            starts = sorted({start * layers // RELEASED[0] for start in RELEASED[1]} - {0})
+        else:
+            starts = self.starts
+        require("starts", starts, max(starts, default=0) < layers, f"of {layers} layers")
+        return dict(zip(starts, relative_lengths(len(starts) + 1, float(self.shortest))[1:]))
+
+    def observe(self, view):
+        super().observe(view)
+        step, shared = view.step, view.step.shared
+        if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared:
+            return
+        shared.setdefault("read", step.counts)
+        seen = view.column_sums(last=self.window).sum(2).flatten(1)
+        by_position = seen.new_zeros(len(seen), int(step.tokens.max()) + 1)
+        by_position.scatter_add_(1, view.positions.flatten(1).long() + 1, seen)  # what is no token stands at 0
+        shared["seen"] = by_position.gather(1, view.query_positions.long() + 1)
+
+    def before_layer(self, run, layer_idx):
+        step, share = run.step, run.prepared.get(layer_idx)
+        if not self.evicts or step.after_prompt or share is None:
+            return None
+        positions, newest = step.positions, step.ends - self.window
+        forced = (positions == 0) | (positions >= newest[:, None])
+        stay = (share * step.shared["read"]).long().clamp(min=self.window + 1)
+        score = step.shared["seen"].masked_fill(forced, torch.inf)
+        stays = strongest(score[:, None], positions[:, None], torch.minimum(stay, step.counts)[:, None])[:, 0]
+        # Rows go on with equally many columns: where one has fewer tokens, padding, which comes first, fills it.
+        order = (2 * stays.long() + (positions < 0)).argsort(dim=1, stable=True)
+        return order[:, -int(stays.sum(1).max()) :].sort(dim=1).values
