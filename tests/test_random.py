@@ -25,7 +25,7 @@ HOSTED = {"host": st.sampled_from(["h2o", "scissorhands", "snapkv", "pyramidkv"]
 UNCOMP = {
     "window": st.integers(1, 9),
     "kernel": st.sampled_from([1, 3, 5]),
-    "groups": st.sampled_from([None, 1, 2]),
+    "groups": st.sampled_from([None, 1]),
     "spread": st.floats(0, 0.9),
 }
 ARGUMENTS = {  # what is drawn besides the budget
