@@ -185,7 +185,7 @@ class UNCompStage(UNComp):
         stay = (share * step.shared["read"]).long().clamp(min=self.window + 1)
         score = step.shared["seen"].masked_fill(forced, torch.inf)
         stays = strongest(score[:, None], positions[:, None], torch.minimum(stay, step.counts)[:, None])[:, 0]
-        # Rows go on with equally many columns: where fewer tokens stay, padding, which comes first, fills the row. There
-        # is enough of it, for no row drops more tokens than a longer one.
+        # Rows go on with equally many columns: where fewer tokens stay, padding, which comes first, fills the row.
+        # There is enough of it, for no row drops more tokens than a longer one.
         order = (2 * stays.long() + (positions < 0)).argsort(dim=1, stable=True)
         return order[:, -int(stays.sum(1).max()) :]
