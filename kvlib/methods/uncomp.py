@@ -168,6 +168,8 @@ class UNCompStage(UNComp):
     def observe(self, view):
         super().observe(view)
         step, shared = view.step, view.step.shared
+        if step.ends_prompt:
+            view.layer.rows["most"] = view.lengths.to(view.device)
         if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared:
             return
         shared.setdefault("read", step.counts)
@@ -175,6 +177,9 @@ class UNCompStage(UNComp):
         by_position = seen.new_zeros(len(seen), int(step.tokens.max()) + 1)
         by_position.scatter_add_(1, view.positions.flatten(1).long() + 1, seen)  # what is no token stands at 0
         shared["seen"] = by_position.gather(1, view.query_positions.long() + 1)
+
+    def budgets(self, view):
+        return torch.minimum(super().budgets(view), view.layer.rows["most"].cpu())  # what is stored never grows
 
     def before_layer(self, run, layer_idx):
         step, share = run.step, run.prepared.get(layer_idx)
