@@ -38,7 +38,9 @@ def per_kv_head(entropy: torch.Tensor, kv_heads: int) -> torch.Tensor:
 
 
 def group_sizes(heads: int, groups: int) -> list[int]:
-    """Heads in each group, as equal as can be; those left over go to the outermost groups (3 of 32: 11, 10, 11).
+    """Heads in each group, as equal as can be; those left over go to the outermost groups, the lowest first.
+
+    The release has the same sizes: 11, 10, 11 for 3 groups of 32 heads; 7, 6, 6, 6, 7 for 5.
 
     Raises:
         ValueError: for no group, and for more groups than heads.
