@@ -29,12 +29,12 @@ def head_entropy(query: torch.Tensor, real: torch.Tensor | None = None, k: int |
     return entropy(found, truncation(query.shape[-1]) if k is None else k)
 
 
-def per_kv_head(entropy: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def per_kv_head(entropies: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """The mean over the query heads of each KV head, `(..., kv_heads)`, from `(..., query_heads)`; ours.
 
     The release types query heads and stores keys and values once for each of them.
     """
-    return entropy.unflatten(-1, (kv_heads, -1)).mean(-1)
+    return entropies.unflatten(-1, (kv_heads, -1)).mean(-1)
 
 
 def group_sizes(heads: int, groups: int) -> list[int]:
@@ -62,18 +62,18 @@ def by_rank(score: torch.Tensor, groups: int) -> torch.Tensor:
     return of_rank[ranks(score)]
 
 
-def clean(entropy: torch.Tensor, groups: int) -> torch.Tensor:
-    """The group of each head `(..., heads)` by its mean rank over windows, from entropies `(windows, ..., heads)`."""
-    return by_rank(ranks(entropy).double().mean(0), groups)
+def clean(entropies: torch.Tensor, groups: int) -> torch.Tensor:
+    """The group of each head `(..., heads)` by its mean rank over windows, from `(windows, ..., heads)`."""
+    return by_rank(ranks(entropies).double().mean(0), groups)
 
 
-def release(entropy: torch.Tensor, groups: int) -> torch.Tensor:
+def release(entropies: torch.Tensor, groups: int) -> torch.Tensor:
     """As `clean`, by the release's rule: from the lowest on, each group takes the heads that most windows put there.
 
     Those that a lower group has taken are gone; of equal ones the first are taken. With two groups this is the
     release's count of windows in which a head is in the upper half.
     """
-    labels = by_rank(entropy, groups)
+    labels = by_rank(entropies, groups)
     found = torch.full_like(labels[0], -1)
     for group, size in enumerate(group_sizes(labels.shape[-1], groups)):
         votes = (labels == group).sum(0).masked_fill(found >= 0, -1)
@@ -116,11 +116,11 @@ class Measured:
         """
         require("rule", rule, rule in RULES, " or ".join(map(repr, RULES)))
         require("corpus", corpus, corpus in (None, *self.entropy), " or ".join(map(repr, self.entropy)))
-        entropy = torch.cat([*self.entropy.values()]) if corpus is None else self.entropy[corpus]
-        entropy = per_kv_head(entropy, self.kv_heads) if stored else entropy
+        entropies = torch.cat([*self.entropy.values()]) if corpus is None else self.entropy[corpus]
+        entropies = per_kv_head(entropies, self.kv_heads) if stored else entropies
         if over_layers:
-            return RULES[rule](entropy.flatten(1), count).view(entropy.shape[1:])
-        return RULES[rule](entropy, count)
+            return RULES[rule](entropies.flatten(1), count).view(entropies.shape[1:])
+        return RULES[rule](entropies, count)
 
 
 def read(file: Path) -> Measured:
