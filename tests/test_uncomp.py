@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 
 import kvlib
 from kvlib.methods import entropy
+from kvlib.methods.head_groups import load
+from kvlib.methods.uncomp import Prepared
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 SIZES = {"window": 4, "kernel": 3}
@@ -141,6 +143,7 @@ class Stub:
     def __init__(self, tokens, rank):
         self.prompt_tokens, self.lengths = torch.tensor([tokens]), torch.full_like(rank, tokens)
         self.layer = type("Layer", (), {"rows": {"rank": rank}})
+        self.run = type("Run", (), {"prepared": Prepared(None, {})})
 
     def clamp(self, name, value, low=None, high=None):
         value = value if high is None else torch.minimum(value, high)
@@ -201,7 +204,7 @@ def test_impossible_arguments_are_named(arguments, message):
 @pytest.mark.parametrize(("architecture", "heads", "groups"), [("llama-gqa", 2, 4), ("llama-mha", 4, 3)])
 def test_groups_divide_the_heads(architecture, heads, groups):
     model, method = tiny.model(architecture), kvlib.method("uncomp", budget=0.5, groups=groups)
-    with pytest.raises(ValueError, match=f"groups={groups}: a divisor of {heads} KV heads"), method(model):
+    with pytest.raises(ValueError, match=f"groups={groups}: groups of {heads} KV heads whose"), method(model):
         model(tiny.tokens(30)[None])
 
 
@@ -273,7 +276,9 @@ def test_layers_store_their_budgets_or_all_that_they_have_read():
 def test_released_stages_at_other_depths():
     model = tiny.build("llama-gqa", num_hidden_layers=30)
     prepared = kvlib.method("uncomp_stage", budget=0.5).prepare(model)
-    assert [*prepared] == [1, 14, 24, 29] and [*prepared.values()] == pytest.approx([0.84375, 0.6875, 0.53125, 0.375])
+    assert [*prepared.shares] == [1, 14, 24, 29] and [*prepared.shares.values()] == pytest.approx(
+        [0.84375, 0.6875, 0.53125, 0.375]
+    )
 
 
 def test_questions_are_not_shortened():
@@ -306,3 +311,29 @@ def test_stages_of_layers_that_there_are_not():
     model = tiny.model("llama-gqa")
     with pytest.raises(ValueError, match="starts=\\(1, 2\\): of 2 layers"):
         kvlib.method("uncomp_stage", budget=0.5, starts=(1, 2))(model).__enter__()
+
+
+# Calibrated
+
+
+@pytest.mark.parametrize(("groups", "across"), [(2, False), (None, False), (8, True), (5, True)])
+def test_a_calibration_says_the_groups(groups, across):
+    """The published labels give each head its budget; over all heads the mean is the budget."""
+    model, tokenizer = kvlib.load("minilm")
+    ids = tokenizer("import os\n" * 60, return_tensors="pt").input_ids[:, :100]
+    arguments = {"budget": 50, "groups": groups, "spread": 0.5, "types": "minilm", "across": across}
+    with kvlib.method("uncomp", **arguments)(model) as run:
+        model(ids)
+        kept = torch.stack([layer.lengths[0] for layer in run.cache.layers])
+    labels = load("minilm", model).groups(groups or 8, over_layers=across)
+    last = int(labels.max())
+    assert last + 1 == (groups or 8)
+    assert kept.tolist() == [[50 + int(25 * (2 * label - last) / last) for label in row] for row in labels.tolist()]
+    assert kept.double().mean() == 50 and (kept.double().mean(1) == 50).all() != across
+
+
+def test_calibrations_that_do_not_fit():
+    with pytest.raises(ValueError, match="across=True: only with a calibration"):
+        kvlib.method("uncomp", budget=0.5, across=True)
+    with pytest.raises(ValueError, match="minilm"):
+        kvlib.method("uncomp", budget=0.5, types="minilm")(tiny.model("llama-gqa")).__enter__()

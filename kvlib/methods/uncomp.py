@@ -1,15 +1,28 @@
 """UNComp: heads whose queries vary in more directions keep more tokens (Xiong et al., 2410.03090)."""
 
+from typing import NamedTuple
+
 import torch
 
 from kvlib.core.method import register, require, strongest, whole
 from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
-from kvlib.methods.head_groups import head_entropy, per_kv_head, ranks
+from kvlib.methods.head_groups import by_rank, group_sizes, head_entropy, load, per_kv_head, ranks
 from kvlib.methods.layer_groups import relative_lengths
 
 DECIMALS = 5  # entropies that agree in them are equal
 RELEASED = 32, (2, 15, 26, 31)  # layers of the models, and where later stages begin
+
+
+class Prepared(NamedTuple):
+    """What follows from the model alone.
+
+    groups: of every head, `(layers, kv_heads)`, if a calibration says; None: prompts do. shares: first layer of a later
+    stage -> the share of the prompt's tokens that go on into it.
+    """
+
+    groups: torch.Tensor | None
+    shares: dict[int, float]
 
 
 @register("uncomp")
@@ -34,17 +47,23 @@ class UNComp(SnapKV):
     to the score.
 
     Args:
-        groups: of each layer, a divisor of its KV heads; None: every KV head is a group of its own.
+        groups: of the KV heads of each layer. Sizes differ by one where heads do not divide, but have to be symmetric,
+            so that the mean stays. None: every KV head is a group of its own.
         spread: in [0, 1).
+        types: the name of a shipped model, or a folder, whose calibration (`kvlib.calibration.head_groups`) says the
+            groups, as in the paper; None: the prompt does.
+        across: groups are of all heads of the model, so that layers differ in what they store; ours. Needs `types`.
 
     Raises:
-        ValueError: for other groups or spreads; for tokens of which the smallest group has no more than the window;
-            and what SnapKV refuses.
+        ValueError: for other groups or spreads; for tokens of which the smallest group has no more than the window; for
+            the calibration of another model; and what SnapKV refuses.
     """
 
     window: int = 8
     groups: int | None = None
     spread: float = 2 / 3
+    types: str | None = None
+    across: bool = False
     evicts_in_decode = True
     text_order = True
     weighs = True
@@ -58,6 +77,22 @@ class UNComp(SnapKV):
             least = self.budget - int(self.spread * self.budget)
             allowed = f"the smallest group has {least} of them, and the window alone takes {self.window}"
             require("budget", self.budget, least > self.window, allowed)
+        calibrated = isinstance(self.across, bool) and (self.types is not None or not self.across)
+        require("across", self.across, calibrated, "only with a calibration, `types`, are all heads known in advance")
+
+    def prepare(self, model):
+        if self.types is None:
+            return Prepared(None, {})
+        measured = load(self.types, model)
+        heads = measured.kv_heads * (len(attention_modules(model)) if self.across else 1)
+        return Prepared(measured.groups(self.symmetric(heads), over_layers=self.across), {})
+
+    def symmetric(self, heads: int) -> int:
+        """The number of groups of so many heads."""
+        groups = self.groups or heads
+        fits = groups <= heads and (sizes := group_sizes(heads, groups)) == sizes[::-1]
+        require("groups", groups, fits, f"groups of {heads} KV heads whose sizes are symmetric, so that the mean stays")
+        return groups
 
     def observe(self, view):
         if not self.evicts:
@@ -66,7 +101,7 @@ class UNComp(SnapKV):
             rows = view.state["rows"]
             view.state["rows"] = torch.cat([rows[..., 1:], view.importance().mean(2)[..., None]], dim=-1)
             return
-        if "rank" not in view.layer.rows:
+        if self.types is None and "rank" not in view.layer.rows:
             self.rank(view)
         if view.step.ends_prompt or view.step.ends_question:
             view.state["rows"] = self.rows(view)
@@ -79,13 +114,15 @@ class UNComp(SnapKV):
     # How many tokens
 
     def budgets(self, view):
-        mean, heads = self.tokens(view, self.budget), view.lengths.shape[1]
-        groups = self.groups or heads
-        require("groups", groups, heads % groups == 0, f"a divisor of {heads} KV heads")
-        if groups == 1:
-            return mean[:, None].expand_as(view.lengths)
-        place = 2 * (view.layer.rows["rank"].cpu() * groups // heads) - (groups - 1)  # from -(groups - 1) to groups - 1
-        return mean[:, None] + torch.div(place * self.furthest(view)[:, None], groups - 1, rounding_mode="trunc")
+        mean, group = self.tokens(view, self.budget)[:, None], view.run.prepared.groups
+        if group is None:
+            groups = self.symmetric(view.lengths.shape[1])
+            group = by_rank(view.layer.rows["rank"].cpu(), groups)
+        else:
+            groups, group = int(group.max()) + 1, group[view.layer_idx]
+        place = 2 * group - (groups - 1)  # from -(groups - 1) to groups - 1
+        above = torch.div(place * self.furthest(view)[:, None], max(1, groups - 1), rounding_mode="trunc")
+        return (mean + above).expand_as(view.lengths)
 
     def furthest(self, view) -> torch.Tensor:
         """Tokens `(batch,)` that the outer groups are away from the mean."""
@@ -163,14 +200,15 @@ class UNCompStage(UNComp):
         else:
             starts = self.starts
         require("starts", starts, max(starts, default=0) < layers, f"of {layers} layers")
-        return dict(zip(starts, relative_lengths(len(starts) + 1, float(self.shortest))[1:]))
+        shares = relative_lengths(len(starts) + 1, float(self.shortest))[1:]
+        return super().prepare(model)._replace(shares=dict(zip(starts, shares)))
 
     def observe(self, view):
         super().observe(view)
         step, shared = view.step, view.step.shared
         if step.ends_prompt:
             view.layer.rows["most"] = view.lengths.to(view.device)
-        if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared:
+        if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared.shares:
             return
         shared.setdefault("read", step.counts)
         seen = view.column_sums(last=self.window).sum(2).flatten(1)
@@ -182,7 +220,7 @@ class UNCompStage(UNComp):
         return torch.minimum(super().budgets(view), view.layer.rows["most"].cpu())  # what is stored never grows
 
     def before_layer(self, run, layer_idx):
-        step, share = run.step, run.prepared.get(layer_idx)
+        step, share = run.step, run.prepared.shares.get(layer_idx)
         if not self.evicts or step.after_prompt or share is None:
             return None
         positions, newest = step.positions, step.ends - self.window
