@@ -47,7 +47,8 @@ def group_sizes(heads: int, groups: int) -> list[int]:
     """
     require("groups", groups, whole(groups, 1) and groups <= heads, f"a number of groups from 1 to {heads} heads")
     outermost_first = sorted(range(groups), key=lambda group: min(group, groups - 1 - group))
-    larger = outermost_first[: heads % groups]
+    left, odd = heads % groups, heads % groups % 2 * (groups % 2)
+    larger = outermost_first[: left - odd] + outermost_first[-1:] * odd
     return [heads // groups + (group in larger) for group in range(groups)]
 
 
