@@ -201,11 +201,13 @@ def test_impossible_arguments_are_named(arguments, message):
     kvlib.method("uncomp", budget=25)
 
 
-@pytest.mark.parametrize(("architecture", "heads", "groups"), [("llama-gqa", 2, 4), ("llama-mha", 4, 3)])
-def test_groups_divide_the_heads(architecture, heads, groups):
-    model, method = tiny.model(architecture), kvlib.method("uncomp", budget=0.5, groups=groups)
-    with pytest.raises(ValueError, match=f"groups={groups}: groups of {heads} KV heads whose"), method(model):
+def test_groups_have_heads_and_are_symmetric():
+    model, method = tiny.model("llama-gqa"), kvlib.method("uncomp", budget=0.5, groups=4)
+    with pytest.raises(ValueError, match="groups=4: groups of 2 KV heads whose"), method(model):
         model(tiny.tokens(30)[None])
+    with pytest.raises(ValueError, match="groups=2: groups of 3 KV heads whose"):
+        kvlib.method("uncomp", budget=0.5, groups=2).symmetric(3)
+    assert kvlib.method("uncomp", budget=0.5, groups=3).symmetric(4) == 3
 
 
 # Stages
