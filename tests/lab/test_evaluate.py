@@ -172,7 +172,9 @@ def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
         assert sorted(rows["sample"]) == [*range(study.samples(model, configuration))]
         if isinstance(configuration.make(), kvlib.Reader):
             assert (rows["stored_bytes"] == rows["full_bytes"]).all()
-            assert (rows["read_bytes"] < rows["full_bytes"]).all()
+            # half of the tokens for each of three query heads are more rows than there are
+            less = configuration.budget < 1024
+            assert (rows["read_bytes"] < rows["full_bytes"] * (1 if less else 1.6)).all()
         else:
             assert (rows["stored_bytes"] / rows["full_bytes"] <= 1.05 * configuration.budget).all()
 
