@@ -14,7 +14,7 @@ import kvlib
 from kvlib.calibration import attention_mass
 from kvlib.lab import checks, statistics
 from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b, lesson_04
+from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b, lesson_04, lesson_04b
 from kvlib.lab.results import summaries
 from kvlib.methods import vatp
 
@@ -818,6 +818,68 @@ def by_ranks(attention):
 )
 def test_wrong_shared_choices(traced, answer, message):
     refused(lesson_04.check_own_choice, message, answer, traced)
+
+
+# 04b_tidaldecode_budgets
+
+
+def largest_k(layers, dense, query_heads, kv_heads, tokens, share):
+    left = (share * layers - dense) * tokens * kv_heads
+    return min(tokens, max(0, math.floor(left / ((layers - dense) * query_heads))))
+
+
+def page_rows(chosen, kv_heads, page):
+    tokens = chosen.shape[-1]
+    wanted = F.pad(chosen.unflatten(0, (kv_heads, -1)).any(1), (0, -tokens % page))
+    pages = wanted.unflatten(-1, (-1, page)).any(-1)
+    return pages.repeat_interleave(page, -1)[:, :tokens].sum(-1)
+
+
+def test_right_answers_of_04b_pass(capsys):
+    lesson_04b.check_largest_k(largest_k)
+    lesson_04b.check_page_rows(page_rows)
+    lesson_04b.check_page_rows(lambda *a: page_rows(*a).tolist())
+    assert capsys.readouterr().out == "largest_k is right\n" + 2 * "page_rows is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "largest_k returned None"),
+        (lambda n, d, q, h, t, s: largest_k(n, d, h, h, t, s), "loads the rows of its own set"),
+        (lambda n, d, q, h, t, s: largest_k(n, 0, q, h, t, s), "the selection layers read everything"),
+        (lambda n, d, q, h, t, s: largest_k(n, d, q * q // h, q, t, s) // h, "each KV head has rows of its own"),
+        (lambda n, d, q, h, t, s: math.floor((s * n - d) * t * h / ((n - d) * q)), "between 0 and all tokens"),
+        (lambda n, d, q, h, t, s: (s * n - d) * t * h / ((n - d) * q), "a whole number of tokens"),
+        (lambda n, d, q, h, t, s: max(0, math.ceil((s * n - d) * t * h / ((n - d) * q))), "round down"),
+        (lambda *a: largest_k(*a) + 1, "SmolLM2, 2 dense layers, 1 of the bytes: 682 is expected, found 683"),
+        (lambda n, d, q, h, t, s: largest_k(n, d, h, q, t, s), "682 is expected, found 2048"),
+        (lambda *a: largest_k(*a[:-1], 1.0), "0.5 of the bytes: 316 is expected, found 682"),
+    ],
+)
+def test_wrong_largest_k(answer, message):
+    refused(lesson_04b.check_largest_k, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: ..., "page_rows returned Ellipsis"),
+        (lambda c, h, p: page_rows(c, len(c), p), "9 numbers, one per KV head is expected; that is one per query head"),
+        (lambda c, h, p: page_rows(c, 1, p), "1 numbers, one per KV head"),
+        (lambda c, h, p: page_rows(c, 1, p).tolist() * h, "the union over all heads"),
+        (lambda c, h, p: page_rows(c, len(c), p).unflatten(0, (h, -1)).sum(1), "a page is read once for its group"),
+        (lambda c, h, p: page_rows(c.unflatten(0, (-1, h)).transpose(0, 1).flatten(0, 1), h, p), "are neighbours"),
+        (lambda c, h, p: page_rows(c, h, 1), "but whole pages are read"),
+        (lambda c, h, p: -(-page_rows(c, h, p) // p), "that is the number of pages"),
+        (lambda c, h, p: -(-page_rows(c, h, p) // p) * p, "the last page is cut"),
+        (lambda c, h, p: page_rows(c.unflatten(0, (h, -1)).all(1), h, p), "have in common"),
+        (lambda c, h, p: page_rows(c.logical_not_(), h, p), "page_rows changes its argument"),
+        (lambda *a: page_rows(*a) + 1, "3 KV heads, groups of 3, 41 tokens, pages of 4: "),
+    ],
+)
+def test_wrong_pages(answer, message):
+    refused(lesson_04b.check_page_rows, message, answer)
 
 
 # Methods

@@ -45,6 +45,17 @@ def test_slots_that_are_no_tokens_mark_nothing():
     assert found.int().tolist() == [[1, 0, 1, 0, 0], [0, 0, 0, 1, 0]]
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_unions_by_sets(kv_heads):
+    chosen = torch.rand(3, 6, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    found, group = selections.unions(chosen, kv_heads), 6 // kv_heads
+    assert found.shape == (3, kv_heads)
+    for layer in range(3):
+        sets = [{*mask.nonzero().flatten().tolist()} for mask in chosen[layer]]
+        expected = [len(set().union(*sets[head * group : (head + 1) * group])) for head in range(kv_heads)]
+        assert found[layer].tolist() == expected
+
+
 def test_overlaps_by_loops():
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(3, 3, 9, generator=generator) < 0.5

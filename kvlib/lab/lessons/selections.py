@@ -54,6 +54,15 @@ def overlaps(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return same / heads, (both.sum((2, 3)) - same) / (heads * (heads - 1))
 
 
+def unions(chosen: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Tokens that at least one query head of a KV head has chosen, `(..., kv_heads)`: rows that one pass has to load.
+
+    Args:
+        chosen: `(..., query_heads, tokens)` bool; query heads of a KV head are neighbours.
+    """
+    return chosen.unflatten(-2, (kv_heads, -1)).any(-2).sum(-1)
+
+
 def similarity(attention: torch.Tensor) -> torch.Tensor:
     """Cosine of the attention of the same head in consecutive layers, `(layers - 1, heads)`.
 
