@@ -180,6 +180,16 @@ def test_lines_join_the_budgets_of_a_setting(axes):
     assert np.allclose(ends, 100 * found.loc["quest", ["low", "high"]].to_numpy())
 
 
+def test_lines_over_a_column(axes):
+    found = reading.points(table(), ["one"])
+    found["place"] = np.arange(len(found))[::-1]
+    reading.lines_over(axes, found, "place")
+    line, _, (bars,) = {container.get_label(): container for container in axes.containers}["Quest"]
+    rows = found.loc["quest"].sort_values("place")
+    assert line.get_xdata().tolist() == rows["place"].tolist() and np.allclose(line.get_ydata(), rows["value"])
+    assert np.allclose([segment[:, 1] for segment in bars.get_segments()], rows[["low", "high"]])
+
+
 def test_a_legend_names_everything_once():
     figure, panels = plt.subplots(1, 2)
     for axes, labels in zip(panels, ("ab", "bc")):

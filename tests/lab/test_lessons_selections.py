@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import kvlib
 from kvlib import paths
 from kvlib.lab import tasks
-from kvlib.lab.lessons import selections
+from kvlib.lab.lessons import returning, selections
 
 IDS = torch.arange(3, 43)[None] * 7 % 61
 PROMPT, LAST = IDS[:, :-STEPS], IDS[0, -STEPS:].tolist()
@@ -54,6 +54,30 @@ def test_unions_by_sets(kv_heads):
         sets = [{*mask.nonzero().flatten().tolist()} for mask in chosen[layer]]
         expected = [len(set().union(*sets[head * group : (head + 1) * group])) for head in range(kv_heads)]
         assert found[layer].tolist() == expected
+
+
+def test_a_passage_returns():
+    goes_on, returns, shared = returning.passages(list(range(100, 200)), 16)
+    assert goes_on == list(range(100, 116)) and shared == 10
+    assert returns == [*range(100, 110), *range(104, 110)]
+
+
+@pytest.mark.parametrize(("method", "arguments"), [("full", {}), ("h2o", {"budget": 6}), ("h2o", {"budget": 9})])
+def test_bits_of_decoded_tokens(method, arguments):
+    """Against a softmax by hand over a text that is fed token by token; of the full cache against one pass."""
+    model, ids = random_model("llama-gqa"), torch.cat([IDS[:, :24], IDS[:, 9:33]])
+    found, logits = returning.bits(model, ids, method, **arguments)
+    assert found.shape == (2, 23) and found.dtype == logits.dtype == torch.float64
+    for row, text in enumerate(ids):
+        with kvlib.method(method, **arguments)(model) as run:
+            every = [model(text[None, :1], use_cache=True)]
+            every += [model(text[None, t : t + 1], past_key_values=run.cache) for t in range(1, 23)]
+        every = torch.cat([step.logits[0] for step in every]).double()
+        torch.testing.assert_close(logits[row], every[0])
+        expected = [-(line.exp() / line.exp().sum())[token].log2().item() for line, token in zip(every, text[1:])]
+        assert found[row].tolist() == pytest.approx(expected, rel=1e-5)
+        at_once = torch.allclose(every, model(text[None, :-1]).logits[0].double(), rtol=1e-4, atol=1e-5)
+        assert at_once == (method == "full")
 
 
 def test_overlaps_by_loops():

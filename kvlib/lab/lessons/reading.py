@@ -122,17 +122,21 @@ def between(first: pd.DataFrame, second: pd.DataFrame, settings: dict, families)
     return comparing.changes(both, pairs, families)
 
 
-def lines_over_bytes(axes, found: pd.DataFrame, factor: float = 1) -> None:
-    """A line per configuration, its budgets joined, over the bytes read, with intervals.
+def lines_over(axes, found: pd.DataFrame, x: str, factor: float = 1) -> None:
+    """A line per configuration, its rows joined, over a column of `found`, with intervals.
 
     Args:
         found: as `points` returns it. factor: 100 for percent.
     """
     for configuration, rows in found.groupby(level="configuration", sort=False):
-        rows = rows.sort_values("read")
+        rows = rows.sort_values(x)
         value, low, high = (factor * rows[name] for name in ("value", "low", "high"))
-        errors = [value - low, high - value]
-        axes.errorbar(100 * rows["read"], value, yerr=errors, capsize=2, elinewidth=1, **look(configuration))
+        axes.errorbar(rows[x], value, yerr=[value - low, high - value], capsize=2, elinewidth=1, **look(configuration))
+
+
+def lines_over_bytes(axes, found: pd.DataFrame, factor: float = 1) -> None:
+    """`lines_over` the bytes that a step reads, in percent of the full cache."""
+    lines_over(axes, found.assign(bytes=100 * found["read"]), "bytes", factor)
     axes.set_xlabel("bytes read, % of the full cache")
 
 
