@@ -825,7 +825,7 @@ def test_wrong_shared_choices(traced, answer, message):
 
 def largest_k(layers, dense, query_heads, kv_heads, tokens, share):
     left = (share * layers - dense) * tokens * kv_heads
-    return min(tokens, max(0, math.floor(left / ((layers - dense) * query_heads))))
+    return max(0, math.floor(left / ((layers - dense) * query_heads)))
 
 
 def page_rows(chosen, kv_heads, page):
@@ -849,11 +849,11 @@ def test_right_answers_of_04b_pass(capsys):
         (lambda n, d, q, h, t, s: largest_k(n, d, h, h, t, s), "loads the rows of its own set"),
         (lambda n, d, q, h, t, s: largest_k(n, 0, q, h, t, s), "the selection layers read everything"),
         (lambda n, d, q, h, t, s: largest_k(n, d, q * q // h, q, t, s) // h, "each KV head has rows of its own"),
-        (lambda n, d, q, h, t, s: math.floor((s * n - d) * t * h / ((n - d) * q)), "between 0 and all tokens"),
+        (lambda n, d, q, h, t, s: math.floor((s * n - d) * t * h / ((n - d) * q)), "no fewer tokens than none"),
         (lambda n, d, q, h, t, s: (s * n - d) * t * h / ((n - d) * q), "a whole number of tokens"),
         (lambda n, d, q, h, t, s: max(0, math.ceil((s * n - d) * t * h / ((n - d) * q))), "round down"),
         (lambda *a: largest_k(*a) + 1, "SmolLM2, 2 dense layers, 1 of the bytes: 682 is expected, found 683"),
-        (lambda n, d, q, h, t, s: largest_k(n, d, h, q, t, s), "682 is expected, found 2048"),
+        (lambda n, d, q, h, t, s: largest_k(n, d, h, q, t, s), "682 is expected, found 6144"),
         (lambda *a: largest_k(*a[:-1], 1.0), "0.5 of the bytes: 316 is expected, found 682"),
     ],
 )
@@ -875,6 +875,7 @@ def test_wrong_largest_k(answer, message):
         (lambda c, h, p: -(-page_rows(c, h, p) // p) * p, "the last page is cut"),
         (lambda c, h, p: page_rows(c.unflatten(0, (h, -1)).all(1), h, p), "have in common"),
         (lambda c, h, p: page_rows(c.logical_not_(), h, p), "page_rows changes its argument"),
+        (lambda *a: page_rows(*a).flip(0), " is expected, found ["),
         (lambda *a: page_rows(*a) + 1, "3 KV heads, groups of 3, 41 tokens, pages of 4: "),
     ],
 )

@@ -21,11 +21,11 @@ def check_largest_k(function) -> None:
         found = number(function(*shape[:1], dense, *shape[1:], share), "largest_k")
         group, sparse = query_heads // kv_heads, layers - dense
         exact = (share * layers - dense) * tokens / (sparse * group)
-        expected = min(tokens, max(0, math.floor(exact)))
+        expected = max(0, math.floor(exact))
         hints = {
-            min(tokens, math.ceil(exact)): "; so many read a little more than allowed: round down",
-            exact: "; a whole number of tokens, between 0 and all of them",
-            math.floor(exact): "; a set has between 0 and all tokens",
+            math.ceil(exact): "; so many read a little more than allowed: round down",
+            exact: "; a whole number of tokens is asked for",
+            math.floor(exact): "; a set has no fewer tokens than none",
             math.floor(exact * group): "; every query head of a group loads the rows of its own set",
             math.floor(share * tokens / group): "; the dense layers and the selection layers read everything",
             math.floor(exact / kv_heads): "; each KV head has rows of its own, stored and read alike",
