@@ -5,7 +5,7 @@ import math
 import torch
 
 import kvlib
-from kvlib.lab.evaluation.prompts import Prompts, compressed, losses
+from kvlib.lab.evaluation.prompts import Prompts, compressed, losses, one_by_one
 
 
 def passages(text: list[int], tokens: int) -> tuple[list[int], list[int], int]:
@@ -25,12 +25,15 @@ def passages(text: list[int], tokens: int) -> tuple[list[int], list[int], int]:
 def bits(model, ids: torch.Tensor, method: str, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Bits of every token but the first, `(batch, tokens - 1)` in float64, all of them decoded with one method.
 
+    A method that computes the same for tokens that come together, as the full cache does, reads them in one pass.
+
     Args:
         ids: `(batch, tokens)`. arguments: of `kvlib.method`.
 
     Returns:
         (bits; logits of the second token, `(batch, vocabulary)`), both on the CPU.
     """
-    with compressed(Prompts(model, ids[:, :1]), kvlib.method(method, **arguments)) as read:
-        nats = losses(read.feed, read.logits, ids[:, 1:], stepwise=True)
+    made = kvlib.method(method, **arguments)
+    with compressed(Prompts(model, ids[:, :1]), made) as read:
+        nats = losses(read.feed, read.logits, ids[:, 1:], one_by_one(made))
         return nats.double().cpu() / math.log(2), read.logits.double().cpu()
