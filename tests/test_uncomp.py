@@ -142,7 +142,7 @@ class Stub:
 
     def __init__(self, tokens, rank):
         self.prompt_tokens, self.lengths = torch.tensor([tokens]), torch.full_like(rank, tokens)
-        self.layer = type("Layer", (), {"rows": {"rank": rank}})
+        self.layer = type("Layer", (), {"rows": {"entropy": rank}})
         self.run = type("Run", (), {"prepared": Prepared(None, {})})
 
     def clamp(self, name, value, low=None, high=None):
@@ -181,9 +181,9 @@ def test_later_turns_keep_the_groups_of_the_first():
     model, method = tiny.model("llama-gqa"), kvlib.method("uncomp", budget=0.5, spread=0.5, **SIZES)
     with method(model) as run:
         first = tiny.generate(model, run, [tiny.tokens(30)])
-        ranks = [layer.rows["rank"].tolist() for layer in run.cache.layers]
+        entropies = [layer.rows["entropy"].tolist() for layer in run.cache.layers]
         tiny.generate(model, run, [tiny.tokens(20, seed=5)], before=first)
-        assert [layer.rows["rank"].tolist() for layer in run.cache.layers] == ranks
+        assert [layer.rows["entropy"].tolist() for layer in run.cache.layers] == entropies
         assert not any({"queries", "asked"} & {*layer.rows} for layer in run.cache.layers)
 
 

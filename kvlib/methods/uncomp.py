@@ -7,7 +7,7 @@ import torch
 from kvlib.core.method import register, require, strongest, whole
 from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
-from kvlib.methods.head_groups import by_rank, group_sizes, head_entropy, load, per_kv_head, ranks
+from kvlib.methods.head_groups import by_rank, group_sizes, head_entropy, load, per_kv_head
 from kvlib.methods.layer_groups import relative_lengths
 
 DECIMALS = 5  # entropies that agree in them are equal
@@ -101,8 +101,8 @@ class UNComp(SnapKV):
             rows = view.state["rows"]
             view.state["rows"] = torch.cat([rows[..., 1:], view.importance().mean(2)[..., None]], dim=-1)
             return
-        if self.types is None and "rank" not in view.layer.rows:
-            self.rank(view)
+        if self.types is None and "entropy" not in view.layer.rows:
+            self.measure(view)
         if view.step.ends_prompt or view.step.ends_question:
             view.state["rows"] = self.rows(view)
 
@@ -117,7 +117,7 @@ class UNComp(SnapKV):
         mean, group = self.tokens(view, self.budget)[:, None], view.run.prepared.groups
         if group is None:
             groups = self.symmetric(view.lengths.shape[1])
-            group = by_rank(view.layer.rows["rank"].cpu(), groups)
+            group = by_rank(view.layer.rows["entropy"].cpu(), groups)
         else:
             groups, group = int(group.max()) + 1, group[view.layer_idx]
         place = 2 * group - (groups - 1)  # from -(groups - 1) to groups - 1
@@ -129,28 +129,34 @@ class UNComp(SnapKV):
         mean = self.tokens(view, self.budget)
         return view.clamp("spread", (self.spread * mean).long(), 0, view.prompt_tokens - mean)
 
-    def rank(self, view) -> None:
-        """Rank the KV heads by entropy, 0 = lowest, equal ones in their order, when all of the first prompt's queries
-        are there: `rows["rank"]` of the layer, `(batch, kv_heads)`."""
+    def measure(self, view) -> None:
+        """The entropy of every KV head's queries, when all of the first prompt are there: `rows["entropy"]` of the
+        layer, `(batch, kv_heads)`. Ranks follow from it, 0 = lowest, equal ones in their order."""
         rows = view.layer.rows
         for name, new, dim in (("queries", view.query, 2), ("asked", view.query_positions, 1)):
             rows[name] = torch.cat([rows[name], new], dim=dim) if name in rows else new
         if view.step.ends_prompt:
             queries, asked = rows.pop("queries"), rows.pop("asked")
             found = per_kv_head(head_entropy(queries, asked >= 0), view.new_key.shape[1])
-            rows["rank"] = ranks(found.round(decimals=DECIMALS))  # of two tokens all have 0, up to rounding
+            rows["entropy"] = found.round(decimals=DECIMALS)  # of two tokens all have 0, up to rounding
 
     # Which tokens
 
     def recent(self, view):
+        return view.per_prompt("window", self.room_for_window)
+
+    def room_for_window(self, view) -> torch.Tensor:
         return view.clamp("window", self.window, 1, self.tokens(view, self.budget) - self.furthest(view) - 1)
 
     def importance(self, view, last=None):
         if last is None or not view.step.decoding:
             return super().importance(view, last)
+        return (view.state["rows"] * view.per_prompt("counted", self.counted)).sum(-1)[:, :, None]
+
+    def counted(self, view) -> torch.Tensor:
+        """Which of the last `window` queries are in each row's window, oldest first, `(batch, 1, 1, window)`."""
         age = torch.arange(self.window, 0, -1)
-        counted = view.on_device((age <= last[:, None]).long())[:, None, None]
-        return (view.state["rows"] * counted).sum(-1)[:, :, None]
+        return (age <= self.recent(view)[:, None]).to(view.device)[:, None, None]
 
 
 @register("uncomp_stage")
