@@ -14,10 +14,11 @@ import kvlib
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
 BUDGETS = {"full": [1.0]}
+UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 SETTINGS = {  # their own read all of two layers and short prompts, and leave no budget of 12 to the score
     "quest": {"page": 4, "dense": 0},
-    "uncomp": {"window": 4, "kernel": 3, "spread": 0.5},
-    "uncomp_stage": {"window": 4, "kernel": 3, "spread": 0.5},
+    **{name: {"window": 4, "kernel": 3, "spread": 0.5} for name in UNCOMP},
+    "uncomp_continuous": {"window": 4, "kernel": 3},
 }
 METHODS = [
     *(
@@ -221,7 +222,7 @@ def budgeted(method, length: int) -> int:
         return length
     if isinstance(method.budget, int):
         return method.budget
-    parts = 2 if {"h2o", "scissorhands"} & {method.name, *host(method)} else 1
+    parts = 2 if {"h2o", "scissorhands", "uncomp_h2o"} & {method.name, *host(method)} else 1
     return parts * int(method.budget / parts * length)
 
 
@@ -300,6 +301,7 @@ def test_large_keys_do_not_overflow_in_float16(method):
         layer.self_attn.q_proj.weight /= 128
     with method(model) as run:
         after = tiny.generate(model, run, [tiny.tokens(40)])
-        assert run.cache.layers[0].tail.fields["key"].norm(dim=-1, dtype=torch.float32).max() > 256
+        norms = run.cache.layers[0].tail.fields["key"].norm(dim=-1, dtype=torch.float32)
+        assert norms[norms.isfinite()].max() > 256  # room for later tokens may hold anything
     assert after.logits.isfinite().all()
     assert after.kept == before.kept

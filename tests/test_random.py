@@ -50,6 +50,11 @@ ARGUMENTS = {  # what is drawn besides the budget
         "similarity": st.sampled_from([0.1, 0.5, 0.9, 1.0]),
     },
     "uncomp": UNCOMP,
+    "uncomp_random": {**UNCOMP, "seed": st.integers(0, 9)},
+    "uncomp_reversed": UNCOMP,
+    "uncomp_h2o": {"spread": st.floats(0, 0.9)},
+    "uncomp_pyramidkv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3]), "spread": st.floats(0, 0.9)},
+    "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
     "uncomp_stage": {**UNCOMP, "starts": st.sampled_from([None, (), (1,)]), "shortest": st.floats(0.1, 1)},
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]

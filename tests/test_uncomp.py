@@ -34,13 +34,9 @@ class Reference(Host):
     evicts_in_decode = True
 
     def __call__(self, head):
-        mean, heads = count(self.budget, head.prompt), len(head.neighbours)
+        mean = count(self.budget, head.prompt)
         furthest = max(0, min(int(self.spread * mean), head.prompt - mean))
-        if head.layer not in self.ranks:
-            self.ranks[head.layer] = ranked(head.neighbours, head.prompt)
-        groups = self.groups or heads
-        group = self.ranks[head.layer].index(head.index) * groups // heads
-        budget = mean if groups == 1 else mean + int(furthest * (2 * group - groups + 1) / (groups - 1))
+        budget = mean + above(head, self.ranks, self.groups, furthest)
         if len(head.stored) <= budget:
             return head.stored
         start = head.tokens - max(1, min(self.window, mean - furthest - 1))
@@ -50,6 +46,15 @@ class Reference(Host):
         pooled = {at: max(scores[j] for j in older[max(0, i - reach) : i + reach + 1]) for i, at in enumerate(older)}
         newest = [at for at in head.stored if at >= start]
         return self.heaviest(pooled, budget - len(newest)) + newest
+
+
+def above(head, ranks: dict, groups: int | None, furthest: int) -> int:
+    """Tokens that a head has above the mean of its layer, whose order is worked out once."""
+    if head.layer not in ranks:
+        ranks[head.layer] = ranked(head.neighbours, head.prompt)
+    groups = groups or len(head.neighbours)
+    group = ranks[head.layer].index(head.index) * groups // len(head.neighbours)
+    return 0 if groups == 1 else int(furthest * (2 * group - groups + 1) / (groups - 1))
 
 
 def ranked(heads, tokens: int) -> list[int]:
@@ -142,7 +147,7 @@ class Stub:
 
     def __init__(self, tokens, rank):
         self.prompt_tokens, self.lengths = torch.tensor([tokens]), torch.full_like(rank, tokens)
-        self.layer = type("Layer", (), {"rows": {"entropy": rank}})
+        self.layer = type("Layer", (), {"rows": {"statistic": rank}})
         self.run = type("Run", (), {"prepared": Prepared(None, {})})
 
     def clamp(self, name, value, low=None, high=None):
@@ -181,9 +186,9 @@ def test_later_turns_keep_the_groups_of_the_first():
     model, method = tiny.model("llama-gqa"), kvlib.method("uncomp", budget=0.5, spread=0.5, **SIZES)
     with method(model) as run:
         first = tiny.generate(model, run, [tiny.tokens(30)])
-        entropies = [layer.rows["entropy"].tolist() for layer in run.cache.layers]
+        entropies = [layer.rows["statistic"].tolist() for layer in run.cache.layers]
         tiny.generate(model, run, [tiny.tokens(20, seed=5)], before=first)
-        assert [layer.rows["entropy"].tolist() for layer in run.cache.layers] == entropies
+        assert [layer.rows["statistic"].tolist() for layer in run.cache.layers] == entropies
         assert not any({"queries", "asked"} & {*layer.rows} for layer in run.cache.layers)
 
 

@@ -1,3 +1,13 @@
 """The methods, one file per paper; importing this package registers them."""
 
-from kvlib.methods import baselines, loki, quest, tidaldecode, tokenselect, uncomp, vatp  # noqa: F401
+from kvlib.methods import (  # noqa: F401
+    adakv,
+    baselines,
+    loki,
+    quest,
+    tidaldecode,
+    tokenselect,
+    uncomp,
+    uncomp_controls,
+    vatp,
+)

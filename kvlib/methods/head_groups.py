@@ -13,9 +13,15 @@ import torch
 
 from kvlib import calibration
 from kvlib.core.method import require, whole
-from kvlib.methods.entropy import entropy, spectrum, truncation
+from kvlib.methods.entropy import entropy, participation_ratio, spectrum, truncation
 
 CALIBRATION = "uncomp.json"
+STATISTICS = {  # of a spectrum `(..., d)`, by which heads can be ranked
+    "truncated": lambda values: entropy(values, truncation(values.shape[-1])),
+    "full": entropy,
+    "renormalised": lambda values: entropy(values, truncation(values.shape[-1]), renormalised=True),
+    "participation": participation_ratio,
+}
 
 
 def head_entropy(query: torch.Tensor, real: torch.Tensor | None = None, k: int | None = None) -> torch.Tensor:

@@ -1,13 +1,15 @@
 """UNComp: heads whose queries vary in more directions keep more tokens (Xiong et al., 2410.03090)."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from kvlib.core.method import register, require, strongest, whole
+from kvlib.core.method import Evictor, register, require, strongest, whole
 from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
-from kvlib.methods.head_groups import by_rank, group_sizes, head_entropy, load, per_kv_head
+from kvlib.methods.entropy import spectrum
+from kvlib.methods.head_groups import STATISTICS, by_rank, group_sizes, load, per_kv_head
 from kvlib.methods.layer_groups import relative_lengths
 
 DECIMALS = 5  # entropies that agree in them are equal
@@ -25,8 +27,111 @@ class Prepared(NamedTuple):
     shares: dict[int, float]
 
 
+@dataclass(frozen=True)
+class Grouped(Evictor):
+    """What UNComp adds to a host, the base beside it: budgets by groups of heads, around what the host gives a layer.
+
+    Args:
+        groups: of the KV heads of each layer. Sizes differ by one where heads do not divide, but have to be symmetric,
+            so that the mean stays. None: every KV head is a group of its own.
+        spread: in [0, 1): how far the outer groups are from the mean, as a share of it.
+        types: the name of a shipped model, or a folder, whose calibration (`kvlib.calibration.head_groups`) says the
+            groups, as in the paper; None: the prompt does.
+        across: groups are of all heads of the model, so that layers differ in what they store; ours. Needs `types`.
+        statistic: of the spectrum of a head's queries, by which the prompt ranks heads: "truncated" (the paper's),
+            "full" and "renormalised" entropy, or "participation", the ratio that needs no eigenvalues; all but the
+            first are ours.
+
+    Raises:
+        ValueError: for other groups, spreads or statistics; for the calibration of another model.
+    """
+
+    groups: int | None = None
+    spread: float = 2 / 3
+    types: str | None = None
+    across: bool = False
+    statistic: str = "truncated"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("groups", self.groups, self.groups is None or whole(self.groups, 1), "a number >= 1, or None")
+        fits = isinstance(self.spread, int | float) and 0 <= self.spread < 1
+        require("spread", self.spread, fits, "a share of the mean budget, in [0, 1)")
+        calibrated = isinstance(self.across, bool) and (not self.online or not self.across)
+        require("across", self.across, calibrated, "only with a calibration, `types`, are all heads known in advance")
+        require("statistic", self.statistic, self.statistic in STATISTICS, " or ".join(map(repr, STATISTICS)))
+        fits = self.online or self.statistic == "truncated"
+        require("statistic", self.statistic, fits, "calibrations hold truncated entropies")
+
+    @property
+    def online(self) -> bool:
+        """Are heads typed by the prompt?"""
+        return self.types is None
+
+    def prepare(self, model):
+        return Prepared(None if self.online else self.typing(model), {})
+
+    def typing(self, model) -> torch.Tensor:
+        """The group of every head, `(layers, kv_heads)`, known before any prompt."""
+        measured = load(self.types, model)
+        heads = measured.kv_heads * (len(attention_modules(model)) if self.across else 1)
+        return measured.groups(self.symmetric(heads), over_layers=self.across)
+
+    def symmetric(self, heads: int) -> int:
+        """The number of groups of so many heads."""
+        groups = self.groups or heads
+        fits = groups <= heads and (sizes := group_sizes(heads, groups)) == sizes[::-1]
+        require("groups", groups, fits, f"groups of {heads} KV heads whose sizes are symmetric, so that the mean stays")
+        return groups
+
+    def observe(self, view):
+        super().observe(view)
+        if self.evicts and self.online and not view.step.decoding and "statistic" not in view.layer.rows:
+            self.measure(view)
+
+    def measure(self, view) -> None:
+        """The statistic of every KV head, when all queries of the first prompt are there: `rows["statistic"]` of the
+        layer, `(batch, kv_heads)`. Ranks follow from it, 0 = lowest, equal ones in their order."""
+        rows = view.layer.rows
+        for name, new, dim in (("queries", view.query, 2), ("asked", view.query_positions, 1)):
+            rows[name] = torch.cat([rows[name], new], dim=dim) if name in rows else new
+        if view.step.ends_prompt:
+            queries, asked = rows.pop("queries"), rows.pop("asked")
+            of_spectrum = STATISTICS[self.statistic]
+            found = per_kv_head(of_spectrum(spectrum(queries, (asked >= 0)[:, None])), view.new_key.shape[1])
+            rows["statistic"] = found.round(decimals=DECIMALS)  # of two tokens all have 0, up to rounding
+
+    def budgets(self, view):
+        mean, (group, groups) = self.mean(view), self.grouping(view)
+        place = 2 * group - (groups - 1)  # from -(groups - 1) to groups - 1
+        furthest = self.furthest(view, mean)[:, None]
+        above = torch.div(place * furthest, max(1, groups - 1), rounding_mode="trunc")
+        return (mean[:, None] + above).expand_as(view.lengths)
+
+    def mean(self, view) -> torch.Tensor:
+        """What the host gives every head of the layer, `(batch,)`."""
+        return super().budgets(view)[:, 0]
+
+    def grouping(self, view) -> tuple[torch.Tensor, int]:
+        """The group of every head of the layer, `(batch or none, kv_heads)`, and how many there are."""
+        known = view.run.prepared.groups
+        if known is not None:
+            return known[view.layer_idx], int(known.max()) + 1
+        groups = self.symmetric(view.lengths.shape[1])
+        return by_rank(view.layer.rows["statistic"].cpu(), groups), groups
+
+    def furthest(self, view, mean: torch.Tensor) -> torch.Tensor:
+        """Tokens `(batch,)` that the outer groups are away from the mean: the largest budget is at most the prompt."""
+        most = torch.minimum(view.prompt_tokens - mean, mean - self.least(view))
+        return view.clamp("spread", (self.spread * mean).long(), 0, most.clamp(min=0))
+
+    def least(self, view) -> torch.Tensor:
+        """What the smallest budget has room for, `(batch,)`."""
+        return torch.ones_like(view.prompt_tokens)
+
+
 @register("uncomp")
-class UNComp(SnapKV):
+class UNComp(Grouped, SnapKV):
     """Groups of heads by the entropy of their queries, a budget for each group; tokens are chosen as by SnapKV.
 
     *Heads.* Matrix entropy of a head's rotated queries over the prompt, of the head_dim / 4 largest eigenvalues
@@ -44,55 +149,23 @@ class UNComp(SnapKV):
     code repeats keys and keeps one per query head); tokens stay in text order, so that pooling sees neighbours (while
     decoding the code pools in the order of scores); where the largest budget exceeds the prompt the spread gives way,
     not the mean (the code gives short prompts half of their cache); the window leaves one token of the smallest budget
-    to the score.
-
-    Args:
-        groups: of the KV heads of each layer. Sizes differ by one where heads do not divide, but have to be symmetric,
-            so that the mean stays. None: every KV head is a group of its own.
-        spread: in [0, 1).
-        types: the name of a shipped model, or a folder, whose calibration (`kvlib.calibration.head_groups`) says the
-            groups, as in the paper; None: the prompt does.
-        across: groups are of all heads of the model, so that layers differ in what they store; ours. Needs `types`.
+    to the score. Arguments are SnapKV's and those of `Grouped`.
 
     Raises:
-        ValueError: for other groups or spreads; for tokens of which the smallest group has no more than the window; for
-            the calibration of another model; and what SnapKV refuses.
+        ValueError: for tokens of which the smallest group has no more than the window, and what the two refuse.
     """
 
     window: int = 8
-    groups: int | None = None
-    spread: float = 2 / 3
-    types: str | None = None
-    across: bool = False
     evicts_in_decode = True
     text_order = True
     weighs = True
 
     def __post_init__(self):
         super().__post_init__()
-        require("groups", self.groups, self.groups is None or whole(self.groups, 1), "a number >= 1, or None")
-        fits = isinstance(self.spread, int | float) and 0 <= self.spread < 1
-        require("spread", self.spread, fits, "a share of the mean budget, in [0, 1)")
         if isinstance(self.budget, int):
             least = self.budget - int(self.spread * self.budget)
             allowed = f"the smallest group has {least} of them, and the window alone takes {self.window}"
             require("budget", self.budget, least > self.window, allowed)
-        calibrated = isinstance(self.across, bool) and (self.types is not None or not self.across)
-        require("across", self.across, calibrated, "only with a calibration, `types`, are all heads known in advance")
-
-    def prepare(self, model):
-        if self.types is None:
-            return Prepared(None, {})
-        measured = load(self.types, model)
-        heads = measured.kv_heads * (len(attention_modules(model)) if self.across else 1)
-        return Prepared(measured.groups(self.symmetric(heads), over_layers=self.across), {})
-
-    def symmetric(self, heads: int) -> int:
-        """The number of groups of so many heads."""
-        groups = self.groups or heads
-        fits = groups <= heads and (sizes := group_sizes(heads, groups)) == sizes[::-1]
-        require("groups", groups, fits, f"groups of {heads} KV heads whose sizes are symmetric, so that the mean stays")
-        return groups
 
     def observe(self, view):
         if not self.evicts:
@@ -101,8 +174,7 @@ class UNComp(SnapKV):
             rows = view.state["rows"]
             view.state["rows"] = torch.cat([rows[..., 1:], view.importance().mean(2)[..., None]], dim=-1)
             return
-        if self.types is None and "entropy" not in view.layer.rows:
-            self.measure(view)
+        super().observe(view)
         if view.step.ends_prompt or view.step.ends_question:
             view.state["rows"] = self.rows(view)
 
@@ -111,42 +183,12 @@ class UNComp(SnapKV):
         sums = [view.importance(last=count).mean(2) for count in range(1, self.window + 1)]
         return torch.stack([*(more - less for less, more in zip(sums[-2::-1], sums[:0:-1])), sums[0]], dim=-1)
 
-    # How many tokens
-
-    def budgets(self, view):
-        mean, group = self.tokens(view, self.budget)[:, None], view.run.prepared.groups
-        if group is None:
-            groups = self.symmetric(view.lengths.shape[1])
-            group = by_rank(view.layer.rows["entropy"].cpu(), groups)
-        else:
-            groups, group = int(group.max()) + 1, group[view.layer_idx]
-        place = 2 * group - (groups - 1)  # from -(groups - 1) to groups - 1
-        above = torch.div(place * self.furthest(view)[:, None], max(1, groups - 1), rounding_mode="trunc")
-        return (mean + above).expand_as(view.lengths)
-
-    def furthest(self, view) -> torch.Tensor:
-        """Tokens `(batch,)` that the outer groups are away from the mean."""
-        mean = self.tokens(view, self.budget)
-        return view.clamp("spread", (self.spread * mean).long(), 0, view.prompt_tokens - mean)
-
-    def measure(self, view) -> None:
-        """The entropy of every KV head's queries, when all of the first prompt are there: `rows["entropy"]` of the
-        layer, `(batch, kv_heads)`. Ranks follow from it, 0 = lowest, equal ones in their order."""
-        rows = view.layer.rows
-        for name, new, dim in (("queries", view.query, 2), ("asked", view.query_positions, 1)):
-            rows[name] = torch.cat([rows[name], new], dim=dim) if name in rows else new
-        if view.step.ends_prompt:
-            queries, asked = rows.pop("queries"), rows.pop("asked")
-            found = per_kv_head(head_entropy(queries, asked >= 0), view.new_key.shape[1])
-            rows["entropy"] = found.round(decimals=DECIMALS)  # of two tokens all have 0, up to rounding
-
-    # Which tokens
-
     def recent(self, view):
         return view.per_prompt("window", self.room_for_window)
 
     def room_for_window(self, view) -> torch.Tensor:
-        return view.clamp("window", self.window, 1, self.tokens(view, self.budget) - self.furthest(view) - 1)
+        mean = self.tokens(view, self.budget)
+        return view.clamp("window", self.window, 1, mean - self.furthest(view, mean) - 1)
 
     def importance(self, view, last=None):
         if last is None or not view.step.decoding:

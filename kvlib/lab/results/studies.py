@@ -114,6 +114,43 @@ READING_MINILM = (  # minilm: the choice is that of both sweeps, its query heads
     Configuration("quest", 0.05),
     Configuration("h2o", 0.05),
 )
+NARROW = {"window": 8}  # SnapKV's, in the release of UNComp
+GROUPED = (  # which decide claims; 4.74 % are theirs for a query head, 19 % what these are of a cache with grouped heads
+    FULL,
+    *(Configuration("uncomp", b) for b in (0.0474, 0.19, 0.2)),
+    *with_arguments("uncomp", (0.2,), spread=0.0),  # all heads alike: the control
+    *with_arguments("uncomp", (0.2,), statistic="full"),
+    *with_arguments("uncomp", (0.2,), types="smollm2"),
+    Configuration("uncomp_random", 0.2),
+    Configuration("uncomp_reversed", 0.2),
+    Configuration("uncomp_continuous", 0.2),
+    *with_arguments("adakv", (0.2,), **NARROW),
+    *(Configuration("uncomp_stage", b) for b in (192, 0.2)),
+    *(Configuration(m, 0.2) for m in ("snapkv", "pyramidkv", "h2o", "uncomp_pyramidkv", "uncomp_h2o")),
+)
+GROUPED_TOO = (
+    *(Configuration(m, b) for m in ("uncomp", "uncomp_random", "uncomp_reversed") for b in (0.1, 0.5)),
+    *(Configuration(m, b) for m in ("uncomp_continuous", "uncomp_stage", "snapkv", "pyramidkv") for b in (0.1, 0.5)),
+    *with_arguments("uncomp", (0.1, 0.5), spread=0.0),
+    *with_arguments("adakv", (0.1, 0.5), **NARROW),
+    *with_arguments("snapkv", (0.2,), **NARROW),
+    *with_arguments("vatp", (0.2,), host="snapkv"),
+    *(
+        c
+        for statistic in ("renormalised", "participation")
+        for c in with_arguments("uncomp", (0.2,), statistic=statistic)
+    ),
+    *(c for seed in (1, 2) for c in with_arguments("uncomp_random", (0.2,), seed=seed)),
+    *with_arguments("uncomp", (0.2,), spread=1 / 3),
+    *(
+        c
+        for groups, spread in ((2, 1 / 3), (8, 2 / 3))
+        for c in with_arguments("uncomp", (0.2,), types="smollm2", across=True, groups=groups, spread=spread)
+    ),
+    *with_arguments("uncomp_random", (0.2,), across=True, groups=8),
+    *with_arguments("uncomp_stage", (0.2,), spread=0.0),
+    *with_arguments("uncomp_stage", (0.2,), spread=0.0, shortest=0.7),
+)
 STUDIES = {
     "00_real": Study(
         tasks=ANSWERED,
@@ -188,6 +225,13 @@ STUDIES = {
         length=2048,
         configurations=(FULL, *VALUES),
         models={"minilm": 100},
+    ),
+    "02_real": Study(
+        tasks=ANSWERED,
+        length=2048,
+        configurations=GROUPED,
+        fewer=GROUPED_TOO,
+        models={"smollm2": 200},
     ),
     "04_real_stepwise": Study(
         tasks=ANSWERED,
