@@ -35,7 +35,7 @@ class Reference(Host):
 
     def __call__(self, head):
         mean = count(self.budget, head.prompt)
-        furthest = max(0, min(int(self.spread * mean), head.prompt - mean))
+        furthest = 0 if self.groups == 1 else max(0, min(int(self.spread * mean), head.prompt - mean))
         budget = mean + above(head, self.ranks, self.groups, furthest)
         if len(head.stored) <= budget:
             return head.stored
@@ -151,6 +151,7 @@ class Stub:
         self.run = type("Run", (), {"prepared": Prepared(None, {})})
 
     def clamp(self, name, value, low=None, high=None):
+        value = torch.as_tensor(value)
         value = value if high is None else torch.minimum(value, high)
         return value.clamp(min=low)
 
@@ -180,6 +181,15 @@ def test_heads_of_known_rank_get_budgets_in_this_order():
     rank = found.argsort(dim=1).argsort(dim=1)
     assert rank.tolist() == [[2, 0, 3, 1]]
     assert kvlib.method("uncomp", budget=40, spread=0.6).budgets(Stub(60, rank)).tolist() == [[46, 20, 60, 34]]
+
+
+@pytest.mark.parametrize("alike", [{"groups": 1}, {"spread": 0.0}])
+def test_where_all_heads_are_alike_no_entropy_is_worked_out(alike, monkeypatch):
+    monkeypatch.setattr("kvlib.methods.uncomp.spectrum", None)
+    model = tiny.model("llama-gqa")
+    with kvlib.method("uncomp", budget=0.5, **SIZES, **alike)(model) as run:
+        tiny.generate(model, run, [tiny.tokens(30)])
+        assert all((layer.lengths == 15).all() and "statistic" not in layer.rows for layer in run.cache.layers)
 
 
 def test_later_turns_keep_the_groups_of_the_first():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_baselines import decode, lists, prompt
-from test_uncomp import above, truncated
+from test_uncomp import Stub, above, truncated
 
 import kvlib
 from kvlib.methods import entropy
@@ -111,6 +111,23 @@ def test_statistics_rank_heads(statistic):
         assert found[:2] == [0, 1]
     else:
         assert found == ([0, 3, 2, 1] if statistic == "truncated" else [0, 1, 2, 3])
+
+
+def test_continuous_budgets_are_in_proportion_to_effective_ranks():
+    """Planted statistics: entropies of ln 1, ln 2 and ln 5, or these ratios themselves; 80 tokens for four heads."""
+    ratios = torch.tensor([[1.0, 2.0, 5.0, 2.0]])
+    for statistic, planted in (("truncated", ratios.log()), ("participation", ratios)):
+        method = kvlib.method("uncomp_continuous", budget=20, statistic=statistic)
+        assert method.budgets(Stub(60, planted)).tolist() == [[8, 16, 40, 16]]
+        assert method.budgets(Stub(30, planted)).tolist() == [[10, 20, 30, 20]]
+
+
+def test_the_window_leaves_a_token_to_the_smallest_head():
+    """Of 6 tokens a head the smallest has 3: two of the window, one by score."""
+    method = kvlib.method("uncomp_continuous", budget=9, window=8)
+    stub = Stub(60, torch.tensor([[1.0, 2.0, 6.0]]).log())
+    stub.per_prompt = lambda name, compute: compute(stub)
+    assert method.budgets(stub).tolist() == [[3, 6, 18]] and method.recent(stub).tolist() == [2]
 
 
 def test_continuous_budgets_follow_effective_ranks():

@@ -68,6 +68,11 @@ class Grouped(Evictor):
         """Are heads typed by the prompt?"""
         return self.types is None
 
+    @property
+    def typed(self) -> bool:
+        """Does any head get more than another? If not, entropies are not worked out."""
+        return self.spread > 0 and self.groups != 1
+
     def prepare(self, model):
         return Prepared(None if self.online else self.typing(model), {})
 
@@ -86,7 +91,8 @@ class Grouped(Evictor):
 
     def observe(self, view):
         super().observe(view)
-        if self.evicts and self.online and not view.step.decoding and "statistic" not in view.layer.rows:
+        typing = self.evicts and self.typed and self.online and not view.step.decoding
+        if typing and "statistic" not in view.layer.rows:
             self.measure(view)
 
     def measure(self, view) -> None:
@@ -102,10 +108,12 @@ class Grouped(Evictor):
             rows["statistic"] = found.round(decimals=DECIMALS)  # of two tokens all have 0, up to rounding
 
     def budgets(self, view):
+        if not self.typed:
+            return super().budgets(view)
         mean, (group, groups) = self.mean(view), self.grouping(view)
         place = 2 * group - (groups - 1)  # from -(groups - 1) to groups - 1
         furthest = self.furthest(view, mean)[:, None]
-        above = torch.div(place * furthest, max(1, groups - 1), rounding_mode="trunc")
+        above = torch.div(place * furthest, max(1, groups - 1), rounding_mode="trunc")  # of a model with one KV head: 1
         return (mean[:, None] + above).expand_as(view.lengths)
 
     def mean(self, view) -> torch.Tensor:
@@ -122,6 +130,8 @@ class Grouped(Evictor):
 
     def furthest(self, view, mean: torch.Tensor) -> torch.Tensor:
         """Tokens `(batch,)` that the outer groups are away from the mean: the largest budget is at most the prompt."""
+        if not self.typed:
+            return torch.zeros_like(mean)
         most = torch.minimum(view.prompt_tokens - mean, mean - self.least(view))
         return view.clamp("spread", (self.spread * mean).long(), 0, most.clamp(min=0))
 
@@ -163,7 +173,7 @@ class UNComp(Grouped, SnapKV):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.budget, int):
-            least = self.budget - int(self.spread * self.budget)
+            least = self.budget - (int(self.spread * self.budget) if self.typed else 0)
             allowed = f"the smallest group has {least} of them, and the window alone takes {self.window}"
             require("budget", self.budget, least > self.window, allowed)
 

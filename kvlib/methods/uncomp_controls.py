@@ -60,6 +60,7 @@ class Continuous(UNComp):
     """
 
     spread: float = 0.0
+    typed = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -115,7 +115,7 @@ READING_MINILM = (  # minilm: the choice is that of both sweeps, its query heads
     Configuration("h2o", 0.05),
 )
 NARROW = {"window": 8}  # SnapKV's, in the release of UNComp
-GROUPED = (  # which decide claims; 4.74 % are theirs for a query head, 19 % what these are of a cache with grouped heads
+GROUPED = (  # which decide claims; 4.74 % for every query head, as theirs, are 19 % of a cache with grouped heads
     FULL,
     *(Configuration("uncomp", b) for b in (0.0474, 0.19, 0.2)),
     *with_arguments("uncomp", (0.2,), spread=0.0),  # all heads alike: the control
