@@ -8,8 +8,10 @@ import torch
 
 import kvlib
 from kvlib.lab.speed import decoding
-from kvlib.lab.speed.decoding import Captured, Contestant, compared, main, measure, take_turns, write
-from kvlib.lab.speed.settings import ARGUMENTS, CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, method
+from kvlib.lab.speed.decoding import IDENTITY, Captured, main, measure
+from kvlib.lab.speed.rows import write
+from kvlib.lab.speed.settings import ARGUMENTS, CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, build, method
+from kvlib.lab.speed.turns import Contestant, compared, take_turns
 
 TINY = SETTINGS["tiny"]
 
@@ -23,7 +25,7 @@ def threads():
 
 @pytest.fixture(scope="module")
 def model():
-    return TINY.build()
+    return build("tiny", "cpu", "float32")
 
 
 class Clock:
@@ -38,15 +40,15 @@ class Clock:
 
 
 class Scripted:
-    """A contestant whose blocks take `cost` seconds a token, times a drift that grows from turn to turn."""
+    """Blocks of a contestant that take `cost` seconds, times a drift that grows from turn to turn."""
 
     def __init__(self, name, cost, clock, log):
         self.name, self.cost, self.clock, self.log = name, cost, clock, log
 
-    def decode(self, tokens: int) -> float:
+    def __call__(self) -> float:
         seconds = self.cost * 4 ** self.log.count(self.name)
         self.log.append(self.name)
-        self.clock.seconds += seconds * tokens
+        self.clock.seconds += seconds
         return seconds
 
 
@@ -58,24 +60,24 @@ def rows_of(file) -> list[dict]:
 def test_pairs_are_interleaved_and_ratios_paired():
     """A drift by 4 from turn to turn moves neither the median nor the extremes of the ratios."""
     clock, log = Clock(), []
-    contestants = {name: Scripted(name, cost, clock, log) for name, cost in (("stock", 2.0), ("h2o", 3.0))}
-    turns = take_turns(contestants, 3, 5, clock, limit=1e9)
+    blocks = {name: Scripted(name, cost, clock, log) for name, cost in (("stock", 2.0), ("h2o", 3.0))}
+    turns = take_turns(blocks, 3, clock, limit=1e9)
     assert log == ["stock", "h2o"] * 3
     assert turns == [{"stock": 2.0 * 4**i, "h2o": 3.0 * 4**i} for i in range(3)]
-    found = compared("h2o", "stock", turns)
+    found = compared("h2o", "stock", turns, "ms_per_token")
     assert (found["ratio_min"], found["ratio"], found["ratio_max"], found["pairs"]) == (1.5, 1.5, 1.5, 3)
     assert (found["ms_per_token_min"], found["ms_per_token"], found["ms_per_token_max"]) == (3e3, 12e3, 48e3)
     assert found["baseline_ms"] == 8e3
 
 
 def test_the_median_is_that_of_ratios():
-    found = compared("a", "b", [{"a": a, "b": b} for a, b in ((1.0, 1.0), (2.0, 8.0), (9.0, 3.0))])
+    found = compared("a", "b", [{"a": a, "b": b} for a, b in ((1.0, 1.0), (2.0, 8.0), (9.0, 3.0))], "ms")
     assert (found["ratio_min"], found["ratio"], found["ratio_max"]) == (0.25, 1.0, 3.0)  # 2 / 3 from the two medians
 
 
 def test_time_runs_out_after_two_turns_at_the_earliest():
     clock, log = Clock(), []
-    assert len(take_turns({"a": Scripted("a", 1.0, clock, log)}, 9, 5, clock, limit=0.0)) == 2 == len(log)
+    assert len(take_turns({"a": Scripted("a", 1.0, clock, log)}, 9, clock, limit=0.0)) == 2 == len(log)
 
 
 def test_a_block_times_all_but_its_first_token(model):
@@ -156,8 +158,8 @@ def test_a_contestant_s_arguments_reach_its_method():
 def test_rows_of_before_have_no_bytes_read(tmp_path):
     """A column that a table lacks stays empty where nothing was measured anew."""
     out, known = tmp_path / "speed.csv", {"setting": "a", "device": "x", "budget": 0.5, "baseline": STOCK}
-    write([known | {"method": name, "stored_bytes": 7} for name in ("h2o", "tova")], out)
-    write([known | {"method": "tova", "stored_bytes": 7, "read_bytes": 5}], out)
+    write([known | {"method": name, "stored_bytes": 7} for name in ("h2o", "tova")], out, IDENTITY)
+    write([known | {"method": "tova", "stored_bytes": 7, "read_bytes": 5}], out, IDENTITY)
     assert [(row["method"], row["stored_bytes"], row["read_bytes"]) for row in rows_of(out)] == [
         ("h2o", "7", ""),
         ("tova", "7", "5"),
@@ -200,10 +202,14 @@ def test_a_rerun_replaces_its_rows_and_nothing_else(tmp_path):
     def row(setting, device, method, ms, **more):
         return {"setting": setting, "device": device, "method": method, **known, "ms_per_token": ms, **more}
 
-    write([row("b", "x", "h2o", 1.0), row("b", "x", "h2o", 2.0, baseline=SAME), row("a", "y", "tova", 3.250)], out)
-    write([row("b", "z", "h2o", 4.0), row("b", "x", "full", 5.0)], out)
+    write(
+        [row("b", "x", "h2o", 1.0), row("b", "x", "h2o", 2.0, baseline=SAME), row("a", "y", "tova", 3.250)],
+        out,
+        IDENTITY,
+    )
+    write([row("b", "z", "h2o", 4.0), row("b", "x", "full", 5.0)], out, IDENTITY)
     before = out.read_text().splitlines()
-    write([row("b", "x", "h2o", 6.0)], out)
+    write([row("b", "x", "h2o", 6.0)], out, IDENTITY)
     after = out.read_text().splitlines()
     assert [line for line in before if line not in after] == ["b,x,h2o,0.5,stock,1.0", f"b,x,h2o,0.5,{SAME},2.0"]
     assert [line for line in after if line not in before] == ["b,x,h2o,0.5,stock,6.0"]
@@ -231,7 +237,7 @@ def test_targets_are_those_of_methods_that_are_measured():
 def test_captured_steps_decode_the_same():
     """A contestant whose steps are captured goes through the same tokens as one whose steps are not."""
     torch.manual_seed(0)
-    model, ids = TINY.build(), torch.randint(64, (1, 64))
+    model, ids = build("tiny", "cpu", "float32"), torch.randint(64, (1, 64))
     for name in ("full", "h2o", "snapkv"):
         method = kvlib.method(name, budget=1.0 if name == FULL else 0.5)
         ends = []

@@ -5,8 +5,7 @@
 
 Contestants share a model, and each has a cache: stock with all of the prompt, stock with as many tokens as a compressed
 cache holds halfway through, and one for each method. All read their prompt, decode a block that is not counted, and
-then decode blocks in turn, A B C A B C ..., so that a drift of the machine hits all alike and all have decoded as much.
-A ratio is taken turn by turn: given are the median, the least and the greatest of these pairs.
+then decode blocks in turn (`kvlib.lab.speed.turns`), so that all have decoded as much.
 
 On a GPU attention runs without cuDNN, for all contestants: while a cache grows it is by far the slowest there is.
 
@@ -19,22 +18,18 @@ unless a method reads sparsely; stock reads a full cache. What was measured befo
 """
 
 import argparse
-import csv
-import shlex
-import sys
-import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import kvlib
 from kvlib import paths
+from kvlib.lab.speed.rows import command, rounded, write
 from kvlib.lab.speed.settings import (
     ARGUMENTS,
     CAPTURED,
@@ -46,8 +41,10 @@ from kvlib.lab.speed.settings import (
     STOCK,
     WANTED,
     Setting,
+    build,
     method,
 )
+from kvlib.lab.speed.turns import Contestant, compared, now, take_turns
 
 LIMIT = 30.0  # seconds of decoding for each method; later turns are left out, but for the first two
 IDENTITY = ("setting", "device", "method")  # a measurement replaces the rows of an earlier one with the same
@@ -55,52 +52,6 @@ SHOWN = (
     "method budget baseline ms_per_token read_bytes baseline_ms ratio ratio_min ratio_max wanted "
     "prefill_ms prefill_ratio"
 )
-
-
-class Contestant:
-    """A prompt `(batch, tokens)`, read and continued greedily by a method or by stock; `clock` gives seconds.
-
-    A method's block is opened anew for every block of tokens, with the cache that the last one left: so contestants
-    can take turns on one model.
-    """
-
-    def __init__(self, model, ids: torch.Tensor, clock: Callable[[], float], method=None, mask=None):
-        self.model, self.ids, self.clock, self.method, self.padding = model, ids, clock, method, mask
-        self.run = self.cache = None
-
-    @property
-    def length(self) -> float:
-        """Tokens in the cache, the mean over layers and KV heads."""
-        return self.seen * self.run.stored_bytes() / self.run.full_bytes() if self.run else self.seen
-
-    def read(self) -> float:
-        """Seconds to read the prompt into a new cache."""
-        self.run, self.cache, self.seen, self.mask = None, None, 0, self.padding  # frees the old cache first
-        with self._applied():
-            begin = self.clock()
-            self._step(self.ids)
-            return self.clock() - begin
-
-    def decode(self, tokens: int) -> float:
-        """Seconds per token of a block of `tokens`, after one that is not timed."""
-        with self._applied():
-            self._step(self.next)
-            begin = self.clock()
-            for _ in range(tokens):
-                self._step(self.next)
-            return (self.clock() - begin) / tokens
-
-    @contextmanager
-    def _applied(self):
-        with torch.no_grad(), self.method(self.model) if self.method else nullcontext() as self.run:
-            yield
-
-    def _step(self, ids: torch.Tensor) -> None:
-        if self.mask is not None and self.seen:
-            self.mask = torch.cat([self.mask, self.mask[:, -1:]], dim=1)
-        output = self.model(ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.next = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        self.seen += ids.shape[1]
 
 
 class Captured(Contestant):
@@ -144,10 +95,11 @@ def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[],
                 contestants[key].read()
                 contestants[key].decode(setting.tokens)
 
-    turns = take_turns(contestants, setting.pairs, setting.tokens, clock, LIMIT * len(names))
+    blocks = {name: partial(x.decode, setting.tokens) for name, x in contestants.items()}
+    turns = take_turns(blocks, setting.pairs, clock, LIMIT * len(names))
     return [
         {"method": name, "budget": methods[name].budget, "baseline": baseline}
-        | compared(name, key, turns)
+        | compared(name, key, turns, "ms_per_token")
         | {"prefill_ms": 1e3 * median(x[name] for x in prefills)}
         | {"prefill_ratio": median(x[name] / x[STOCK] for x in prefills)}  # to stock, whatever the baseline
         | sizes(contestants[name].run)
@@ -171,27 +123,6 @@ def short_prompt(setting: Setting, held: float, later: float) -> int:
     return max(1, round(held + ((later - held) / block - 1) * (1 + setting.pairs / 2) * block))
 
 
-def take_turns(contestants: dict, pairs: int, tokens: int, clock: Callable[[], float], limit: float) -> list[dict]:
-    """For every turn the seconds per token of each contestant; no new turn after `limit` seconds and two turns."""
-    turns, begin = [], clock()
-    for _ in tqdm(range(pairs), desc="turns", leave=False, disable=None):
-        if len(turns) < 2 or clock() - begin < limit:
-            turns.append({name: contestant.decode(tokens) for name, contestant in contestants.items()})
-    return turns
-
-
-def compared(name: str, baseline: str, turns: list[dict]) -> dict:
-    """Columns of a method against a baseline: milliseconds per token, and the ratio of the two in each turn."""
-    ms = spread("ms_per_token", [1e3 * turn[name] for turn in turns])
-    ratio = spread("ratio", [turn[name] / turn[baseline] for turn in turns])
-    return ms | {"baseline_ms": 1e3 * median(turn[baseline] for turn in turns)} | ratio | {"pairs": len(turns)}
-
-
-def spread(name: str, values: list[float]) -> dict:
-    """Columns with the median, the least and the greatest."""
-    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
-
-
 def sizes(run) -> dict:
     """Bytes of K and V after the last block, of the whole batch: what is stored, what its last step has read, what is
     allocated if the library tells, and a full cache, all of which stock reads."""
@@ -209,31 +140,11 @@ def measure(name: str, setting: Setting, clock: Callable[[], float], **more) -> 
     torch.set_num_threads(setting.threads or torch.get_num_threads())
     if setting.device == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: 5 ms a call while a cache grows
-    model, names, size = setting.build(), setting.methods, setting.together
+    model = build(setting.model, setting.device, setting.dtype)
+    names, size = setting.methods, setting.together
     shared = {"setting": name} | setting.facts()
     groups = [names[i : i + size] for i in range(0, len(names), size)]
-    rows = [shared | row | more for group in groups for row in contest(setting, model, group, clock)]
-    return [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-
-
-def now() -> float:
-    """The host's clock in seconds, once the device has done what it was told."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def write(rows: list[dict], out: Path) -> None:
-    """Put rows into a table, sorted, in place of those that `IDENTITY` says are of the same measurement."""
-    new = {tuple(row[key] for key in IDENTITY) for row in rows}
-    if out.exists():
-        with out.open(newline="") as file:
-            rows = rows + [row for row in csv.DictReader(file) if tuple(row[key] for key in IDENTITY) not in new]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(sorted(rows, key=lambda row: [str(row[key]) for key in (*IDENTITY, "budget", "baseline")]))
+    return [rounded(shared | row | more) for group in groups for row in contest(setting, model, group, clock)]
 
 
 def readable(rows: list[dict]) -> str:
@@ -265,18 +176,14 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if any(number is not None and number < 1 for number in (given.pairs, given.tokens)):
         parser.error("--pairs and --tokens are whole numbers >= 1")
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--out" in words:  # where the table went is nobody's business
-        del words[words.index("--out") : words.index("--out") + 2]
-    command = shlex.join([*parser.prog.split(), *words])
     methods = tuple(dict.fromkeys(given.methods)) if given.methods else None
     changes = {"methods": methods, "pairs": given.pairs, "tokens": given.tokens}
     for name in ["tiny"] if given.tiny else given.settings:
         setting = replace(SETTINGS[name], **{key: value for key, value in changes.items() if value})
         if setting.device == "cuda" and device == "cpu":
             parser.error(f"{name} needs a GPU")
-        rows = measure(name, setting, now, command=command)
-        write(rows, given.out)
+        rows = measure(name, setting, now, command=command(parser, argv))
+        write(rows, given.out, IDENTITY)
         print(readable(rows))
 
 

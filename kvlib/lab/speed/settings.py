@@ -1,4 +1,4 @@
-"""What `kvlib.lab.speed.decoding` measures: models with random weights, prompts, methods, and the ratios hoped for."""
+"""Models with random weights; of `kvlib.lab.speed.decoding` prompts, methods, and the ratios hoped for."""
 
 import platform
 from dataclasses import dataclass, replace
@@ -37,6 +37,7 @@ SHAPES = {  # FIELDS; are embeddings tied; base of the rotary embedding
     "Llama-3.1-8B, 8 layers": ((4096, 14_336, 8, 32, 8, 128_256), False, 5e5),
     "tiny": ((32, 48, 2, 4, 2, 64), True, 1e4),
 }
+WINDOW = 2**18  # tokens, of all these models
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,6 @@ class Setting:
     together: int = 9
     threads: int | None = None
 
-    def build(self):
-        """The model, with random weights."""
-        sizes, tied, base = SHAPES[self.model]
-        config = LlamaConfig(
-            **dict(zip(FIELDS, sizes)),
-            tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": base},
-            max_position_embeddings=2**18,
-        )
-        with torch.device(self.device):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype)).eval()
-
     def facts(self) -> dict:
         """Columns that all rows share: the setting, the machine as it is now, versions."""
         return {
@@ -82,13 +71,32 @@ class Setting:
             "batch": self.batch,
             "prompt_tokens": self.prompt,
             "tokens_per_block": self.tokens,
-            "device": torch.cuda.get_device_name() if self.device == "cuda" else processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "date": date.today().isoformat(),
-        }
+        } | machine(self.device)
+
+
+def build(shape: str, device: str, dtype: str):
+    """A model of `SHAPES`, with random weights."""
+    sizes, tied, base = SHAPES[shape]
+    config = LlamaConfig(
+        **dict(zip(FIELDS, sizes)),
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": base},
+        max_position_embeddings=WINDOW,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def machine(device: str) -> dict:
+    """Columns of the machine as it is now, and of versions. device: "cpu" or "cuda"."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+    }
 
 
 def method(name: str, budget: float):
