@@ -69,8 +69,9 @@ lint: $(INSTALLED)  ## check style and format of modules and notebooks
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-bench: $(INSTALLED)  ## measure decoding speed on this machine against stock transformers (minutes; best on an idle machine)
+bench: $(INSTALLED)  ## time decoding and prefill on this machine against stock transformers (best on an idle machine)
 	$(PYTHON) -m kvlib.lab.speed.decoding
+	$(PYTHON) -m kvlib.lab.speed.prefill
 	$(PYTHON) -m kvlib.lab.speed.summary
 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/

@@ -19,9 +19,9 @@ def test_readme_s_finding_is_what_the_table_says():
     assert finding in " ".join(readme.split()), f"README should say: {finding}"
 
 
-def test_readme_s_table_of_speed_is_that_of_the_measurements():
+def test_readme_s_tables_of_speed_are_those_of_the_measurements():
     readme = (ROOT / "README.md").read_text()
-    assert summary.written(readme, pd.read_csv(RESULTS / "decoding_speed.csv")) == readme
+    assert summary.written(readme) == readme
 
 
 def test_readme_code_runs(monkeypatch, capsys):

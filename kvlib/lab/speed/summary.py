@@ -1,14 +1,19 @@
-"""README's tables of decoding speed, and of the bytes that a step reads.
+"""README's tables of decoding speed, of the bytes that a step reads, and of prefill.
 
-python -m kvlib.lab.speed.summary       write them, from data/results/decoding_speed.csv
+python -m kvlib.lab.speed.summary       write them, from data/results/decoding_speed.csv and prefill_speed.csv
 """
+
+from pathlib import Path
 
 import pandas as pd
 
 from kvlib import checksums, paths
+from kvlib.lab.speed import prefill
 from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
+DECODING = "decoding_speed.csv"
+ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "typing", "stages")))  # to the method before
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -45,20 +50,49 @@ def reads(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def written(readme: str, rows: pd.DataFrame) -> str:
-    """README with the tables of today."""
-    for name, made in (("bytes read", reads), ("decoding speed", table)):
+def reading(rows: pd.DataFrame) -> str:
+    """Markdown: time to read a prompt, and what each method adds to the one before it, as a share of that one's."""
+    lines = ["| model | device | tokens | pairs | method | ms | / stock | adds, % |"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---|")
+    for (model, device, tokens), group in rows.groupby(["model", "device", "tokens"], sort=True):
+        found = group.set_index(["method", "baseline"])
+        first = found.loc["full", STOCK]
+        cells = f"| {model} | {device} | {tokens} | {first.pairs} |"
+        lines.append(f"{cells} stock | {first.baseline_ms:.4g} | 1.00 | |")
+        for method, part in ADDED.items():
+            row, more = found.loc[method, STOCK], found.loc[method, prefill.BEFORE[method]]
+            ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})"
+            share, least, most = (f"{100 * (x - 1):+.1f}" for x in (more.ratio, more.ratio_min, more.ratio_max))
+            lines.append(f"{cells} {method} | {row.ms:.4g} | {ratio} | {part} {share} ({least} to {most}) |")
+    facts = ["model", "device", "dtype", "threads", "torch", "transformers", "date"]
+    notes = [
+        "{} on {}: {}, batch 1, threads: {}, torch {}, transformers {}, {}".format(*row)
+        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
+    ]
+    return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + "; ".join(notes) + "."])
+
+
+TABLES = {  # between the markers of a name: the file, and what is made of its rows
+    "bytes read": (DECODING, reads),
+    "decoding speed": (DECODING, table),
+    "prefill speed": (prefill.FILE.name, reading),
+}
+
+
+def written(readme: str, results: Path = paths.RESULTS) -> str:
+    """README with the tables of today; in place of one whose file is missing stands that it is not measured yet."""
+    for name, (file, made) in TABLES.items():
         before, rest = readme.split(f"<!-- {name} -->\n")
         after = rest.split(f"<!-- end of {name} -->\n")[1]
-        readme = f"{before}<!-- {name} -->\n{made(rows)}\n<!-- end of {name} -->\n{after}"
+        text = made(pd.read_csv(results / file)) if (results / file).exists() else "Not measured yet."
+        readme = f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->\n{after}"
     return readme
 
 
 def main() -> None:
-    file = paths.RESULTS / "decoding_speed.csv"
-    rows = pd.read_csv(file)
-    checksums.record(file)
-    README.write_text(written(README.read_text(), rows))
+    for name in {file for file, _ in TABLES.values()}:
+        checksums.record(paths.RESULTS / name)
+    README.write_text(written(README.read_text()))
 
 
 if __name__ == "__main__":
