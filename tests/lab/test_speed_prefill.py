@@ -1,6 +1,7 @@
 """What is measured of prefill, on tiny models and on a clock that counts what layers compute; no timings."""
 
 import csv
+import itertools
 from types import SimpleNamespace
 
 import pandas as pd
@@ -82,6 +83,14 @@ def test_rows_hold_what_the_clock_has_shown(watched):
         assert row["arguments"] == ('{"window": 8}' if row["method"] == "snapkv" else "{}")
 
 
+@pytest.mark.parametrize(("seconds", "turns"), [(18.0, 4), (20.0, 3), (29.0, 2)])
+def test_slow_contestants_take_fewer_turns(seconds, turns):
+    """Two minutes for each of five. A turn takes ten looks at the clock; 21 are over before the third, 32 the fourth."""
+    looks = itertools.count()
+    rows = prefill.contest(tiny.model(), tiny.tokens(1, 24), 4, lambda: seconds * next(looks))
+    assert {row["pairs"] for row in rows} == {turns}
+
+
 def test_scoring_is_the_same_with_types_and_without():
     """`uncomp` adds types to `snapkv` and nothing else: window, kernel, pooling and budget agree."""
     scored, typed = (
@@ -118,6 +127,7 @@ def test_the_command_writes_lengths_and_a_rerun_replaces_its_own(tmp_path, capsy
 )
 def test_arguments_that_cannot_work(arguments, said, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(prefill, "build", None)  # nothing is built before all arguments are known to work
     with pytest.raises(SystemExit):
         prefill.main(["--models", "tiny", "--out", str(tmp_path / "speed.csv"), *arguments])
     assert said in capsys.readouterr().err
