@@ -85,7 +85,7 @@ def test_rows_hold_what_the_clock_has_shown(watched):
 
 @pytest.mark.parametrize(("seconds", "turns"), [(18.0, 4), (20.0, 3), (29.0, 2)])
 def test_slow_contestants_take_fewer_turns(seconds, turns):
-    """Two minutes for each of five. A turn takes ten looks at the clock; 21 are over before the third, 32 the fourth."""
+    """Two minutes for each of five. A turn is ten looks at the clock; 21 are over before the third, 32 the fourth."""
     looks = itertools.count()
     rows = prefill.contest(tiny.model(), tiny.tokens(1, 24), 4, lambda: seconds * next(looks))
     assert {row["pairs"] for row in rows} == {turns}
