@@ -1,13 +1,17 @@
-"""Entropies and layer groups are those of UNComp's release (`parity/uncomp`), and where not."""
+"""Entropies, layer groups and choices of tokens are those of UNComp's release (`parity/uncomp`), and where not."""
 
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import kvlib
+from kvlib.core.method import strongest
+from kvlib.core.view import View
 from kvlib.methods.entropy import entropy, spectrum
 from kvlib.methods.head_groups import by_rank
 from kvlib.methods.layer_groups import group_starts
@@ -88,3 +92,66 @@ def test_other_layer_groups():
     assert any(len(case["starts"]) > 1 for case in STAGES["synthetic"])
     for case in STAGES["synthetic"]:
         assert group_starts(case["scores"], -case["threshold"]) == case["starts"]
+
+
+CHOICES = json.loads((DATA / "tokens.json").read_text())
+KEPT = np.load(DATA / "tokens.npz")
+
+
+@pytest.mark.parametrize("case", CHOICES, ids=lambda case: case["name"])
+def test_tokens_inside_heads(case):
+    """Of every group the tokens that the release keeps, and of equal scores any."""
+    method = chooser(case)
+    attention = torch.from_numpy(KEPT[f"{case['name']}_attn"]).float()
+    positions = torch.arange(case["n_tokens"]).expand(len(attention), -1)
+    for g, group in enumerate(case["groups"]):
+        view = seen(method, attention[group["heads"]], positions[group["heads"]], case["n_tokens"])
+        require_choice(method.score(view), view.positions, group["budget"], f"{case['name']}_g{g}")
+
+
+@pytest.mark.parametrize("case", [case for case in CHOICES if case["decodes"]], ids=lambda case: case["name"])
+def test_tokens_after_the_first_decoded_one(case):
+    method, tokens = chooser(case), case["n_tokens"] + 1
+    attention = torch.from_numpy(KEPT[f"{case['name']}_attn"]).float()
+    for g, group in enumerate(case["groups"]):
+        name = f"{case['name']}_g{g}"
+        kept = torch.from_numpy(KEPT[f"{name}_kept"]).long()
+        new = torch.from_numpy(KEPT[f"{case['name']}_dec0_g{g}_row"])
+        before = attention[group["heads"]].gather(2, kept[:, None].expand(-1, 8, -1))
+        rows = torch.cat([torch.nn.functional.pad(before[:, 1:], (0, 1)), new[:, None]], dim=1)
+        positions = torch.nn.functional.pad(kept, (0, 1), value=tokens - 1)
+        view = seen(method, rows, positions, tokens)
+        view.step.decoding, view.state = True, {"rows": rows.mT[None]}
+        require_choice(method.score(view), view.positions, group["budget"], f"{case['name']}_dec0_g{g}")
+
+
+def chooser(case):
+    """The method with one group of heads; the test looks at each group by itself."""
+    pooling = {"maxpool": "max", "avgpool": "avg"}[case["pooling"]]
+    return kvlib.method("uncomp", budget=64, groups=1, kernel=case["kernel"], pooling=pooling)
+
+
+def seen(method, rows: torch.Tensor, positions: torch.Tensor, tokens: int) -> View:
+    """What a score looks at: attention `(heads, queries, slots)` of the last queries, and where slots stand."""
+    view = View.__new__(View)
+    view.new_key, view.layer_idx, view.prompt_tokens = torch.empty(0), 0, torch.tensor([tokens])
+    view.tokens, view.positions, view.state = view.prompt_tokens, positions[None], {}
+    view.step = SimpleNamespace(decoding=False, ends=view.tokens, starts={})
+    view.run = SimpleNamespace(
+        method=method, cache=SimpleNamespace(notes={}), clamped={}, clamped_rows=torch.tensor([False])
+    )
+    view.column_sums = lambda last: rows[:, len(rows[0]) - int(last) :].sum(1)[None, :, None]
+    return view
+
+
+def require_choice(score, positions, budget: int, name: str) -> None:
+    heads, ends = len(positions[0]), int(positions.max()) + 1
+    chosen = torch.zeros(heads, ends, dtype=torch.bool)
+    keep = strongest(score, positions, torch.full((1, heads), budget))[0]
+    assert (keep.sum(1) == budget).all()
+    chosen.scatter_(1, positions[0], keep)
+    certain, tied = (
+        torch.from_numpy(np.unpackbits(KEPT[f"{name}_{kind}"], axis=1)[:, :ends].astype(bool))
+        for kind in ("certain", "tied")
+    )
+    assert (chosen >= certain).all() and (chosen <= certain | tied).all()

@@ -13,7 +13,6 @@ from test_baselines import decode, lists, prompt
 from test_uncomp import Stub, above, truncated
 
 import kvlib
-from kvlib.methods import entropy
 from kvlib.methods.head_groups import STATISTICS
 from kvlib.methods.uncomp_controls import proportional
 
@@ -106,7 +105,7 @@ def test_statistics_rank_heads(statistic):
     """Tokens that fill 1, 3, 9 and 16 of 16 directions; of four eigenvalues, not renormalised, entropy falls again."""
     draw = torch.Generator().manual_seed(0)
     tokens = torch.stack([torch.randn(200, r, generator=draw) @ torch.eye(16)[:r] for r in (1, 3, 9, 16)])
-    found = STATISTICS[statistic](entropy.spectrum(tokens)).argsort().tolist()
+    found = STATISTICS[statistic](tokens, torch.ones(4, 200, dtype=torch.bool)).argsort().tolist()
     if statistic == "renormalised":  # of both 9 and 16 directions all four are filled
         assert found[:2] == [0, 1]
     else:

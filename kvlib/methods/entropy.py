@@ -76,10 +76,12 @@ def effective_rank(spectrum: torch.Tensor, k: int | None = None, renormalised: b
     return entropy(spectrum, k, renormalised).exp()
 
 
-def participation_ratio(spectrum: torch.Tensor) -> torch.Tensor:
+def participation_ratio(density: torch.Tensor) -> torch.Tensor:
     """(Σ λ)² / Σ λ², `(...)`, from 1 to d; 1 for equal tokens. The exponential of the Rényi entropy of order 2, ours.
 
-    It needs no eigenvalues: 1 / ‖`density`‖² in the Frobenius norm.
+    Args:
+        density: `(..., n, n)`, of which no eigenvalues are needed: their sum is its trace, that of their squares the
+            square of its Frobenius norm.
     """
-    total, squares = spectrum.sum(-1).square(), spectrum.square().sum(-1)
-    return torch.where(squares > 0, total / squares, 1)
+    total, squares = density.diagonal(dim1=-2, dim2=-1).sum(-1), density.square().sum((-2, -1))
+    return torch.where(squares > 0, total.square() / squares, 1)

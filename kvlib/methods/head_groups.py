@@ -13,14 +13,14 @@ import torch
 
 from kvlib import calibration
 from kvlib.core.method import require, whole
-from kvlib.methods.entropy import entropy, participation_ratio, spectrum, truncation
+from kvlib.methods.entropy import density, entropy, participation_ratio, spectrum, truncation
 
 CALIBRATION = "uncomp.json"
-STATISTICS = {  # of a spectrum `(..., d)`, by which heads can be ranked
-    "truncated": lambda values: entropy(values, truncation(values.shape[-1])),
-    "full": entropy,
-    "renormalised": lambda values: entropy(values, truncation(values.shape[-1]), renormalised=True),
-    "participation": participation_ratio,
+STATISTICS = {  # of rotated queries `(..., tokens, head_dim)` and which of them are real: `(...)`, ranks heads
+    "truncated": lambda query, real: entropy(spectrum(query, real), truncation(query.shape[-1])),
+    "full": lambda query, real: entropy(spectrum(query, real)),
+    "renormalised": lambda query, real: entropy(spectrum(query, real), truncation(query.shape[-1]), renormalised=True),
+    "participation": lambda query, real: participation_ratio(density(query, real)),
 }
 
 

@@ -8,7 +8,6 @@ import torch
 from kvlib.core.method import Evictor, register, require, strongest, whole
 from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
-from kvlib.methods.entropy import spectrum
 from kvlib.methods.head_groups import STATISTICS, by_rank, group_sizes, load, per_kv_head
 from kvlib.methods.layer_groups import relative_lengths
 
@@ -39,8 +38,8 @@ class Grouped(Evictor):
             groups, as in the paper; None: the prompt does.
         across: groups are of all heads of the model, so that layers differ in what they store; ours. Needs `types`.
         statistic: of the spectrum of a head's queries, by which the prompt ranks heads: "truncated" (the paper's),
-            "full" and "renormalised" entropy, or "participation", the ratio that needs no eigenvalues; all but the
-            first are ours.
+            "full" and "renormalised" entropy, or "participation", the ratio that needs no eigenvalues and so little
+            time; all but the first are ours.
 
     Raises:
         ValueError: for other groups, spreads or statistics; for the calibration of another model.
@@ -103,8 +102,7 @@ class Grouped(Evictor):
             rows[name] = torch.cat([rows[name], new], dim=dim) if name in rows else new
         if view.step.ends_prompt:
             queries, asked = rows.pop("queries"), rows.pop("asked")
-            of_spectrum = STATISTICS[self.statistic]
-            found = per_kv_head(of_spectrum(spectrum(queries, (asked >= 0)[:, None])), view.new_key.shape[1])
+            found = per_kv_head(STATISTICS[self.statistic](queries, (asked >= 0)[:, None]), view.new_key.shape[1])
             rows["statistic"] = found.round(decimals=DECIMALS)  # of two tokens all have 0, up to rounding
 
     def budgets(self, view):
