@@ -7,7 +7,7 @@ import pytest
 import reference
 import tiny
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from test_baselines import decode, lists, prompt
 from test_uncomp import Stub, above, truncated
@@ -52,6 +52,7 @@ def test_groups_on_other_hosts_equal_reference(name, kv_heads):
     model, (policy, arguments) = reference.tiny_llama(kv_heads), HOSTS[name]
 
     @few
+    @example(8, 0.9, 40, 0)  # the spread gives way to what the smallest head needs
     @given(st.floats(0.05, 0.95) | st.integers(8, 20), st.floats(0, 0.9), st.integers(2, 40), st.integers(0, 99))
     def check(budget, spread, length, seed):
         settings = {"budget": budget, "spread": spread, **arguments}

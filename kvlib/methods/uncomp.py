@@ -131,7 +131,7 @@ class Grouped(Evictor):
         if not self.typed:
             return torch.zeros_like(mean)
         most = torch.minimum(view.prompt_tokens - mean, mean - self.least(view))
-        return view.clamp("spread", (self.spread * mean).long(), 0, most.clamp(min=0))
+        return view.clamp("spread", (self.spread * mean).long(), 0, most)
 
     def least(self, view) -> torch.Tensor:
         """What the smallest budget has room for, `(batch,)`."""

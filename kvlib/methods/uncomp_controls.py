@@ -99,7 +99,7 @@ def proportional(weights: list[float], total: int, most: int) -> list[int]:
     shares = [min(most, max(least, high * weight)) for weight in weights]
     found = [int(share) for share in shares]
     by_remainder = sorted(range(len(found)), key=lambda i: found[i] - shares[i])
-    for i in [i for i in by_remainder if found[i] < most][: total - sum(found)]:
+    for i in by_remainder[: total - sum(found)]:
         found[i] += 1
     return found
 
