@@ -100,7 +100,7 @@ def test_unknown_arguments(name):
     [
         ("snapkw", "did you mean 'snapkv'"),
         ("H2O", "did you mean 'h2o'"),
-        ("zzzzzz", "known: exact_error, forced_sinks, full, "),
+        ("zzzzzz", "known: adakv, exact_error, forced_sinks, full, "),
     ],
 )
 def test_unknown_methods(name, near):

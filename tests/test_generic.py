@@ -13,7 +13,14 @@ from properties import Conversation
 import kvlib
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
-BUDGETS = {"full": [1.0]}
+BUDGETS = {  # of what shares its code with a method that has all three, those that differ most
+    "full": [1.0],
+    "uncomp_random": [0.3],
+    "uncomp_reversed": [0.6],
+    "uncomp_continuous": [0.3, 12],
+    "uncomp_h2o": [0.6],
+    "uncomp_pyramidkv": [0.3],
+}
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 SETTINGS = {  # their own read all of two layers and short prompts, and leave no budget of 12 to the score
     "quest": {"page": 4, "dense": 0},
