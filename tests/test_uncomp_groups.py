@@ -16,7 +16,7 @@ from kvlib import calibration, checksums, paths
 from kvlib.calibration import head_groups as measuring
 from kvlib.methods import head_groups, layer_groups
 from kvlib.methods.entropy import entropy, spectrum
-from kvlib.methods.head_groups import by_rank, clean, group_sizes, head_entropy, per_kv_head, release
+from kvlib.methods.head_groups import STATISTICS, by_rank, clean, group_sizes, per_kv_head, release
 from kvlib.methods.layer_groups import absolute_lengths, check_lengths, group_of, group_starts, relative_lengths
 
 SHIPPED = {"minilm": (16, 8, 8, 32), "smollm2": (30, 9, 3, 64)}  # layers, query heads, KV heads, head_dim
@@ -169,12 +169,11 @@ def test_planted_heads_are_found_by_their_queries():
             factors = (torch.randn(*shape, generator=generator).double() for shape in ((length, rank), (rank, 32)))
             query[row, head, width - length :] = torch.matmul(*factors)
     real = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
-    found = head_entropy(query, real)
+    found = STATISTICS["truncated"](query, real[:, None])
     assert by_rank(found, 4).tolist() == [[1, 3, 0, 2]] * 2
-    torch.testing.assert_close(head_entropy(query[:1]), found[:1])
+    torch.testing.assert_close(STATISTICS["truncated"](query[:1], None), found[:1])
     by_hand = entropy(spectrum(query[1, :, 30:]), 8)
     torch.testing.assert_close(found[1], by_hand)  # k = 32 / 4
-    torch.testing.assert_close(head_entropy(query, real, k=3)[1], entropy(spectrum(query[1, :, 30:]), 3))
 
 
 def test_kv_heads_have_the_mean_of_their_query_heads():

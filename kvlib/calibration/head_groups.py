@@ -20,6 +20,7 @@ from tqdm import tqdm
 import kvlib
 from kvlib import calibration, checksums
 from kvlib.calibration.selection_layers import readable, shipped
+from kvlib.core.support import kv_heads
 from kvlib.lab.evaluation.prompts import device_name
 from kvlib.lab.tasks.natural import texts
 from kvlib.methods.entropy import entropy, spectrum, truncation
@@ -83,7 +84,7 @@ def store(
         "model": name,
         "fingerprint": calibration.fingerprint(model),
         "queries": "after rotary embedding",
-        "kv_heads": model.config.get_text_config().num_key_value_heads,
+        "kv_heads": kv_heads(model),
         "head_dim": head_dim,
         "k": k,
         "length": length,

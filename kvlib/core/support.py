@@ -30,6 +30,12 @@ def attention_modules(model) -> list:
     return modules
 
 
+def kv_heads(model) -> int:
+    """KV heads of each layer; as many as query heads in a model without grouped heads."""
+    config = model.config.get_text_config()
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 def decoder(model) -> PreTrainedModel:
     """The part of a transformers model that has the text's layers: without the head, and without towers for images.
 

@@ -2,7 +2,7 @@
 
 Followed: menik1126/UNComp b3e9f7b. The release counts over windows of a calibration text how often a head falls into
 each group (`release`); ours is the mean of its ranks (`clean`), close to the mean of entropies that the paper's second
-version is reported to have. On one prompt, without calibration, `by_rank(head_entropy(query), groups)` is all of it.
+version is reported to have. On one prompt, without calibration, `by_rank` of one of `STATISTICS` is all of it.
 """
 
 import json
@@ -16,23 +16,12 @@ from kvlib.core.method import require, whole
 from kvlib.methods.entropy import density, entropy, participation_ratio, spectrum, truncation
 
 CALIBRATION = "uncomp.json"
-STATISTICS = {  # of rotated queries `(..., tokens, head_dim)` and which of them are real: `(...)`, ranks heads
+STATISTICS = {  # of rotated queries `(..., tokens, head_dim)`, `(..., tokens)` of which are real: `(...)`, ranks heads
     "truncated": lambda query, real: entropy(spectrum(query, real), truncation(query.shape[-1])),
     "full": lambda query, real: entropy(spectrum(query, real)),
     "renormalised": lambda query, real: entropy(spectrum(query, real), truncation(query.shape[-1]), renormalised=True),
     "participation": lambda query, real: participation_ratio(density(query, real)),
 }
-
-
-def head_entropy(query: torch.Tensor, real: torch.Tensor | None = None, k: int | None = None) -> torch.Tensor:
-    """The truncated entropy of each head's queries in nats, `(batch, query_heads)`.
-
-    Args:
-        query: `(batch, query_heads, tokens, head_dim)`, rotated. real: `(batch, tokens)` bool, False for padding.
-        k: eigenvalues that count; None: `truncation(head_dim)`.
-    """
-    found = spectrum(query, None if real is None else real[:, None])
-    return entropy(found, truncation(query.shape[-1]) if k is None else k)
 
 
 def per_kv_head(entropies: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""UNComp: heads whose queries vary in more directions keep more tokens (Xiong et al., 2410.03090)."""
+"""UNComp: a head keeps as many tokens as the entropy of its queries says (Xiong et al., 2410.03090)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

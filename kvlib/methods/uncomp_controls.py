@@ -6,7 +6,7 @@ Uniform budgets are `uncomp` with groups=1, which are SnapKV's; budgets without 
 import torch
 
 from kvlib.core.method import register, require, whole
-from kvlib.core.support import attention_modules
+from kvlib.core.support import attention_modules, kv_heads
 from kvlib.methods.baselines import H2O, PyramidKV
 from kvlib.methods.head_groups import by_rank
 from kvlib.methods.uncomp import Grouped, UNComp
@@ -32,9 +32,7 @@ class Random(UNComp):
         require("types", self.types, self.types is None, "heads are typed by lot")
 
     def typing(self, model):
-        config = model.config.get_text_config()
-        layers = len(attention_modules(model))
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        layers, heads = len(attention_modules(model)), kv_heads(model)
         drawn = torch.rand(layers, heads, generator=torch.Generator().manual_seed(self.seed))
         if self.across:
             return by_rank(drawn.flatten(), self.symmetric(drawn.numel())).view_as(drawn)

@@ -15,7 +15,8 @@ from kvlib.lab.speed import prefill, summary
 from kvlib.lab.speed.settings import STOCK, WINDOW, build
 
 TOKENS, LAYERS, PAIRS = 96, 8, 2
-ORDER = [STOCK, "full", "snapkv", "uncomp", "uncomp_stage"]
+ORDER = [STOCK, "full", "snapkv", "stages", "uncomp", "uncomp_stage"]
+SHORTENED = ("stages", "uncomp_stage")
 COLUMNS = (
     "model dtype tokens device threads torch transformers python date method arguments budget baseline "
     "ms ms_min ms_max baseline_ms ratio ratio_min ratio_max pairs command"
@@ -49,7 +50,7 @@ def test_all_compute_the_same_logits_of_the_last_position_alone(watched):
     for i, output in enumerate(watched.outputs):
         stock = watched.outputs[i - i % len(ORDER)]
         assert output.logits.shape == (1, 1, tiny.VOCABULARY)
-        assert torch.equal(output.logits, stock.logits) == (ORDER[i % len(ORDER)] != "uncomp_stage")
+        assert torch.equal(output.logits, stock.logits) == (ORDER[i % len(ORDER)] not in SHORTENED)
     assert [type(output.past_key_values).__name__ for output in watched.outputs[:2]] == ["DynamicCache", "KVCache"]
 
 
@@ -57,35 +58,39 @@ def test_stages_compute_fewer_tokens_in_later_layers(watched):
     """Layers 2, 15, 26 and 31 of 32 are 0, 3, 6 and 7 of 8: three stages after the first, in steps down to 0.375."""
     shares = [1.0] * 3 + [1 - 0.625 / 3] * 3 + [1 - 2 * 0.625 / 3] + [0.375]
     for i, layers in enumerate(watched.layers):
-        few = ORDER[i % len(ORDER)] == "uncomp_stage"
+        few = ORDER[i % len(ORDER)] in SHORTENED
         assert layers == [int(round(share * TOKENS, 6)) if few else TOKENS for share in shares]
 
 
 def test_rows_hold_what_the_clock_has_shown(watched):
     read = LAYERS * TOKENS
     short = sum(watched.layers[-1])
-    assert [list(row) for row in watched.rows] == [COLUMNS] * 7
+    assert [list(row) for row in watched.rows] == [COLUMNS] * 9
+    shorter = float(f"{short / read:.4g}")
     assert [(row["method"], row["baseline"], row["ratio"]) for row in watched.rows] == [
         ("full", STOCK, 1.0),
         ("snapkv", STOCK, 1.0),
         ("snapkv", "full", 1.0),
+        ("stages", STOCK, shorter),
+        ("stages", "snapkv", shorter),
         ("uncomp", STOCK, 1.0),
         ("uncomp", "snapkv", 1.0),
-        ("uncomp_stage", STOCK, float(f"{short / read:.4g}")),
-        ("uncomp_stage", "uncomp", float(f"{short / read:.4g}")),
+        ("uncomp_stage", STOCK, shorter),
+        ("uncomp_stage", "uncomp", shorter),
     ]
     for row in watched.rows:
         assert (row["tokens"], row["dtype"], row["model"], row["command"]) == (TOKENS, "float32", "tiny", "none")
-        assert row["ms"] == 1e3 * (short if row["method"] == "uncomp_stage" else read)
+        assert row["ms"] == 1e3 * (short if row["method"] in SHORTENED else read)
         assert row["baseline_ms"] == 1e3 * read
         assert row["ratio_min"] == row["ratio"] == row["ratio_max"]
         assert row["budget"] == (1.0 if row["method"] == "full" else 0.1)
-        assert row["arguments"] == ('{"window": 8}' if row["method"] == "snapkv" else "{}")
+        arguments = {"snapkv": '{"window": 8}', "stages": '{"spread": 0.0}'}
+        assert row["arguments"] == arguments.get(row["method"], "{}")
 
 
 @pytest.mark.parametrize(("seconds", "turns"), [(18.0, 4), (20.0, 3), (29.0, 2)])
 def test_slow_contestants_take_fewer_turns(seconds, turns):
-    """Two minutes for each of five. A turn is ten looks at the clock; 21 are over before the third, 32 the fourth."""
+    """Two minutes for each of six. A turn is twelve looks at the clock; 25 are over before the third, 38 the fourth."""
     looks = itertools.count()
     rows = prefill.contest(tiny.model(), tiny.tokens(1, 24), 4, lambda: seconds * next(looks))
     assert {row["pairs"] for row in rows} == {turns}
@@ -93,9 +98,7 @@ def test_slow_contestants_take_fewer_turns(seconds, turns):
 
 def test_scoring_is_the_same_with_types_and_without():
     """`uncomp` adds types to `snapkv` and nothing else: window, kernel, pooling and budget agree."""
-    scored, typed = (
-        kvlib.method(name, budget=prefill.budget(name), **prefill.METHODS[name]) for name in ("snapkv", "uncomp")
-    )
+    scored, typed = (prefill.method(name) for name in ("snapkv", "uncomp"))
     for name in ("window", "kernel", "pooling", "budget"):
         assert getattr(scored, name) == getattr(typed, name)
 
@@ -109,9 +112,9 @@ def test_the_command_writes_lengths_and_a_rerun_replaces_its_own(tmp_path, capsy
     assert printed.err == "" and "tiny, float32, 24 tokens" in printed.out
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["tokens"] for row in rows] == ["24"] * 7 + ["32"] * 7
+    assert [row["tokens"] for row in rows] == ["24"] * 9 + ["32"] * 9
     command = "python -m kvlib.lab.speed.prefill --device cpu --models tiny --pairs 1 --lengths "
-    assert [row["command"] for row in rows] == [command + "24 32"] * 7 + [command + "32"] * 7
+    assert [row["command"] for row in rows] == [command + "24 32"] * 9 + [command + "32"] * 9
 
 
 @pytest.mark.parametrize(
@@ -145,10 +148,10 @@ def test_what_is_measured_by_itself():
 
 
 def measured(tokens: int) -> pd.DataFrame:
-    """Rows of a length, made up: stock and the methods take 1 s, 1.1 s, 1.32 s, 1.65 s and 0.825 s."""
-    rows, ms = [], dict(zip(ORDER, (1000.0, 1100.0, 1320.0, 1650.0, 825.0)))
+    """Rows of a length, made up: stock and the methods take 1 s, 1.1 s, 1.32 s, .66 s, 1.65 s and 0.825 s."""
+    rows, ms = [], dict(zip(ORDER, (1000.0, 1100.0, 1320.0, 660.0, 1650.0, 825.0)))
     for method in ORDER[1:]:
-        for baseline in dict.fromkeys((STOCK, ORDER[ORDER.index(method) - 1])):
+        for baseline in dict.fromkeys((STOCK, prefill.BEFORE[method])):
             ratio = ms[method] / ms[baseline]
             row = {"method": method, "baseline": baseline, "ms": ms[method], "baseline_ms": ms[baseline], "pairs": 5}
             rows.append(row | {"ratio": ratio, "ratio_min": ratio - 0.01, "ratio_max": ratio + 0.02})
@@ -158,16 +161,17 @@ def measured(tokens: int) -> pd.DataFrame:
 
 def test_the_summary_s_numbers_are_those_of_the_rows():
     made = summary.reading(pd.concat([measured(16_384), measured(2048)])).split("\n")
-    assert made[2:7] == [
+    assert made[2:8] == [
         "| M | D | 2048 | 5 | stock | 1000 | 1.00 | |",
         "| M | D | 2048 | 5 | full | 1100 | 1.10 (1.09-1.12) | kvlib's cache +10.0 (+9.0 to +12.0) |",
         "| M | D | 2048 | 5 | snapkv | 1320 | 1.32 (1.31-1.34) | scoring +20.0 (+19.0 to +22.0) |",
+        "| M | D | 2048 | 5 | stages | 660 | 0.66 (0.65-0.68) | stages -50.0 (-51.0 to -48.0) |",
         "| M | D | 2048 | 5 | uncomp | 1650 | 1.65 (1.64-1.67) | typing +25.0 (+24.0 to +27.0) |",
         "| M | D | 2048 | 5 | uncomp_stage | 825 | 0.82 (0.81-0.84) | stages -50.0 (-51.0 to -48.0) |",
     ]
-    assert made[7].startswith("| M | D | 16384 | 5 | stock |") and made[12] == ""  # lengths in order, not as words
+    assert made[8].startswith("| M | D | 16384 | 5 | stock |") and made[14] == ""  # lengths in order, not as words
     once = "in brackets. M on D: float32, batch 1, threads: 2, torch 2, transformers 5, 2026-01-02."
-    assert made[13].endswith(once)  # for both lengths
+    assert made[15].endswith(once)  # for both lengths
 
 
 def test_a_file_that_is_missing_says_so_and_one_that_is_there_is_shown(tmp_path):

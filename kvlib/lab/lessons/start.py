@@ -4,6 +4,7 @@ import torch
 from IPython.display import Markdown, display
 
 import kvlib
+from kvlib.core.support import kv_heads
 from kvlib.lab.plotting import use_style
 
 
@@ -35,9 +36,3 @@ def setup(model_name: str, device: str = "cpu", *, written_for: str = "smollm2")
 
 BANNER = """> **This run is on `{model_name}`.** Questions and formulas hold for any model; the numbers in the prose,
 > and what it says about them, are those of `{written_for}`."""
-
-
-def kv_heads(model) -> int:
-    """KV heads of each layer; as many as query heads in a model without grouped heads."""
-    config = model.config.get_text_config()
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -150,6 +150,35 @@ GROUPED_TOO = (
     *with_arguments("uncomp_random", (0.2,), across=True, groups=8),
     *with_arguments("uncomp_stage", (0.2,), spread=0.0),
     *with_arguments("uncomp_stage", (0.2,), spread=0.0, shortest=0.7),
+    *(c for m in ("uncomp", "uncomp_random", "uncomp_reversed") for c in with_arguments(m, (0.2,), spread=0.95)),
+)
+EXTREME = {"groups": 2, "spread": 0.95}  # as 512 and 12 tokens, in the first version's table
+GROUPED_MINILM = (  # minilm: eight heads, which share no keys
+    FULL,
+    *(Configuration("uncomp", b) for b in (0.1, 0.2, 0.5)),
+    *with_arguments("uncomp", (0.2,), spread=0.0),
+    *with_arguments("uncomp", (0.2,), groups=2, spread=1 / 3),
+    *(c for groups in (2, 4) for c in with_arguments("uncomp", (0.2,), groups=groups)),
+    *with_arguments("uncomp", (0.2,), statistic="full"),
+    *with_arguments("uncomp", (0.2,), types="minilm"),
+    *(Configuration(m, 0.2) for m in ("uncomp_random", "uncomp_reversed", "uncomp_continuous")),
+    *(c for m in ("uncomp", "uncomp_random", "uncomp_reversed") for c in with_arguments(m, (0.2,), **EXTREME)),
+    *with_arguments("adakv", (0.2,), **NARROW),
+    *(Configuration(m, 0.2) for m in ("snapkv", "pyramidkv", "h2o", "uncomp_pyramidkv", "uncomp_h2o", "uncomp_stage")),
+)
+GROUPED_MINILM_TOO = (
+    *with_arguments("uncomp", (0.1, 0.5), spread=0.0),
+    *(Configuration(m, b) for m in ("uncomp_random", "uncomp_reversed") for b in (0.1, 0.5)),
+    *(
+        c
+        for statistic in ("renormalised", "participation")
+        for c in with_arguments("uncomp", (0.2,), statistic=statistic)
+    ),
+    *(c for seed in (1, 2) for c in with_arguments("uncomp_random", (0.2,), seed=seed)),
+    *with_arguments("uncomp", (0.2,), groups=4, spread=1 / 3),
+    *with_arguments("uncomp", (0.2,), spread=1 / 3),
+    *with_arguments("uncomp_stage", (0.2,), spread=0.0),
+    *(c for groups in (2, 8) for c in with_arguments("uncomp", (0.2,), types="minilm", across=True, groups=groups)),
 )
 STUDIES = {
     "00_real": Study(
@@ -232,6 +261,13 @@ STUDIES = {
         configurations=GROUPED,
         fewer=GROUPED_TOO,
         models={"smollm2": 200},
+    ),
+    "02_uncomp": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=GROUPED_MINILM,
+        fewer=GROUPED_MINILM_TOO,
+        models={"minilm": 200},
     ),
     "04_real_stepwise": Study(
         tasks=ANSWERED,

@@ -3,15 +3,18 @@
     python -m kvlib.lab.speed.prefill                       what fits this machine -> data/results/prefill_speed.csv
     python -m kvlib.lab.speed.prefill --device cpu --lengths 1024 2048 --pairs 3 --out FILE
 
-One prompt of random tokens, on models with random weights. Stock reads it with sdpa into a `DynamicCache`; each method
-of `METHODS` does what the one before does and one thing more, so that the ratio to that one, less 1, is what this
+One prompt of random tokens, on models with random weights. Stock reads it with sdpa into a `DynamicCache`; each of
+`METHODS` does what the one in `BEFORE` does and one thing more, so that the ratio to that one, less 1, is what this
 costs as a share of prefill:
 
-    full           kvlib's cache
-    snapkv         scoring: attention of the last 8 queries, the choice of a tenth of the tokens, packing them
-    uncomp         typing: entropy of every head's queries. With it, 8 rows of attention that decoding goes on from, and
-                   heads of different lengths
-    uncomp_stage   stages: later layers compute fewer tokens. An overhead below 0 is what they save
+    full                 kvlib's cache
+    snapkv               scoring: attention of the last 8 queries, the choice of a tenth of the tokens, packing them
+    stages               stages: later layers compute fewer tokens. An overhead below 0 is what they save. With it, 8
+                         rows of attention that decoding goes on from
+    uncomp               typing: entropy of every head's queries. With it those rows, and heads of different lengths
+    uncomp_stage         typing and stages, beside typing alone
+
+"stages" is `uncomp_stage` whose heads all have the same budget, so that no entropy is worked out.
 
 All compute the logits of the last position alone. What a method makes of the model beforehand is not counted. Every
 contestant reads the prompt once before the clock counts, and then in turn (`kvlib.lab.speed.turns`); no new turn after
@@ -33,8 +36,14 @@ from kvlib.lab.speed.settings import SHAPES, STOCK, WINDOW, build, machine
 from kvlib.lab.speed.turns import Contestant, compared, now, take_turns
 
 FILE = paths.RESULTS / "prefill_speed.csv"
-METHODS = {"full": {}, "snapkv": {"window": 8}, "uncomp": {}, "uncomp_stage": {}}  # and their arguments
-BEFORE = dict(zip(METHODS, (STOCK, *METHODS)))  # method -> the contestant to which it adds something
+METHODS = {  # what a contestant is called -> a registered method and its arguments
+    "full": ("full", {}),
+    "snapkv": ("snapkv", {"window": 8}),
+    "stages": ("uncomp_stage", {"spread": 0.0}),
+    "uncomp": ("uncomp", {}),
+    "uncomp_stage": ("uncomp_stage", {}),
+}
+BEFORE = {"full": STOCK, "snapkv": "full", "stages": "snapkv", "uncomp": "snapkv", "uncomp_stage": "uncomp"}
 BUDGET = 0.1  # of all but `full`; in the paper 384 of up to 4096 tokens
 PAIRS, LIMIT = 8, 120.0
 IDENTITY = ("model", "dtype", "device", "tokens", "method")  # a measurement replaces rows with the same
@@ -46,17 +55,23 @@ SHOWN = "method budget baseline ms baseline_ms ratio ratio_min ratio_max pairs"
 
 def contest(model, ids: torch.Tensor, pairs: int, clock: Callable[[], float]) -> list[dict]:
     """Rows of all methods for a prompt `(1, tokens)`: against stock, and against the method before."""
-    methods = {name: kvlib.method(name, budget=budget(name), **arguments) for name, arguments in METHODS.items()}
+    methods = {name: method(name) for name in METHODS}
     contestants = {name: Contestant(model, ids, clock, method) for name, method in ({STOCK: None} | methods).items()}
     for contestant in contestants.values():
         contestant.read()
     turns = take_turns({name: x.read for name, x in contestants.items()}, pairs, clock, LIMIT * len(contestants))
     return [
-        {"method": name, "arguments": json.dumps(METHODS[name]), "budget": budget(name), "baseline": baseline}
+        {"method": name, "arguments": json.dumps(METHODS[name][1]), "budget": budget(name), "baseline": baseline}
         | compared(name, baseline, turns, "ms")
         for name in METHODS
         for baseline in dict.fromkeys((STOCK, BEFORE[name]))
     ]
+
+
+def method(name: str):
+    """A contestant's method."""
+    registered, arguments = METHODS[name]
+    return kvlib.method(registered, budget=budget(name), **arguments)
 
 
 def budget(name: str) -> float:

@@ -13,7 +13,7 @@ from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
 DECODING = "decoding_speed.csv"
-ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "typing", "stages")))  # to the method before
+ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "stages", "typing", "stages")))  # to another one
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -51,7 +51,7 @@ def reads(rows: pd.DataFrame) -> str:
 
 
 def reading(rows: pd.DataFrame) -> str:
-    """Markdown: time to read a prompt, and what each method adds to the one before it, as a share of that one's."""
+    """Markdown: time to read a prompt, and what each method adds to another, as a share of that one's."""
     lines = ["| model | device | tokens | pairs | method | ms | / stock | adds, % |"]
     lines.append("|---|---|---:|---:|---|---:|---:|---|")
     for (model, device, tokens), group in rows.groupby(["model", "device", "tokens"], sort=True):
