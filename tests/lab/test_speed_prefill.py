@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 
-import kvlib
 from kvlib import paths
 from kvlib.lab.speed import prefill, summary
 from kvlib.lab.speed.settings import STOCK, WINDOW, build
