@@ -22,10 +22,11 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_pyramidkv": [0.3],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
+NARROW = {"window": 4, "kernel": 3}
 SETTINGS = {  # their own read all of two layers and short prompts, and leave no budget of 12 to the score
     "quest": {"page": 4, "dense": 0},
-    **{name: {"window": 4, "kernel": 3, "spread": 0.5} for name in UNCOMP},
-    "uncomp_continuous": {"window": 4, "kernel": 3},
+    **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
+    "uncomp_continuous": NARROW,
 }
 METHODS = [
     *(
@@ -45,6 +46,7 @@ METHODS = [
     kvlib.method("exact_error", budget=0.6, host="pyramidkv"),
     kvlib.method("output_norm", budget=12, host="scissorhands"),
     kvlib.method("output_norm", budget=0.6, host="snapkv", sinks=2),
+    kvlib.method("uncomp_stage", budget=0.6, profile="release", spread=0.0, shortest=0.01, **NARROW),
     kvlib.method("tidaldecode", budget=0.3, heads="group"),
     kvlib.method("tidaldecode", budget=12, heads="all", sinks=2, recent=0.25),
     kvlib.method("quest", budget=12, page=3, dense=1),

@@ -55,7 +55,12 @@ ARGUMENTS = {  # what is drawn besides the budget
     "uncomp_h2o": {"spread": st.floats(0, 0.9)},
     "uncomp_pyramidkv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3]), "spread": st.floats(0, 0.9)},
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
-    "uncomp_stage": {**UNCOMP, "starts": st.sampled_from([None, (), (1,)]), "shortest": st.floats(0.1, 1)},
+    "uncomp_stage": {
+        **UNCOMP,
+        "starts": st.sampled_from([None, (), (1,)]),
+        "shortest": st.floats(0.01, 1),
+        "profile": st.sampled_from(["clean", "release"]),
+    },
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]

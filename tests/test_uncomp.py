@@ -207,6 +207,8 @@ def test_later_turns_keep_the_groups_of_the_first():
     ("arguments", "message"),
     [
         ({"groups": 0}, "groups=0: a number >= 1, or None"),
+        ({"profile": "paper"}, "profile='paper': 'clean' or 'release'"),
+        ({"profile": "release"}, "profile='release': the release types heads by a calibration"),
         ({"spread": 1.0}, r"spread=1.0: a share of the mean budget, in \[0, 1\)"),
         ({"budget": 24}, "budget=24: the smallest group has 8 of them, and the window alone takes 8"),
     ],
@@ -235,18 +237,15 @@ class Staged:
     positions: per layer the tokens that it reads. logits: of the last one.
     """
 
-    def __init__(self, model, ids, shares: dict[int, float], window: int):
+    def __init__(self, model, ids, counts: dict[int, int], window: int, forced: set[int]):
         AttentionInterface.register("staged", self.attend)
         before, model.config._attn_implementation = model.config._attn_implementation, "staged"
         hidden, at = model.model.embed_tokens(ids), torch.arange(ids.shape[1])
         self.window, self.positions, self.seen = window, [], None
         for index, layer in enumerate(model.model.layers):
-            if index in shares:
-                total = ids.shape[1]
-                forced = {0, *range(total - window, total)}
-                count = max(window + 1, int(shares[index] * total))
+            if index in counts:
                 others = [i for i, token in enumerate(at.tolist()) if token not in forced]
-                chosen = sorted(others, key=lambda i: (-self.seen[i].item(), i))[: count - len(forced)]
+                chosen = sorted(others, key=lambda i: (-self.seen[i].item(), i))[: counts[index] - len(forced)]
                 stay = sorted([*chosen, *(i for i, token in enumerate(at.tolist()) if token in forced)])
                 hidden, at = hidden[:, stay], at[stay]
             self.positions.append(at.tolist())
@@ -268,7 +267,8 @@ class Staged:
 @pytest.mark.parametrize("tokens", [40, 11])
 def test_stages_equal_stock_layers_that_get_fewer_tokens(architecture, tokens):
     model, ids = tiny.build(architecture, num_hidden_layers=5), tiny.tokens(tokens)[None]
-    expected = Staged(model, ids, {1: 0.75, 3: 0.5}, window=3)
+    counts = {1: max(4, int(0.75 * tokens)), 3: max(4, int(0.5 * tokens))}
+    expected = Staged(model, ids, counts, 3, {0, *range(tokens - 3, tokens)})
     # As many tokens as there are: nothing is evicted from what layers have read.
     method = kvlib.method("uncomp_stage", budget=tokens, spread=0, window=3, starts=(1, 3), shortest=0.5)
     with method(model) as run, torch.no_grad():
@@ -294,9 +294,45 @@ def test_layers_store_their_budgets_or_all_that_they_have_read():
 def test_released_stages_at_other_depths():
     model = tiny.build("llama-gqa", num_hidden_layers=30)
     prepared = kvlib.method("uncomp_stage", budget=0.5).prepare(model)
-    assert [*prepared.shares] == [1, 14, 24, 29] and [*prepared.shares.values()] == pytest.approx(
+    assert [*prepared.lengths] == [1, 14, 24, 29] and [*prepared.lengths.values()] == pytest.approx(
         [0.84375, 0.6875, 0.53125, 0.375]
     )
+
+
+@pytest.mark.parametrize(
+    ("window", "shortest", "lengths"),
+    [(4096, 0.375, [3456, 2816, 2176, 1536]), (8192, 0.1875, [6528, 4864, 3200, 1536])],
+)
+def test_released_lengths_are_those_of_the_window(window, shortest, lengths):
+    """As in the released files for Llama2-7B and Llama3-8B."""
+    model = tiny.build("llama-gqa", num_hidden_layers=32, max_position_embeddings=window)
+    method = kvlib.method("uncomp_stage", budget=0.5, spread=0.0, profile="release", shortest=shortest)
+    assert method.prepare(model).lengths == dict(zip((2, 15, 26, 31), lengths))
+
+
+RELEASED = {"spread": 0.0, "window": 3, "starts": (1, 3), "shortest": 0.5, "profile": "release"}
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+def test_released_stages_keep_what_was_looked_at_and_the_last_token(architecture):
+    """Of a window of 40 tokens 30 and 20 go on, of a shorter prompt all that there are."""
+    model = tiny.build(architecture, num_hidden_layers=5, max_position_embeddings=40)
+    ids = tiny.tokens(38, seed=4)[None]
+    expected = Staged(model, ids, {1: 30, 3: 20}, 3, {37})
+    assert 0 not in expected.positions[-1] and not {35, 36} <= {*expected.positions[-1]}  # which "clean" would force
+    with kvlib.method("uncomp_stage", budget=38, **RELEASED)(model) as run, torch.no_grad():
+        logits = model(ids).logits[0, -1]
+        assert [run.kept(layer)[0][0].tolist() for layer in range(5)] == expected.positions
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-9)
+
+
+def test_released_lengths_are_the_same_for_all_rows():
+    model = tiny.build("llama-gqa", num_hidden_layers=5, max_position_embeddings=40)
+    with kvlib.method("uncomp_stage", budget=38, **RELEASED)(model) as run:
+        model(*tiny.pad([tiny.tokens(38), tiny.tokens(24, seed=1), tiny.tokens(11, seed=2)]))
+        assert [layer.lengths[:, 0].tolist() for layer in run.cache.layers] == [
+            [38, 24, 11], [30, 24, 11], [30, 24, 11], [20, 20, 11], [20, 20, 11]
+        ]  # fmt: skip
 
 
 def test_questions_are_not_shortened():
@@ -348,6 +384,19 @@ def test_a_calibration_says_the_groups(groups, across):
     assert last + 1 == (groups or 8)
     assert kept.tolist() == [[50 + int(25 * (2 * label - last) / last) for label in row] for row in labels.tolist()]
     assert kept.double().mean() == 50 and (kept.double().mean(1) == 50).all() != across
+
+
+def test_the_release_groups_by_its_greedy_rule():
+    model, ids = kvlib.load("minilm")[0], tiny.tokens(60)[None]
+    arguments = {"budget": 30, "groups": 4, "spread": 0.5, "types": "minilm"}
+    found = {}
+    for profile in ("clean", "release"):
+        with kvlib.method("uncomp", profile=profile, **arguments)(model) as run:
+            model(ids)
+            found[profile] = torch.stack([layer.lengths[0] for layer in run.cache.layers])
+        labels = load("minilm", model).groups(4, profile)
+        assert found[profile].equal(30 + torch.tensor([-15, -5, 5, 15])[labels])
+    assert not found["clean"].equal(found["release"])
 
 
 def test_calibrations_that_do_not_fit():
