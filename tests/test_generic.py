@@ -17,6 +17,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "full": [1.0],
     "uncomp_random": [0.3],
     "uncomp_reversed": [0.6],
+    "uncomp_release": [0.6],
     "uncomp_continuous": [0.3, 12],
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
@@ -27,6 +28,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "quest": {"page": 4, "dense": 0},
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
+    "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [
     *(
@@ -46,7 +48,6 @@ METHODS = [
     kvlib.method("exact_error", budget=0.6, host="pyramidkv"),
     kvlib.method("output_norm", budget=12, host="scissorhands"),
     kvlib.method("output_norm", budget=0.6, host="snapkv", sinks=2),
-    kvlib.method("uncomp_stage", budget=0.6, profile="release", spread=0.0, shortest=0.01, **NARROW),
     kvlib.method("tidaldecode", budget=0.3, heads="group"),
     kvlib.method("tidaldecode", budget=12, heads="all", sinks=2, recent=0.25),
     kvlib.method("quest", budget=12, page=3, dense=1),

@@ -28,6 +28,7 @@ UNCOMP = {
     "groups": st.sampled_from([None, 1]),
     "spread": st.floats(0, 0.9),
 }
+STAGES = {"starts": st.sampled_from([None, (), (1,)])}
 ARGUMENTS = {  # what is drawn besides the budget
     "random": {"seed": st.integers(0, 9)},
     "snapkv": SNAPKV,
@@ -55,12 +56,8 @@ ARGUMENTS = {  # what is drawn besides the budget
     "uncomp_h2o": {"spread": st.floats(0, 0.9)},
     "uncomp_pyramidkv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3]), "spread": st.floats(0, 0.9)},
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
-    "uncomp_stage": {
-        **UNCOMP,
-        "starts": st.sampled_from([None, (), (1,)]),
-        "shortest": st.floats(0.01, 1),
-        "profile": st.sampled_from(["clean", "release"]),
-    },
+    "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
+    "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]
@@ -97,7 +94,7 @@ def converse(choice, cases: int) -> int:
     """Check random cases of one method; how many there were."""
     count = 0
     # Chunks matter to methods that look at one pass at a time (see test_gate).
-    chunks = choice not in (gate.Shorten, gate.Reader, "uncomp_stage")
+    chunks = choice not in (gate.Shorten, gate.Reader, "uncomp_stage", "uncomp_release")
 
     @settings(max_examples=cases, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
     @given(methods(choice), st.sampled_from(list(tiny.ARCHITECTURES)), conversations(chunks))

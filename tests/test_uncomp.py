@@ -10,8 +10,8 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from reference import Host, count, simulate, tiny_llama
+from staged import Staged
 from test_baselines import decode, lists, prompt
-from transformers import AttentionInterface
 
 import kvlib
 from kvlib.methods import entropy
@@ -207,8 +207,6 @@ def test_later_turns_keep_the_groups_of_the_first():
     ("arguments", "message"),
     [
         ({"groups": 0}, "groups=0: a number >= 1, or None"),
-        ({"profile": "paper"}, "profile='paper': 'clean' or 'release'"),
-        ({"profile": "release"}, "profile='release': the release types heads by a calibration"),
         ({"spread": 1.0}, r"spread=1.0: a share of the mean budget, in \[0, 1\)"),
         ({"budget": 24}, "budget=24: the smallest group has 8 of them, and the window alone takes 8"),
     ],
@@ -229,38 +227,6 @@ def test_groups_have_heads_and_are_symmetric():
 
 
 # Stages
-
-
-class Staged:
-    """A prompt read by the stock layers one after the other, with fewer tokens from stage to stage.
-
-    positions: per layer the tokens that it reads. logits: of the last one.
-    """
-
-    def __init__(self, model, ids, counts: dict[int, int], window: int, forced: set[int]):
-        AttentionInterface.register("staged", self.attend)
-        before, model.config._attn_implementation = model.config._attn_implementation, "staged"
-        hidden, at = model.model.embed_tokens(ids), torch.arange(ids.shape[1])
-        self.window, self.positions, self.seen = window, [], None
-        for index, layer in enumerate(model.model.layers):
-            if index in counts:
-                others = [i for i, token in enumerate(at.tolist()) if token not in forced]
-                chosen = sorted(others, key=lambda i: (-self.seen[i].item(), i))[: counts[index] - len(forced)]
-                stay = sorted([*chosen, *(i for i, token in enumerate(at.tolist()) if token in forced)])
-                hidden, at = hidden[:, stay], at[stay]
-            self.positions.append(at.tolist())
-            rotary = model.model.rotary_emb(hidden, at[None])
-            hidden = layer(hidden, attention_mask=None, position_ids=at[None], position_embeddings=rotary)
-            hidden = hidden if torch.is_tensor(hidden) else hidden[0]
-        model.config._attn_implementation = before
-        self.logits = model.lm_head(model.model.norm(hidden[:, -1:]))[0, 0]
-
-    def attend(self, module, query, key, value, mask, scaling=None, **kwargs):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
-        weights = (scaling * query @ key.mT).masked_fill(future, -torch.inf).softmax(-1)
-        self.seen = weights[0, :, -self.window :].sum((0, 1))
-        return (weights @ value).transpose(1, 2), None
 
 
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
@@ -294,45 +260,9 @@ def test_layers_store_their_budgets_or_all_that_they_have_read():
 def test_released_stages_at_other_depths():
     model = tiny.build("llama-gqa", num_hidden_layers=30)
     prepared = kvlib.method("uncomp_stage", budget=0.5).prepare(model)
-    assert [*prepared.lengths] == [1, 14, 24, 29] and [*prepared.lengths.values()] == pytest.approx(
+    assert [*prepared.shares] == [1, 14, 24, 29] and [*prepared.shares.values()] == pytest.approx(
         [0.84375, 0.6875, 0.53125, 0.375]
     )
-
-
-@pytest.mark.parametrize(
-    ("window", "shortest", "lengths"),
-    [(4096, 0.375, [3456, 2816, 2176, 1536]), (8192, 0.1875, [6528, 4864, 3200, 1536])],
-)
-def test_released_lengths_are_those_of_the_window(window, shortest, lengths):
-    """As in the released files for Llama2-7B and Llama3-8B."""
-    model = tiny.build("llama-gqa", num_hidden_layers=32, max_position_embeddings=window)
-    method = kvlib.method("uncomp_stage", budget=0.5, spread=0.0, profile="release", shortest=shortest)
-    assert method.prepare(model).lengths == dict(zip((2, 15, 26, 31), lengths))
-
-
-RELEASED = {"spread": 0.0, "window": 3, "starts": (1, 3), "shortest": 0.5, "profile": "release"}
-
-
-@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
-def test_released_stages_keep_what_was_looked_at_and_the_last_token(architecture):
-    """Of a window of 40 tokens 30 and 20 go on, of a shorter prompt all that there are."""
-    model = tiny.build(architecture, num_hidden_layers=5, max_position_embeddings=40)
-    ids = tiny.tokens(38, seed=4)[None]
-    expected = Staged(model, ids, {1: 30, 3: 20}, 3, {37})
-    assert 0 not in expected.positions[-1] and not {35, 36} <= {*expected.positions[-1]}  # which "clean" would force
-    with kvlib.method("uncomp_stage", budget=38, **RELEASED)(model) as run, torch.no_grad():
-        logits = model(ids).logits[0, -1]
-        assert [run.kept(layer)[0][0].tolist() for layer in range(5)] == expected.positions
-    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-9)
-
-
-def test_released_lengths_are_the_same_for_all_rows():
-    model = tiny.build("llama-gqa", num_hidden_layers=5, max_position_embeddings=40)
-    with kvlib.method("uncomp_stage", budget=38, **RELEASED)(model) as run:
-        model(*tiny.pad([tiny.tokens(38), tiny.tokens(24, seed=1), tiny.tokens(11, seed=2)]))
-        assert [layer.lengths[:, 0].tolist() for layer in run.cache.layers] == [
-            [38, 24, 11], [30, 24, 11], [30, 24, 11], [20, 20, 11], [20, 20, 11]
-        ]  # fmt: skip
 
 
 def test_questions_are_not_shortened():
@@ -384,19 +314,6 @@ def test_a_calibration_says_the_groups(groups, across):
     assert last + 1 == (groups or 8)
     assert kept.tolist() == [[50 + int(25 * (2 * label - last) / last) for label in row] for row in labels.tolist()]
     assert kept.double().mean() == 50 and (kept.double().mean(1) == 50).all() != across
-
-
-def test_the_release_groups_by_its_greedy_rule():
-    model, ids = kvlib.load("minilm")[0], tiny.tokens(60)[None]
-    arguments = {"budget": 30, "groups": 4, "spread": 0.5, "types": "minilm"}
-    found = {}
-    for profile in ("clean", "release"):
-        with kvlib.method("uncomp", profile=profile, **arguments)(model) as run:
-            model(ids)
-            found[profile] = torch.stack([layer.lengths[0] for layer in run.cache.layers])
-        labels = load("minilm", model).groups(4, profile)
-        assert found[profile].equal(30 + torch.tensor([-15, -5, 5, 15])[labels])
-    assert not found["clean"].equal(found["release"])
 
 
 def test_calibrations_that_do_not_fit():

@@ -9,5 +9,6 @@ from kvlib.methods import (  # noqa: F401
     tokenselect,
     uncomp,
     uncomp_controls,
+    uncomp_release,
     vatp,
 )

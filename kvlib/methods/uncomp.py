@@ -8,8 +8,8 @@ import torch
 from kvlib.core.method import Evictor, register, require, strongest, whole
 from kvlib.core.support import attention_modules
 from kvlib.methods.baselines import SnapKV
-from kvlib.methods.head_groups import RULES, STATISTICS, by_rank, group_sizes, load, per_kv_head
-from kvlib.methods.layer_groups import absolute_lengths, relative_lengths
+from kvlib.methods.head_groups import STATISTICS, by_rank, group_sizes, load, per_kv_head
+from kvlib.methods.layer_groups import relative_lengths
 
 DECIMALS = 5  # entropies that agree in them are equal
 RELEASED = 32, (2, 15, 26, 31)  # layers of the models, and where later stages begin
@@ -18,12 +18,12 @@ RELEASED = 32, (2, 15, 26, 31)  # layers of the models, and where later stages b
 class Prepared(NamedTuple):
     """What follows from the model alone.
 
-    groups: of every head, `(layers, kv_heads)`, if a calibration says; None: prompts do. lengths: first layer of a
-    later stage -> what goes on into it, a share of the prompt's tokens or, in the profile "release", their number.
+    groups: of every head, `(layers, kv_heads)`, if a calibration says; None: prompts do. shares: first layer of a later
+    stage -> the share of the prompt's tokens that go on into it.
     """
 
     groups: torch.Tensor | None
-    lengths: dict[int, float] | dict[int, int]
+    shares: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,9 @@ class Grouped(Evictor):
         statistic: of the spectrum of a head's queries, by which the prompt ranks heads: "truncated" (the paper's),
             "full" and "renormalised" entropy, or "participation", the ratio that needs no eigenvalues and so little
             time; all but the first are ours.
-        profile: "clean", ours, or "release": heads that a calibration types are grouped by the release's rule
-            (`kvlib.methods.head_groups`), which there is for nothing else; of `uncomp_stage` more follows from it.
 
     Raises:
-        ValueError: for other groups, spreads, statistics or profiles; for the calibration of another model.
+        ValueError: for other groups, spreads or statistics; for the calibration of another model.
     """
 
     groups: int | None = None
@@ -52,7 +50,6 @@ class Grouped(Evictor):
     types: str | None = None
     across: bool = False
     statistic: str = "truncated"
-    profile: str = "clean"
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,9 +61,6 @@ class Grouped(Evictor):
         require("statistic", self.statistic, self.statistic in STATISTICS, " or ".join(map(repr, STATISTICS)))
         fits = self.online or self.statistic == "truncated"
         require("statistic", self.statistic, fits, "calibrations hold truncated entropies")
-        require("profile", self.profile, self.profile in RULES, " or ".join(map(repr, RULES)))
-        fits = self.profile == "clean" or not (self.online and self.typed)
-        require("profile", self.profile, fits, "the release types heads by a calibration, `types`")
 
     @property
     def online(self) -> bool:
@@ -85,7 +79,7 @@ class Grouped(Evictor):
         """The group of every head, `(layers, kv_heads)`, known before any prompt."""
         measured = load(self.types, model)
         heads = measured.kv_heads * (len(attention_modules(model)) if self.across else 1)
-        return measured.groups(self.symmetric(heads), self.profile, over_layers=self.across)
+        return measured.groups(self.symmetric(heads), over_layers=self.across)
 
     def symmetric(self, heads: int) -> int:
         """The number of groups of so many heads."""
@@ -225,16 +219,15 @@ class UNCompStage(UNComp):
     that stays falls in equal steps from 1 to `shortest`. The method whose code is called group-stage.
 
     Departures from the released code: shares of the prompt, not of the model's window (1536 of 4096 tokens are .375);
-    the text's first token and the last `window` always stay; every row of a batch has its own tokens. In the profile
-    "release" shares are those of the window, rounded down to tokens, so that a prompt of fewer tokens is not shortened
-    at all; and only the last token always stays (there, too, it looks at itself, but if that were not enough logits
-    would be those of another token). Each chunk of a prompt is shortened by itself, so that how a prompt is cut changes
-    what is dropped. Questions about a document are not shortened, and with a budget of 1.0 nothing is.
+    the text's first token and the last `window` always stay (there the last one stays only because it looks at itself,
+    and logits could be those of another token); every row of a batch has its own tokens. Each chunk of a prompt is
+    shortened by itself, so that how a prompt is cut changes what is dropped. Questions about a document are not
+    shortened, and with a budget of 1.0 nothing is.
 
     Args:
         starts: first layers of the stages behind the first. None: those of the release for 32 layers, which come from
             scores of full entropy (`kvlib.methods.layer_groups`), at the same depth.
-        shortest: in (0, 1], the share of the last stage; for a window of 8192 tokens the release has 1536 / 8192.
+        shortest: in (0, 1], the share of the last stage.
 
     Raises:
         ValueError: for starts that do not ascend, of a layer that the model has not, or of layer 0, which reads all;
@@ -263,20 +256,15 @@ class UNCompStage(UNComp):
         else:
             starts = self.starts
         require("starts", starts, max(starts, default=0) < layers, f"of {layers} layers")
-        stages = len(starts) + 1
-        if self.profile == "release":
-            window = model.config.get_text_config().max_position_embeddings
-            lengths = absolute_lengths(stages, window, max(1, int(self.shortest * window)))
-        else:
-            lengths = relative_lengths(stages, float(self.shortest))
-        return super().prepare(model)._replace(lengths=dict(zip(starts, lengths[1:])))
+        shares = relative_lengths(len(starts) + 1, float(self.shortest))[1:]
+        return super().prepare(model)._replace(shares=dict(zip(starts, shares)))
 
     def observe(self, view):
         super().observe(view)
         step, shared = view.step, view.step.shared
         if step.ends_prompt:
             view.layer.rows["most"] = view.lengths.to(view.device)
-        if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared.lengths:
+        if not self.evicts or step.after_prompt or view.layer_idx + 1 not in view.run.prepared.shares:
             return
         shared.setdefault("read", step.counts)
         seen = view.column_sums(last=self.window).sum(2).flatten(1)
@@ -288,15 +276,12 @@ class UNCompStage(UNComp):
         return torch.minimum(super().budgets(view), view.layer.rows["most"].cpu())  # what is stored never grows
 
     def before_layer(self, run, layer_idx):
-        step, length = run.step, run.prepared.lengths.get(layer_idx)
-        if not self.evicts or step.after_prompt or length is None:
+        step, share = run.step, run.prepared.shares.get(layer_idx)
+        if not self.evicts or step.after_prompt or share is None:
             return None
-        positions, ends, read = step.positions, step.ends[:, None], step.shared["read"]
-        if self.profile == "release":
-            forced, stay = positions == ends - 1, torch.full_like(read, length)
-        else:
-            forced = (positions == 0) | (positions >= ends - self.window)
-            stay = (length * read).long().clamp(min=self.window + 1)
+        positions, newest = step.positions, step.ends - self.window
+        forced = (positions == 0) | (positions >= newest[:, None])
+        stay = (share * step.shared["read"]).long().clamp(min=self.window + 1)
         score = step.shared["seen"].masked_fill(forced, torch.inf)
         stays = strongest(score[:, None], positions[:, None], torch.minimum(stay, step.counts)[:, None])[:, 0]
         # Rows go on with equally many columns: where fewer tokens stay, padding, which comes first, fills the row.
