@@ -56,5 +56,5 @@ class Released(UNCompStage):
         last = step.positions == step.ends[:, None] - 1
         score, stay = step.shared["seen"].masked_fill(last, torch.inf), step.counts.clamp(max=length)
         stays = strongest(score[:, None], step.positions[:, None], stay[:, None])[:, 0]
-        order = (2 * stays.long() + (step.positions < 0)).argsort(dim=1, stable=True)  # as in `UNCompStage`
-        return order[:, -int(stays.sum(1).max()) :]
+        # A row that drops tokens keeps as many as any row; the others fill up with the padding that comes first.
+        return stays.long().argsort(dim=1, stable=True)[:, -int(stays.sum(1).max()) :]
