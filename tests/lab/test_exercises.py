@@ -1,6 +1,8 @@
 """The checks of the exercises accept right answers and name what is wrong with others, at least seven a check."""
 
 import math
+import re
+from collections import Counter
 from itertools import pairwise
 from typing import ClassVar
 
@@ -13,10 +15,20 @@ from transformers.cache_utils import DynamicLayer
 import kvlib
 from kvlib.calibration import attention_mass
 from kvlib.lab import checks, statistics
-from kvlib.lab.lessons import excerpts, scoring, value_norms
-from kvlib.lab.lessons.exercises import lesson_00a, lesson_00b, lesson_01, lesson_01b, lesson_04, lesson_04b
+from kvlib.lab.lessons import excerpts, needles, scoring, value_norms
+from kvlib.lab.lessons.exercises import (
+    lesson_00a,
+    lesson_00b,
+    lesson_01,
+    lesson_01b,
+    lesson_02,
+    lesson_02b,
+    lesson_04,
+    lesson_04b,
+)
 from kvlib.lab.results import summaries
 from kvlib.methods import vatp
+from kvlib.methods.entropy import entropy
 
 
 def refused(check, message: str, *arguments) -> None:
@@ -659,6 +671,275 @@ def test_wrong_halves(halves, one, other, message):
 
 def test_halves_have_to_be_registered():
     refused(lesson_01b.check_halves, "no method 'nowhere': is the class decorated", "nowhere", "vatp")
+
+
+# 02_uncomp
+
+
+def native_share(kept, prompt, query_heads, kv_heads):
+    return min(kept, prompt) * query_heads / (prompt * kv_heads)
+
+
+def eigenvalues(rows):
+    return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).clamp(min=0).flip(-1)
+
+
+def unit_rows(tokens):
+    return F.normalize(tokens - tokens.mean(0), dim=1)
+
+
+def matrix_entropy(tokens, k):
+    return torch.special.entr(eigenvalues(unit_rows(tokens))[:k]).sum()
+
+
+def tokens_per_layer(scores, threshold, longest, shortest, fell=lambda now, before, t: before - now > t, fewer=1):
+    groups = [0]
+    for before, now in pairwise(scores):
+        groups.append(groups[-1] + fell(now, before, threshold))
+    step = (longest - shortest) // max(1, groups[-1] + 1 - fewer)
+    if groups[-1] == 0:
+        return [longest] * len(scores)
+    return [shortest + (groups[-1] - group) * step for group in groups]
+
+
+def needle_score(answer, prefix, needle):
+    return needles.rouge1(answer, needle[len(prefix) :])
+
+
+def test_right_answers_of_02_pass(capsys):
+    lesson_02.check_native_share(native_share)
+    lesson_02.check_matrix_entropy(matrix_entropy)
+    lesson_02.check_matrix_entropy(lambda x, k: float(matrix_entropy(x, k)))
+    lesson_02.check_tokens_per_layer(tokens_per_layer)
+    lesson_02.check_needle_score(needle_score)
+    names = ["native_share", *["matrix_entropy"] * 2, "tokens_per_layer", "needle_score"]
+    assert capsys.readouterr().out.splitlines() == [f"{name} is right" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "native_share returned None: is there a `return`?"),
+        (lambda k, n, q, h: k / n, "384 of 8096 tokens: 0.1897 is expected, found 0.0474; that is a share of a cache"),
+        (lambda k, n, q, h: k / n * h / q, "so their sets take more and not less"),
+        (lambda k, n, q, h: k * q / (n * h), "no head keeps more tokens than the prompt has"),
+        (lambda *a: 100 * native_share(*a), "a share of 1 is asked for, not percent"),
+        (lambda k, n, q, h: min(k, n) * q / n, "the native cache has a set for each KV head"),
+        (lambda k, n, q, h: native_share(k, 8192, q, h), "0.1897 is expected, found 0.1875"),
+        (lambda *a: min(1, native_share(*a)), "Llama-3-8B, 1000 of 600 tokens: 4.0000 is expected"),
+    ],
+)
+def test_wrong_native_shares(answer, message):
+    refused(lesson_02.check_native_share, message, answer)
+
+
+def naive(tokens, k):
+    found = torch.linalg.eigvalsh(unit_rows(tokens).T @ unit_rows(tokens) / len(tokens)).flip(-1)[:k]
+    return -(found * found.log()).sum()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, k: ..., "matrix_entropy returned Ellipsis"),
+        (naive, "0 ln 0 is 0"),
+        (lambda x, k: torch.special.entr(eigenvalues(F.normalize(x, dim=1))[:k]).sum(), "tokens are centred first"),
+        (lambda x, k: lesson_02.truncated(x - x.mean(0), k), "rows are divided by their norms"),
+        (lambda x, k: lesson_02.truncated(*lesson_02.recentred(x), k), "centre first, then divide by the norms"),
+        (lambda x, k: matrix_entropy(x, x.shape[1]), "only the k largest eigenvalues count"),
+        (lambda x, k: matrix_entropy(x, k) / math.log(2), "in nats: the natural logarithm"),
+        (lambda x, k: matrix_entropy(x, k) / math.log(x.shape[1]), "not divided by ln d"),
+        (lambda x, k: torch.special.entr(eigenvalues(unit_rows(x)).flip(-1)[:k]).sum(), "the k largest eigenvalues"),
+        (lambda x, k: lesson_02.truncated_singular(unit_rows(x), k), "eigenvalues, not singular values"),
+        (lambda x, k: torch.special.entr(eigenvalues(unit_rows(x))[:k] * len(x)).sum(), "the mean over tokens"),
+        (lambda x, k: matrix_entropy(x, k).exp(), "that is the effective rank"),
+        (lambda x, k: -matrix_entropy(x, k), "an entropy has a minus in front"),
+        (
+            lambda x, k: entropy(eigenvalues(unit_rows(x)), k, renormalised=True),
+            "the k eigenvalues are not divided by their sum",
+        ),
+        (lambda x, k: matrix_entropy(x.sub_(x.mean(0)), k), "changes its argument"),
+    ],
+)
+def test_wrong_entropies(answer, message):
+    refused(lesson_02.check_matrix_entropy, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "tokens_per_layer returned None"),
+        (lambda s, *a: tokens_per_layer(s, *a)[1:], "one number for each of 5 layers"),
+        (
+            lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: now - before > t),
+            "where the score falls, not where it rises",
+        ),
+        (lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: abs(now - before) > t), "a rise begins no group"),
+        (
+            lambda s, t, x, y: lesson_02.per_layer(lesson_02.from_start(s, t), len(s), x, y),
+            "a fall is measured from the layer before",
+        ),
+        (lambda *a: [*tokens_per_layer(*a)[1:], tokens_per_layer(*a)[-1]], "whose score is lower begins the group"),
+        (lambda *a: tokens_per_layer(*a)[::-1], "deeper groups have fewer tokens"),
+        (lambda *a: [x + 0.5 for x in tokens_per_layer(*a)], "whole numbers of tokens"),
+        (lambda s, t, x, y: tokens_per_layer(s, 2 * t, x, y), "twelve layers: [998, 853, 708"),
+        (
+            lambda s, t, x, y: [x - g * ((x - y) // 3) for g in (0, 0, 1, 1, 2)] if len(s) == 5 else None,
+            "there is one step less than groups",
+        ),
+        (lambda s, *a: tokens_per_layer(s, *a) if s.sort() else [0] * len(s), "changes its argument"),
+    ],
+)
+def test_wrong_tokens_per_layer(answer, message):
+    refused(lesson_02.check_tokens_per_layer, message, answer)
+
+
+def right_words(answer, prefix, needle):
+    """Words in common, words said, words wanted."""
+    said, wanted = (Counter(re.findall("[a-z]+", text.lower())) for text in (answer, needle[len(prefix) :]))
+    return (said & wanted).total(), said.total(), wanted.total(), len(said.keys() & wanted.keys())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "needle_score returned None"),
+        (
+            lambda a, p, n: needles.rouge1(f"{p}{a}", n),
+            "has 60.0, 0 is expected; the words of the prefix",
+        ),
+        (lambda a, p, n: needle_score(a, p, n) / 100, "a share of 1 is not asked for"),
+        (lambda a, p, n: needles.rouge1(a, n), "the right answer has 72.7, 100 is expected"),
+        (lambda a, p, n: 100.0 * (a.strip() in n), "an empty answer has 100.0"),
+        (lambda a, p, n: 100.0 * (a.strip(" .").lower() == n[len(p) :].strip(" .").lower()), "each further right word"),
+        (lambda a, p, n: 100 * right_words(a, p, n)[0] / right_words(a, p, n)[2], "whoever says everything"),
+        (lambda *a: 100 * right_words(*a)[0] / max(1, right_words(*a)[1]), "each further right word has to count"),
+        (
+            lambda a, p, n: needle_score(a, p, n) if a == a.lower() else needle_score(a, p, n.lower()) - 1,
+            "100 is expected",
+        ),
+        (lambda a, p, n: needle_score(a, p, n) if "zebra" not in a else 5, "none of its words is right"),
+        (
+            lambda a, p, n: 100 * (len([w for w in a.lower().strip(".").split() if w in n.lower()]) > 5) if a else 0,
+            "each further right word has to count",
+        ),
+    ],
+)
+def test_wrong_needle_scores(answer, message):
+    refused(lesson_02.check_needle_score, message, answer)
+
+
+# 02b_uncomp_parts
+
+
+def elbow(x, y):
+    chord = y[0] + (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])
+    return (y - chord).abs().argmax() + 1
+
+
+def group_budgets(mean, groups, spread, tokens):
+    furthest = min(int(spread * mean), tokens - mean, mean - 1)
+    if groups == 1:
+        return [mean]
+    return [mean + math.trunc((2 * g - (groups - 1)) * furthest / (groups - 1)) for g in range(groups)]
+
+
+def by_votes(labels, groups):
+    found = [-1] * labels.shape[1]
+    for group in range(groups):
+        votes = (labels == group).sum(0).tolist()
+        left = [head for head in range(len(found)) if found[head] < 0]
+        for head in sorted(left, key=lambda head: -votes[head])[: len(found) // groups]:
+            found[head] = group
+    return found
+
+
+def test_right_answers_of_02b_pass(capsys):
+    lesson_02b.check_elbow(elbow)
+    lesson_02b.check_elbow(lambda x, y: elbow(x, y).item())
+    lesson_02b.check_group_budgets(group_budgets)
+    lesson_02b.check_group_budgets(lambda *a: torch.tensor(group_budgets(*a)))
+    lesson_02b.check_greedy(by_votes)
+    lesson_02b.check_greedy(lambda *a: torch.tensor(by_votes(*a)))
+    right = ["elbow is right", "group_budgets is right", "greedy is right"]
+    assert capsys.readouterr().out.splitlines() == [line for line in right for _ in range(2)]
+
+
+def slope_changes(x, y):
+    slope = (y[1:] - y[:-1]) / (x[1:] - x[:-1])
+    return (slope[1:] - slope[:-1]).abs().argmax() + 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x, y: None, "elbow returned None: is there a `return`?"),
+        (lambda x, y: elbow(x, y) - 1, "points are counted from 1"),
+        (lambda x, y: (y - y[0] - (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])).argmin() + 1, "no sign"),
+        (lambda x, y: (y - y[0] - (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])).argmax() + 1, "no sign"),
+        (slope_changes, "where the slope changes most"),
+        (lambda x, y: (y - torch.linspace(y[0], y[-1], len(y))).abs().argmax() + 1, "through x as it is given"),
+        (lambda x, y: (y - y.mean()).abs().argmin() + 1, "it is not the mean"),
+        (lambda x, y: elbow(x.sub_(1), y), "elbow changes its arguments"),
+        (lambda x, y: y.argmax() + 1, "a hyperbola: point 6 is expected, found 1"),
+        (lambda x, y: x[elbow(x, y) - 1], "abscissas that are not evenly spaced"),
+    ],
+)
+def test_wrong_elbows(answer, message):
+    refused(lesson_02b.check_elbow, message, answer)
+
+
+def uncut(mean, groups, spread, tokens):
+    return group_budgets(mean, groups, spread, 10**9)
+
+
+def exact(mean, groups, spread, tokens, rounded=float):
+    furthest = min(int(spread * mean), tokens - mean, mean - 1)
+    return [mean + rounded((2 * g - (groups - 1)) * furthest / max(1, groups - 1)) for g in range(groups)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: ..., "group_budgets returned Ellipsis"),
+        (lambda *a: group_budgets(*a)[::-1], "the lowest group comes first"),
+        (uncut, "no head keeps more tokens than the prompt has, and the mean stays"),
+        (lambda m, g, s, t: [min(t, b) for b in uncut(m, g, s, t)], "cut to the prompt, but the mean has to stay"),
+        (exact, " is expected, found "),
+        (lambda *a: exact(*a, rounded=math.floor), "round towards it"),
+        (lambda m, g, s, t: group_budgets(m, g, s / 2, t), "half of that is not it"),
+        (lambda m, g, s, t: [m] * g, "spread 0.33"),
+        (lambda m, g, s, t: group_budgets(m, g, s, t)[1:], "is expected"),
+        (lambda m, g, s, t: [b + 1 for b in group_budgets(m, g, s, t)], "[384] is expected, found [385.0]"),
+        (lambda m, g, s, t: [m - int(s * m)] if g == 1 else group_budgets(m, g, s, t), "leaves the mean"),
+    ],
+)
+def test_wrong_group_budgets(answer, message):
+    refused(lesson_02b.check_group_budgets, message, answer)
+
+
+def by_mean(labels, groups):
+    order = labels.double().mean(0).argsort(stable=True).argsort()
+    return order // (labels.shape[1] // groups)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda labels, groups: None, "greedy returned None"),
+        (by_mean, "by the mean of the labels, not by counts"),
+        (lambda labels, groups: labels.mode(0).values, "whose size is left to chance"),
+        (lambda labels, groups: groups - 1 - torch.tensor(by_votes(labels, groups)), "the lowest label"),
+        (lambda labels, groups: groups - 1 - torch.tensor(by_votes(groups - 1 - labels, groups)), "from the lowest on"),
+        (lambda labels, groups: labels[0], "by one window"),
+        (lambda labels, groups: by_votes(labels, groups)[:-1], "one for each head is expected"),
+        (lambda labels, groups: [0] * labels.shape[1], "groups of [8, 0, 0, 0] heads"),
+        (lambda labels, groups: by_votes(labels.sub_(1).add_(2), groups), "changes its argument"),
+        (lambda labels, groups: torch.arange(labels.shape[1]) // (labels.shape[1] // groups), "is expected, found"),
+    ],
+)
+def test_wrong_greedy_rules(answer, message):
+    refused(lesson_02b.check_greedy, message, answer)
 
 
 # 04_tidaldecode

@@ -1,0 +1,157 @@
+"""What decides how UNComp types heads: eigenvalues that count, windows of text, rules, and the rotary embedding."""
+
+from dataclasses import replace
+
+import pandas as pd
+import torch
+
+from kvlib.core.rotary import rotaries, rotate
+from kvlib.lab.lessons.value_norms import rank_correlation
+from kvlib.methods.head_groups import RULES, Measured, by_rank, group_sizes
+
+LEAST = 1e-12  # eigenvalues below are rounding, and have no logarithm worth drawing
+
+
+def before_rotation(model, snapshot):
+    """A `kvlib.snapshot` whose queries and keys are as they were before rotary embedding.
+
+    Where the embedding has a factor for all of them (YaRN) they keep it, which makes no difference to a spectrum.
+
+    Raises:
+        ValueError: if the model's rotation is not known (`kvlib.core.rotary`).
+    """
+    layers = []
+    for rotary, (query, key, value, scaling) in zip(rotaries(model), snapshot.layers, strict=True):
+        back = -snapshot.positions[:, None]  # (batch, 1, tokens), for all heads
+        query, key = (x if rotary is None else rotate(x, back.expand(x.shape[:3]), rotary) for x in (query, key))
+        layers.append((query, key, value, scaling))
+    return replace(snapshot, layers=layers, sums={})
+
+
+def elbow(curve: torch.Tensor, axes: str) -> torch.Tensor:
+    """Which point of falling curves `(..., d)` is furthest from the straight line between their ends, counted from 1.
+
+    The line along which the distance is measured does not matter: perpendicular to the chord or along the ordinate,
+    they differ by the cosine of its slope. What matters is which axes are logarithmic.
+
+    Args:
+        axes: "linear", "log" (the eigenvalue) or "log-log" (its number, too).
+
+    Raises:
+        KeyError: for other axes.
+    """
+    abscissa, ordinate = {"linear": (False, False), "log": (False, True), "log-log": (True, True)}[axes]
+    y = curve.clamp(min=LEAST).log() if ordinate else curve
+    x = torch.arange(1, y.shape[-1] + 1, dtype=y.dtype)
+    x = x.log() if abscissa else x
+    along = (x - x[0]) / (x[-1] - x[0])
+    chord = y[..., :1] + along * (y[..., -1:] - y[..., :1])
+    return (y - chord).abs().argmax(-1) + 1
+
+
+def distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    """How far two texts move the spectrum of a head, and how far apart two heads of a layer are on one text.
+
+    Both are means of |log₁₀ λ − log₁₀ μ| over all eigenvalues: the first over heads, the second over pairs of heads of
+    each layer, and both texts.
+
+    Args:
+        first, second: spectra of the same heads on two texts, `(layers, heads, d)`.
+    """
+    both = torch.stack([first, second]).clamp(min=LEAST).log10()
+    pairs = (both[:, :, :, None] - both[:, :, None]).abs().mean(-1)  # (texts, layers, heads, heads)
+    heads = pairs.shape[-1]
+    return (both[0] - both[1]).abs().mean().item(), pairs.sum((2, 3)).mean().item() / (heads * (heads - 1))
+
+
+def chance(heads: int, groups: int) -> float:
+    """The share of heads that two random typings put into the same group."""
+    return sum(size**2 for size in group_sizes(heads, groups)) / heads**2
+
+
+def moved(heads: int, groups: int, spread: float) -> float:
+    """The share of all kept tokens that heads of the lower groups give to those of the upper ones.
+
+    Half of the mean over heads of |budget − mean| / mean, before budgets are rounded to tokens.
+
+    Args:
+        heads, groups, spread: as of UNComp.
+    """
+    sizes, last = group_sizes(heads, groups), max(1, groups - 1)
+    away = sum(size * abs(2 * group - groups + 1) / last for group, size in enumerate(sizes))
+    return spread * away / heads / 2
+
+
+def two_rules(measured: Measured, groups: int) -> dict[str, float]:
+    """Of query heads, the percentage that the release's rule puts into another group than the mean rank does.
+
+    Returns:
+        "by lot", what two random typings would have; a number for each text of the calibration, and "all texts"; the
+        furthest jump, in groups, on all texts.
+    """
+    found = {"by lot": 100 * (1 - chance(next(iter(measured.entropy.values())).shape[-1], groups))}
+    for text in (*measured.entropy, None):
+        clean, release = (measured.groups(groups, rule, stored=False, corpus=text) for rule in RULES)
+        found[text or "all texts"] = 100 * (clean != release).double().mean().item()
+    return found | {"furthest jump": (clean - release).abs().max().item()}
+
+
+def two_typings(first: torch.Tensor, second: torch.Tensor) -> tuple[tuple[float, float], torch.Tensor]:
+    """Are heads of a layer ranked alike by two statistics `(layers, heads)`?
+
+    Returns:
+        ((mean rank correlation over layers, percentage of heads in the same half), rank correlation of each layer,
+        NaN where there are too few heads, three or less, to rank)
+    """
+    few = first.shape[1] <= 3
+    in_layers = torch.full((len(first),), torch.nan) if few else rank_correlation(first, second)
+    halves = (by_rank(first, 2) == by_rank(second, 2)).double().mean().item()
+    return (in_layers.mean().item(), 100 * halves), in_layers
+
+
+def stability(
+    entropies: torch.Tensor,
+    groups: int,
+    counts=(1, 2, 4, 8),
+    *,
+    against: torch.Tensor | None = None,
+    rule: str = "clean",
+    draws: int = 50,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Typed by so many windows, which share of the heads is in the group that other windows put it into?
+
+    Args:
+        entropies: `(windows, layers, heads)`. counts: how many of these windows type, drawn without replacement.
+        against: entropies of other windows, all of which say what is right; None: the windows that were not drawn.
+        rule: "clean" or "release", of both sides.
+
+    Returns:
+        a row per count: value, the mean over draws; low and high, the middle nine tenths of the draws.
+    """
+    generator, rows, of = torch.Generator().manual_seed(seed), {}, RULES[rule]
+    for count in counts:
+        shares = []
+        for _ in range(draws):
+            order = torch.randperm(len(entropies), generator=generator)
+            others = entropies[order[count:]] if against is None else against
+            same = of(entropies[order[:count]], groups) == of(others, groups)
+            shares.append(same.double().mean())
+        shares = torch.stack(shares)
+        low, high = shares.quantile(torch.tensor([0.05, 0.95], dtype=shares.dtype)).tolist()
+        rows[count] = {"value": shares.mean().item(), "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("windows")
+
+
+def intervals(axes, rows: pd.DataFrame, looks: dict[str, dict]) -> None:
+    """A line of points with intervals for each kind.
+
+    Args:
+        rows: columns at, the abscissa; value, low, high; kind.
+        looks: kind, which is also the label -> keyword arguments of `axes.errorbar`.
+    """
+    for kind, look in looks.items():
+        own = rows[rows["kind"].eq(kind)]
+        # The mean of equal draws can be outside of them by rounding.
+        errors = [(own["value"] - own["low"]).clip(lower=0), (own["high"] - own["value"]).clip(lower=0)]
+        axes.errorbar(own["at"], own["value"], yerr=errors, capsize=2, elinewidth=1, label=kind, **look)
