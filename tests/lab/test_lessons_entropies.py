@@ -181,3 +181,20 @@ def test_what_some_heads_are_given():
     richest = head_budgets.tokens_stored(run) == 36
     assert head_budgets.given(model, snapshot, richest, methods) == {"groups": 1.5, "uniform": 1}
     assert head_budgets.given(model, snapshot, ~richest, methods) == {"groups": 0.5, "uniform": 1}
+
+
+def test_favoured_heads():
+    """Half more than the mean for one head of layer 1, nothing changed in layer 0; bytes stay."""
+    model, snapshot = tiny.model("llama-gqa"), kvlib.snapshot(tiny.model("llama-gqa"), tiny.tokens(1, 60))
+    with head_budgets.Favoured(20, heads=((1, 0),), factor=1.5)(model) as run:
+        run.fork(snapshot)
+    assert head_budgets.tokens_stored(run).tolist() == [[20, 20], [30, 10]]
+
+
+def test_right_answers():
+    """Our model finds constants with its whole cache, and none in the last few tokens."""
+    model, tokenizer = kvlib.load("minilm")
+    prompts = [tasks.sample("needle", 200, seed, tokenizer=tokenizer) for seed in (0, 1)]
+    methods = {"full": kvlib.method("full"), "streaming_llm": kvlib.method("streaming_llm", budget=12)}
+    found = head_budgets.right(model, tokenizer, prompts, methods)
+    assert found.to_dict("list") == {"full": [1, 1], "streaming_llm": [0, 0]}

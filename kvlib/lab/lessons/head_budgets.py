@@ -1,8 +1,15 @@
 """How lessons show methods that give heads different budgets: their looks, and what each head of a cache stores."""
 
+from dataclasses import dataclass
+
+import pandas as pd
 import torch
 
+import kvlib
+from kvlib.lab import tasks
+from kvlib.lab.lessons.asking import ask
 from kvlib.lab.plotting import COLORS, series
+from kvlib.methods.uncomp import UNComp
 
 VARIANTS = {  # configuration -> what tells it from the line of its family
     "uncomp (spread=0.0)": {"label": "uniform budgets", "color": "#6f6f6f", "marker": "o", "linestyle": "--"},
@@ -68,3 +75,44 @@ def given(model, snapshot, heads: torch.Tensor, methods: dict) -> dict[str, floa
             stored = tokens_stored(run).double()
         found[name] = (stored[heads].mean() / stored.mean()).item()
     return found
+
+
+@dataclass(frozen=True)
+class Favoured(UNComp):
+    """`UNComp` with uniform budgets but for some KV heads, which have `factor` times the mean.
+
+    The others of their layers share what is left, alike and rounded down, so that layers store what they do otherwise.
+
+    Args:
+        heads: (layer, KV head) of each; some head of every layer has to be left.
+    """
+
+    spread: float = 0.0
+    heads: tuple[tuple[int, int], ...] = ()
+    factor: float = 1.0
+
+    def budgets(self, view):
+        budgets = super().budgets(view).clone()
+        own = [head for layer, head in self.heads if layer == view.layer_idx]
+        if own:
+            mean, count = budgets[:, :1].clone(), budgets.shape[1]
+            favoured = (self.factor * mean).long()
+            budgets[:] = (count * mean - len(own) * favoured) // (count - len(own))
+            budgets[:, own] = favoured
+        return budgets
+
+
+def right(model, tokenizer, prompts: list, methods: dict) -> pd.DataFrame:
+    """The score of every prompt, a row each, under every method, a column each; the question is read before evictions.
+
+    Args:
+        prompts: with one answer each. methods: name -> method that can start from a snapshot.
+    """
+    rows = []
+    for prompt in prompts:
+        context, question, lead = prompt.ids(tokenizer)
+        snapshot = kvlib.snapshot(model, torch.tensor([context + question], device=model.device))
+        count = len(prompt.answer_ids(tokenizer)) + 1  # one more shows whether the answer ends there
+        answers = {name: ask(model, tokenizer, snapshot, method, lead, count)[0] for name, method in methods.items()}
+        rows.append({name: tasks.score(prompt, answer) for name, answer in answers.items()})
+    return pd.DataFrame(rows)
