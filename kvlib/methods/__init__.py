@@ -2,6 +2,7 @@
 
 from kvlib.methods import (  # noqa: F401
     adakv,
+    anchorcoder,
     baselines,
     loki,
     quest,
