@@ -149,7 +149,7 @@ def outcome(model, method, device):
 NEEDED = {"uncomp_release": {"spread": 0.0}}  # tiny models have no calibration
 methods = pytest.mark.parametrize(
     "method",
-    [kvlib.method(name, budget=1.0 if name == "full" else 0.4, **NEEDED.get(name, {})) for name in kvlib.METHODS],
+    [kvlib.method(name, budget=1.0 if name == "full" else 0.4, **NEEDED.get(name, {})) for name in budgeted()],
     ids=lambda m: m.name,
 )
 

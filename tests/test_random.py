@@ -69,6 +69,15 @@ def methods(draw, choice):
     """A method with random arguments; arguments that it refuses are drawn again."""
     if choice == "full":
         return kvlib.method("full")
+    if choice == "anchorcoder":
+        per, beyond = draw(st.none() | st.integers(1, 3)), draw(st.none() | st.integers(0, 1))
+        arguments = {
+            "per": per,
+            "beyond": beyond,
+            "source": None if beyond is None else 0,
+            "spread": draw(st.booleans()),
+        }
+        return kvlib.method("anchorcoder", anchor=7, forced=False, **arguments)
     make = choice if isinstance(choice, type) else kvlib.METHODS[choice]
     arguments = {name: draw(values) for name, values in ARGUMENTS.get(choice, {}).items()}
     try:

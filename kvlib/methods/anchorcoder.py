@@ -16,7 +16,7 @@ SETTINGS = "anchorcoder"  # in the configuration of a checkpoint that was traine
 
 
 class Prepared(NamedTuple):
-    """What a checkpoint says, or the arguments, and how its layers turn their keys; bos: BOS, which counts as an anchor."""
+    """What a checkpoint says, or the arguments; how layers turn their keys; and the id of BOS, which is a mark, too."""
 
     settings: "AnchorCoder"
     rotary: list[Rotary | None]
@@ -41,8 +41,9 @@ class Lines(NamedTuple):
 class AnchorCoder(Method):
     """Anchors behind every line, to which later lines attend instead of the line; for models that were trained so.
 
-    *Layers.* Each layer whose number is a multiple of `per` is full; with `per=None` none is. In the others a token sees the anchors of all
-    earlier lines and its own line so far (TAA). What no later token can see there is freed, at the end of every pass.
+    *Layers.* Each layer whose number is a multiple of `per` is full; with `per=None` none is. In the others a token
+    sees the anchors of all earlier lines and its own line so far (TAA). What no later token can see there is freed, at
+    the end of every pass.
 
     *Positions.* Each KV head sees an anchor's key at the place of one of the line's tokens, most heads at its last ones
     (MHPE, `spread`). Everything else stays where it is.

@@ -1,9 +1,9 @@
 """Lines of tokens and the anchors that end them (AnchorCoder, Zhang et al., 2411.06680).
 
-A line is what stands between two marked tokens: anchors, which are planted behind every token that ends a line, and BOS.
-Followed: NUAAZXY/Anchor_Coder ac7bfd1, the trainer's copy of the modified Llama. Departures: any number of heads (there
-32), rows of a batch without an anchor (there their mask is empty), and one rule for prompts and for decoding (there an
-anchor that is decoded begins its line one token earlier).
+A line is what stands between two marked tokens: anchors, which are planted behind every token that ends a line, and
+BOS. Followed: NUAAZXY/Anchor_Coder ac7bfd1, the trainer's copy of the modified Llama. Departures: any number of heads
+(there 32), rows of a batch without an anchor (there their mask is empty), and one rule for prompts and for decoding
+(there an anchor that is decoded begins its line one token earlier).
 """
 
 from collections.abc import Collection, Sequence
