@@ -123,20 +123,18 @@ class AnchorCoder(Method):
         step, (settings, _, bos), rows = run.step, run.prepared, run.cache.layers[0].rows
         positions = step.positions.to(token_ids.device)
         marked = token_ids == settings.anchor
-        marked = (marked if bos is None else marked | (token_ids == bos)) & (positions >= 0)
+        marked = marked if bos is None else marked | (token_ids == bos)  # padding too, which stands nowhere
         begin = rows.get("begin", positions.new_zeros(len(positions)))
         begins, following = lines(marked, positions, begin)
         ended = bool(marked.any())
         turned = moves(marked, positions, begins, kv_heads(run.model)) if settings.spread and ended else None
         step.shared["lines"] = Lines(marked, begins, following, turned, ended)
-        if not step.aside:
-            rows["begin"] = following
+        rows["begin"] = following
 
     def encode(self, run, layer, key, value, positions):
         rotary, found = run.prepared.rotary[layer.index], run.step.shared["lines"]
         if rotary is not None and found.moves is not None:
-            turned = rotate(key, found.moves.to(key.device), rotary)
-            key = turned.where(found.marked.to(key.device)[:, None, :, None], key)
+            key = rotate(key, found.moves.to(key.device), rotary)  # by 0 positions a key stays what it is, to the bit
         return super().encode(run, layer, key, value, positions)
 
     def attend(self, view):
