@@ -44,7 +44,8 @@ def lines(marked: torch.Tensor, positions: torch.Tensor, begin: torch.Tensor) ->
     A line begins behind the marked token before it; an anchor belongs to the line that it ends.
 
     Args:
-        marked: `(batch, new)` bool, anchors and BOS; of padding it does not matter. positions: `(batch, new)`, ascending, -1 = padding.
+        marked: `(batch, new)` bool, anchors and BOS; of padding it does not matter.
+        positions: `(batch, new)`, ascending, -1 = padding.
         begin: `(batch,)`, where the line of the first token begins: 0 for a new text.
     """
     behind = torch.maximum((positions + 1).where(marked, 0).cummax(1).values, begin[:, None])
