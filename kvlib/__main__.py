@@ -11,6 +11,7 @@ import torch
 from transformers.utils import logging
 
 import kvlib
+from kvlib.core.method import budgeted
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,6 +109,8 @@ def generate_text(options) -> None:
     """Continue a text, or answer questions about it, and report what was kept."""
     if bool(options.document) != bool(options.question):
         raise ValueError("--document and --question go together")
+    if options.method in {*kvlib.METHODS} - {*budgeted()}:
+        raise ValueError(f"{options.method} has no budget and needs a model trained for it: use it from Python")
     method = kvlib.method(options.method, budget=options.budget)
     name = options.document or options.prompt_file
     text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")

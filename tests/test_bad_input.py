@@ -9,6 +9,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import kvlib
+from kvlib.core.method import budgeted
 
 KNORM = kvlib.method("knorm", budget=0.5)
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -26,9 +27,7 @@ def refused(error, message, model, *args, method=KNORM, **arguments):
 # Methods and their arguments
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name, cls in kvlib.METHODS.items() if hasattr(cls, "budget") and name != "full")
-)
+@pytest.mark.parametrize("name", sorted({*budgeted()} - {"full"}))
 @pytest.mark.parametrize(
     "budget", [0, 0.0, -1, -0.5, 1.5, math.nan, math.inf, True, False, "0.5", None, (0.5,)], ids=str
 )

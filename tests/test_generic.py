@@ -11,6 +11,7 @@ import transformers
 from properties import Conversation
 
 import kvlib
+from kvlib.core.method import budgeted
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
 BUDGETS = {  # of what shares its code with a method that has all three, those that differ most
@@ -30,11 +31,10 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "uncomp_continuous": NARROW,
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
-BUDGETED = sorted(name for name, cls in kvlib.METHODS.items() if hasattr(cls, "budget"))
 METHODS = [
     *(
         kvlib.method(name, budget=budget, **SETTINGS.get(name, {}))
-        for name in BUDGETED
+        for name in budgeted()
         for budget in BUDGETS.get(name, [0.3, 0.6, 12])
     ),
     kvlib.method("streaming_llm", budget=0.3, sinks=2, renumber=False),
@@ -130,7 +130,7 @@ def test_attention_of_the_models_is_not_uniform():
 
 
 @everywhere
-@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("name", budgeted())
 def test_full_budget_is_the_stock_model(architecture, name):
     chunk = [None, 5, 20][(ARCHITECTURES.index(architecture) + len(name)) % 3]
     model = tiny.model(architecture, torch.float32)
@@ -212,7 +212,7 @@ def test_beams_have_their_own_history(architecture, method):
 
 
 @everywhere
-@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("name", budgeted())
 def test_full_budget_beams_are_stock_beams(architecture, name):
     model = tiny.model(architecture)
     ids, mask = tiny.pad([tiny.tokens(19), tiny.tokens(12, seed=1)])

@@ -6,6 +6,7 @@ import torch
 
 import kvlib
 from kvlib.core import attention, layout, part
+from kvlib.core.method import budgeted
 
 pytest.importorskip("triton")
 

@@ -150,6 +150,7 @@ def test_an_empty_text_is_named(model, tmp_path, monkeypatch, source):
     [
         ("--question why", "--document and --question go together"),
         ("--chat", "has no chat template: leave --chat out"),
+        ("--method anchorcoder --budget 0.5", "anchorcoder has no budget and needs a model trained for it"),
         ("--method snapvk --budget 0.5", "unknown method 'snapvk'; did you mean 'snapkv'?"),
         ("--method snapkv --budget 1.5", "budget=1.5: a fraction in (0, 1] or a whole number of tokens >= 1"),
         ("--method snapkv --budget 0.5 --model minilm-none", "no shipped model 'minilm-none'"),

@@ -292,6 +292,11 @@ def method(name: str, **arguments) -> Method:
     return METHODS[name](**arguments)
 
 
+def budgeted() -> list[str]:
+    """Names of the methods that take a budget."""
+    return sorted(name for name, cls in METHODS.items() if issubclass(cls, Budgeted))
+
+
 def whole(value, low: int) -> bool:
     """Is `value` an integer, not a bool, of at least `low`?"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low

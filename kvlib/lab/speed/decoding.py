@@ -27,8 +27,8 @@ from statistics import median
 import pandas as pd
 import torch
 
-import kvlib
 from kvlib import paths
+from kvlib.core.method import budgeted
 from kvlib.lab.speed.rows import command, rounded, write
 from kvlib.lab.speed.settings import (
     ARGUMENTS,
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[*kvlib.METHODS, *RAGGED, *ARGUMENTS, *(name + CAPTURED for name in kvlib.METHODS)],
+        choices=[*budgeted(), *RAGGED, *ARGUMENTS, *(name + CAPTURED for name in budgeted())],
         metavar="METHOD",
         help="default: the setting's",
     )
