@@ -9,11 +9,12 @@ from test_anchorcoder import ANCHOR, SETTINGS, method, text
 from kvlib.methods.anchor_training import training
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_is_inference(name):
+def test_training_is_inference(name, kernel):
     model = tiny.build(["qwen3", "llama-gqa"][len(name) % 2], num_hidden_layers=5)
     ids, before = torch.stack([text(41), text(41, seed=1)]), model.config._attn_implementation
-    with training(model, method(name)):
+    with training(model, method(name), kernel):
         logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits, Anchored(model, ids, ANCHOR, **SETTINGS[name]).logits, rtol=0, atol=1e-10)
     with method(name)(model):
@@ -43,6 +44,8 @@ def test_gradients_are_those_of_the_masks():
 
 def test_what_cannot_be_trained_on():
     model = tiny.model("llama-gqa")
+    with pytest.raises(ValueError, match="kernel='eager': 'sdpa' or 'flex'"), training(model, method("TAA"), "eager"):
+        pass
     with training(model, method("TAA")):
         with pytest.raises(ValueError, match="the model was given embeddings"):
             model(inputs_embeds=torch.zeros(1, 3, 32, dtype=torch.float64))

@@ -20,7 +20,7 @@ import kvlib
 from kvlib.methods import baselines
 
 # Examples are small as they are: shrinking one would run the slow reference for minutes.
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+few = settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 llama = cache(tiny_llama)
 HALVES = ("h2o", "scissorhands")  # the budget is twice a whole number of tokens
 NAMES = [name for name, method in kvlib.METHODS.items() if method.__module__ == "kvlib.methods.baselines"]

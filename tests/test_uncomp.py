@@ -18,7 +18,7 @@ from kvlib.methods import entropy
 from kvlib.methods.head_groups import load
 from kvlib.methods.uncomp import Prepared
 
-few = settings(max_examples=20, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 SIZES = {"window": 4, "kernel": 3}
 
 

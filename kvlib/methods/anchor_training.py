@@ -1,38 +1,44 @@
-"""What a model computes while it is trained for AnchorCoder: masks over everything, with gradients, nothing stored."""
+"""What a model computes while it is trained for AnchorCoder: masks over everything, with gradients, nothing stored.
 
-from collections.abc import Iterator
+Two kernels compute the same. "sdpa" takes masks as they are. "flex" takes them by blocks, and leaves out those in which
+nothing is seen: in a TAA layer nearly all. It is compiled, for a GPU.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from kvlib.core.method import require
 from kvlib.core.rotary import rotate
 from kvlib.core.support import kv_heads
 from kvlib.methods.anchorcoder import AnchorCoder
 from kvlib.methods.anchors import lines, moves, visible
 
 NAME = "kvlib_anchored"
+KERNELS = ("sdpa", "flex")
 
 
 class Pass:
     """One batch of token ids `(batch, tokens)` without padding, read at once.
 
-    masks: layer is full, and so is its second layer -> what its queries see, `(batch, 1, tokens, tokens or twice)`;
-    the first half is the layer's own. source: keys and values of the second layer, when it has been there.
+    source: keys and values of the second layer, when it has been there.
     """
 
-    def __init__(self, model, prepared, ids: torch.Tensor):
+    def __init__(self, model, prepared, ids: torch.Tensor, kernel: str):
         self.settings, self.rotary, bos = prepared
         marked = ids == self.settings.anchor
-        marked = marked if bos is None else marked | (ids == bos)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        begins, _ = lines(marked, positions, positions.new_zeros(len(ids)))
-        self.moves = moves(marked, positions, begins, kv_heads(model)) if self.settings.spread else None
-        causal = (positions[:, None] <= positions[:, :, None])[:, None]
-        self.masks = {True: causal, False: visible(positions, marked, positions, begins)[:, None]}
-        self.source = None
+        self.marked = marked if bos is None else marked | (ids == bos)
+        self.positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        self.begins, _ = lines(self.marked, self.positions, self.positions.new_zeros(len(ids)))
+        spread = self.settings.spread
+        self.moves = moves(self.marked, self.positions, self.begins, kv_heads(model)) if spread else None
+        self.source, self.kernel, self.masks = None, kernel, {}
 
     def attend(self, module, query, key, value, scaling, dropout):
         settings, layer = self.settings, module.layer_idx
@@ -40,26 +46,63 @@ class Pass:
             key = rotate(key, self.moves, self.rotary[layer])
         if layer == settings.source:
             self.source = key, value
-        full = settings.full(layer)
-        mask = self.masks[full]
+        full = (settings.full(layer),)
         if settings.beyond is not None and layer > settings.beyond:
             key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), self.source))
-            mask = torch.cat([mask, self.masks[full and settings.full(settings.source)]], dim=-1)
-        elif full:
-            mask = None  # a flag of the kernel
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+            full += (full[0] and settings.full(settings.source),)
+        if full not in self.masks:
+            self.masks[full] = self.blocks(full) if self.kernel == "flex" else self.mask(full)
+        mask = self.masks[full]
+        if self.kernel == "sdpa":
+            return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
+        attention = compiled() if query.is_cuda else flex_attention
+        output = attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        return output.transpose(1, 2), None
+
+    def mask(self, full: tuple[bool, ...]) -> torch.Tensor | None:
+        """What queries see, `(batch, 1, tokens, tokens or twice)`: of the layer, and of a second one behind it.
+
+        full: does a query see everything of each? None: a flag of the kernel does.
+        """
+        if full == (True,):
+            return None
+        at = self.positions
+        causal = at[:, None] <= at[:, :, None]
+        seen = [causal if everything else visible(at, self.marked, at, self.begins) for everything in full]
+        return torch.cat(seen, dim=-1)[:, None]
+
+    def blocks(self, full: tuple[bool, ...]):
+        """The same for `flex_attention`."""
+        marked, begins, tokens = self.marked, self.begins, self.marked.shape[1]
+        second = full[-1]
+
+        def seen(row, head, query, key):
+            at = key % tokens
+            anchored = marked[row, at] | (at == 0) | (at >= begins[row, query])
+            return (at <= query) & (torch.where(key < tokens, full[0], second) | anchored)
+
+        return create_block_mask(seen, len(marked), None, tokens, len(full) * tokens, device=marked.device)
+
+
+@cache
+def compiled() -> Callable:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @contextmanager
-def training(model, method: AnchorCoder) -> Iterator[None]:
+def training(model, method: AnchorCoder, kernel: str = "sdpa") -> Iterator[None]:
     """Inside the block `model(input_ids, use_cache=False)` has the attention with which `method` decodes.
 
     Its logits are those of `with method(model)`, token by token: what the method frees is what these masks hide. Rows
     are packed: without padding, and documents in one row see each other's anchors.
 
+    Args:
+        kernel: "sdpa" or "flex".
+
     Raises:
-        ValueError: as the method, when it is entered; without token ids; for padding.
+        ValueError: as the method, when it is entered; for another kernel; without token ids; for padding.
     """
+    require("kernel", kernel, kernel in KERNELS, " or ".join(map(repr, KERNELS)))
     prepared, before, passes = method.prepare(model), model.config._attn_implementation, []
 
     def begin(model, args, kwargs):
@@ -69,7 +112,7 @@ def training(model, method: AnchorCoder) -> Iterator[None]:
             raise ValueError("anchors are found by their token ids; the model was given embeddings")
         if mask is not None and not bool(mask.all()):
             raise ValueError("padding: texts are packed in rows of one length")
-        passes[:] = [Pass(model, prepared, ids)]
+        passes[:] = [Pass(model, prepared, ids, kernel)]
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         return passes[0].attend(module, query, key, value, scaling, dropout)
