@@ -4,6 +4,8 @@ import os
 
 os.environ["MPLBACKEND"] = "agg"  # for figures drawn in this process; `notebooks.run` removes it for notebooks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: workers, and what they start, share the cores
 
 import hypothesis
 import torch
@@ -15,6 +17,3 @@ if not torch.cuda.is_available():
 # place is a failure everywhere; the deep tier sets its own numbers of examples.
 hypothesis.settings.register_profile("kvlib", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("kvlib")
-
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores

@@ -125,7 +125,7 @@ def label(choice):
 
 @pytest.mark.parametrize("choice", METHODS, ids=label)
 def test_a_few_random_conversations(choice):
-    converse(choice, 10)
+    converse(choice, 7)
 
 
 @pytest.mark.deep

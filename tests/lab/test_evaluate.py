@@ -256,9 +256,9 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
 def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     model, tokenizer = small
     configurations = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3)]
-    table = evaluate.evaluate(model, tokenizer, configurations, task, 512, range(3), name="", protocol=protocol)
+    table = evaluate.evaluate(model, tokenizer, configurations, task, 512, range(2), name="", protocol=protocol)
     for configuration in configurations:
-        for number in range(3):
+        for number in range(2):
             drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
             row = table[(table["method"] == configuration.method) & (table["sample"] == number)].iloc[0]
             text = answered(model, tokenizer, configuration.make(), drawn, protocol, 64)[0]
@@ -274,8 +274,8 @@ READERS = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuratio
 def test_what_needs_no_label_token_by_token(small, task, protocol):
     """Bits of the text that follows, and how far a method is from the full cache along it or along its own answer."""
     model, tokenizer = small
-    table = evaluate.evaluate(model, tokenizer, READERS, task, 512, range(3), name="", protocol=protocol)
-    for number in range(3):
+    table = evaluate.evaluate(model, tokenizer, READERS, task, 512, range(2), name="", protocol=protocol)
+    for number in range(2):
         drawn = tasks.sample(task, 512, number, tokenizer=tokenizer)
         if task == "summary":
             first, rest = parts(drawn, tokenizer, protocol)
@@ -369,7 +369,7 @@ def test_methods_that_change_the_prefill(model, small, registered, cls, budget, 
     registered(cls)
     (used, tokenizer), length = {"needle": (model, 160), "next_line": (small, 512)}[task]
     configuration = Configuration(cls.__name__, budget)
-    table = evaluate.evaluate(used, tokenizer, [configuration], task, length, range(4), name="")
+    table = evaluate.evaluate(used, tokenizer, [configuration], task, length, range(2), name="")
     for number, row in table.iterrows():
         drawn = tasks.sample(task, length, number, tokenizer=tokenizer)
         first, rest = parts(drawn, tokenizer, "asked")

@@ -426,7 +426,7 @@ def test_filler_is_real_code_in_its_order():
 # Completion of real code
 
 
-@pytest.mark.parametrize(("tokens", "seeds"), [(512, 250), (1024, 40), (4096, 4)])
+@pytest.mark.parametrize(("tokens", "seeds"), [(512, 100), (1024, 20), (4096, 4)])
 @pytest.mark.parametrize("task", CODE)
 def test_identifiers_can_be_completed_from_the_prompt(task, tokens, seeds):
     words = Counter()
