@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvlib.core.method import require
 from kvlib.core.rotary import rotate
 from kvlib.core.support import kv_heads
-from kvlib.methods.anchorcoder import AnchorCoder
+from kvlib.methods.anchorcoder import AnchorCoder, marks
 from kvlib.methods.anchors import lines, moves, visible
 
 NAME = "kvlib_anchored"
@@ -32,8 +32,7 @@ class Pass:
 
     def __init__(self, model, prepared, ids: torch.Tensor, kernel: str):
         self.settings, self.rotary, bos = prepared
-        marked = ids == self.settings.anchor
-        self.marked = marked if bos is None else marked | (ids == bos)
+        self.marked = marks(ids, self.settings.anchor, bos)
         self.positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         self.begins, _ = lines(self.marked, self.positions, self.positions.new_zeros(len(ids)))
         spread = self.settings.spread

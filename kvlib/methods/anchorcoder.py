@@ -10,7 +10,7 @@ from kvlib.core import attention
 from kvlib.core.method import Method, register, require, whole
 from kvlib.core.rotary import Rotary, rotaries, rotate
 from kvlib.core.support import attention_modules, kv_heads
-from kvlib.methods.anchors import lines, moves
+from kvlib.methods.anchors import lines, moves, visible
 
 SETTINGS = "anchorcoder"  # in the configuration of a checkpoint that was trained for it
 
@@ -122,8 +122,7 @@ class AnchorCoder(Method):
             raise ValueError("anchors are found by their token ids; the model was given embeddings")
         step, (settings, _, bos), rows = run.step, run.prepared, run.cache.layers[0].rows
         positions = step.positions.to(token_ids.device)
-        marked = token_ids == settings.anchor
-        marked = marked if bos is None else marked | (token_ids == bos)  # padding too, which stands nowhere
+        marked = marks(token_ids, settings.anchor, bos)
         begin = rows.get("begin", positions.new_zeros(len(positions)))
         begins, following = lines(marked, positions, begin)
         ended = bool(marked.any())
@@ -166,14 +165,20 @@ class AnchorCoder(Method):
                 view.layer.keep(stays, stays.sum(-1).cpu())
 
 
+def marks(token_ids: torch.Tensor, anchor: int, bos: int | None) -> torch.Tensor:
+    """Which tokens end a line: anchors and BOS. Padding may be among them, which stands nowhere."""
+    return token_ids == anchor if bos is None else (token_ids == anchor) | (token_ids == bos)
+
+
 def sees(view, full: bool) -> torch.Tensor:
     """Which stored tokens the view's queries see, `(batch, 1, new, slots)`: all heads store the same ones."""
-    at, queries = view.positions[:, :1, None], view.query_positions[:, None, :, None]
-    seen = (at >= 0) & (at <= queries)
-    if not full:
-        begins = view.step.shared["lines"].begins.to(view.device)[:, None, :, None]
-        seen &= (view.state["marked"][:, :1, None, :, 0] > 0) | (at == 0) | (at >= begins)
-    return seen | (queries < 0)  # padding sees everything: an empty softmax would be NaN
+    at, queries = view.positions[:, 0], view.query_positions
+    if full:
+        seen = (at[:, None] >= 0) & (at[:, None] <= queries[:, :, None])
+    else:
+        begins = view.step.shared["lines"].begins.to(view.device)
+        seen = visible(at, view.state["marked"][:, 0, :, 0] > 0, queries, begins)
+    return (seen | (queries < 0)[:, :, None])[:, None]  # padding sees all: an empty softmax would be NaN
 
 
 class Forced(LogitsProcessor):
