@@ -27,7 +27,7 @@ class Anchored:
         marks = {anchor, model.config.bos_token_id} - {None}
         self.marked = [[token in marks for token in row] for row in ids.tolist()]
         self.begins = [[max([0, *(j + 1 for j in range(i) if row[j])]) for i in range(len(row))] for row in self.marked]
-        self.stored = {}
+        self.stored, self.weights = {}, {}
         with attending(model, self.attend), torch.no_grad():
             self.logits = model(ids).logits
 
@@ -62,7 +62,7 @@ class Anchored:
         ])  # fmt: skip
         groups = query.shape[1] // key.shape[1]
         key, value = (torch.cat(x, dim=2).repeat_interleave(groups, dim=1) for x in list(zip(*reads))[:2])
-        weights = (scaling * query @ key.mT).masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+        self.weights[layer] = weights = (scaling * query @ key.mT).masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         return (weights @ value).transpose(1, 2), None
 
 

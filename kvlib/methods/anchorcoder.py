@@ -137,6 +137,11 @@ class AnchorCoder(Method):
         return super().encode(run, layer, key, value, positions)
 
     def attend(self, view):
+        return attention.attend(*self.read(view))
+
+    def read(self, view):
+        """What a layer attends to: its view, with a second layer's entries behind its own if it has one, and which of
+        them are seen, `(batch, 1, new, slots)`; None: whatever stands before a query."""
         settings, found = view.run.prepared.settings, view.step.shared["lines"]
         view.remember("marked", found.marked[:, None, :, None].expand(-1, view.lengths.shape[1], -1, -1).float())
         full = settings.full(view.layer_idx)
@@ -145,11 +150,10 @@ class AnchorCoder(Method):
             seen = [sees(view, full), sees(source, full and settings.full(settings.source))]
             pairs = ((getattr(view, name), getattr(source, name)) for name in ("key", "value", "positions"))
             key, value, positions = (torch.cat(pair, dim=2) for pair in pairs)
-            view = view.replaced(key=key, value=value, positions=positions)
-            return attention.attend(view, torch.cat(seen, dim=-1))
+            return view.replaced(key=key, value=value, positions=positions), torch.cat(seen, dim=-1)
         if full or view.step.decoding:  # a decoded token sees all that is left
-            return attention.attend(view)
-        return attention.attend(view, sees(view, full))
+            return view, None
+        return view, sees(view, full)
 
     def finish(self, run):
         """Free what no later token sees, behind all layers: one may read another that forgets."""
