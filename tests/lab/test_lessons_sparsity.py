@@ -2,6 +2,7 @@
 
 import keyword
 import math
+import tokenize
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -61,24 +62,28 @@ def test_ends_of_the_scale():
     for n in (2, 5, 40):
         rows = torch.stack([torch.full((n,), 1 / n), torch.eye(n)[n // 2]])
         assert sparsity.gini(rows, everything(2, n)).tolist() == pytest.approx([0, 1 - 1 / n], abs=1e-6)
+        at = torch.arange(n)
+        found = sparsity.Rows(rows[None, 1:], everything(1, n), at, at[-1:])
+        table = sparsity.concentration([found], torch.zeros(n, dtype=torch.int64))
+        assert table["corrected"][0] == table["two"][0] == pytest.approx(1)
 
 
 def test_concentration_of_rows_by_hand():
-    """Two heads and three queries; token 0 takes most of head 0, and tokens 0 to 2 are the first line."""
+    """Two heads and three queries in two lines; token 0 takes most of head 0, and tokens 0 and 1 are the first line."""
     weights = torch.tensor([
         [[0.7, 0.2, 0.1, 0.0, 0.0], [0.7, 0.1, 0.1, 0.1, 0.0], [0.6, 0.1, 0.1, 0.1, 0.1]],
         [[1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0, 1.0]],
     ])  # fmt: skip
     at, queries = torch.arange(5), torch.tensor([2, 3, 4])
     rows = sparsity.Rows(weights / weights.sum(-1, keepdim=True), at <= queries[:, None], at, queries)
-    table = sparsity.concentration([rows], torch.tensor([0, 0, 0, 1, 1])).set_index(["selection", "head"])
+    table = sparsity.concentration([rows], torch.tensor([0, 0, 1, 1, 2])).set_index(["selection", "head"])
     assert table.loc[("all", 1), "gini"] == pytest.approx(0, abs=1e-6)
     assert table.loc[("all", 0), "two"] == pytest.approx((0.9 + 0.8 + 0.7) / 3)
     assert table.loc[("without the first", 0), "two"] == pytest.approx((1 + 2 / 3 + 1 / 2) / 3)
     late = [(0.2 - 0.1) / (2 * 0.3), 0.0, 0.0]  # of two weights: their difference over twice their sum
     assert table.loc[("without the first", 0), "gini"] == pytest.approx(sum(late) / 3)
     assert table.loc[("without the first", 0), "corrected"] == pytest.approx(2 * late[0] / 3)
-    assert table.loc[("earlier lines", 0), "two"] == pytest.approx(1)  # tokens 1 and 2, for the last two queries
+    assert table.loc[("earlier lines", 0), "two"] == pytest.approx(2 / 3)  # of the last query: others see one token
 
 
 def test_enrichment_by_hand():
@@ -138,6 +143,18 @@ def test_every_character_has_a_class():
     assert of["other"] == '1"""One.Two."""0f"{x}in{so}"#in'  # an f-string is text
     assert not of["first"] and not of["anchor"]
     assert [c for c, kind in zip(CODE, kinds) if kind is None] == [" "] * kinds.count(None)
+
+
+def test_f_strings_are_text_for_tokenizers_that_look_into_them(monkeypatch):
+    """Python 3.12 splits f"{x}" + y into parts, Python 3.11 does not."""
+    names = {number: name for number, name in enumerate(("FSTRING_START", "FSTRING_END"), start=1000)}
+    monkeypatch.setattr(tokenize, "tok_name", tokenize.tok_name | names)
+    parts = [(1000, 'f"', 0), (tokenize.OP, "{", 2), (tokenize.NAME, "x", 3), (tokenize.OP, "}", 4), (1001, '"', 5)]
+    parts += [(tokenize.OP, "+", 7), (tokenize.NAME, "y", 9)]
+    stream = [tokenize.TokenInfo(kind, text, (1, at), (1, at + len(text)), "") for kind, text, at in parts]
+    monkeypatch.setattr(tokenize, "generate_tokens", lambda readline: stream)
+    expected = [*6 * ["other"], None, "operator", None, "identifier"]
+    assert sparsity.character_classes('f"{x}" + y') == expected
 
 
 @pytest.mark.parametrize("by_line", [False, True])
