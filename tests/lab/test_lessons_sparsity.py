@@ -147,7 +147,7 @@ def test_every_character_has_a_class():
 
 def test_f_strings_are_text_for_tokenizers_that_look_into_them(monkeypatch):
     """Python 3.12 splits f"{x}" + y into parts, Python 3.11 does not."""
-    names = {number: name for number, name in enumerate(("FSTRING_START", "FSTRING_END"), start=1000)}
+    names = dict(enumerate(("FSTRING_START", "FSTRING_END"), start=1000))
     monkeypatch.setattr(tokenize, "tok_name", tokenize.tok_name | names)
     parts = [(1000, 'f"', 0), (tokenize.OP, "{", 2), (tokenize.NAME, "x", 3), (tokenize.OP, "}", 4), (1001, '"', 5)]
     parts += [(tokenize.OP, "+", 7), (tokenize.NAME, "y", 9)]
