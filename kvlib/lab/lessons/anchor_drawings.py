@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
@@ -111,3 +112,24 @@ def schedule(axes, methods: dict[str, AnchorCoder], layers: int) -> None:
         Patch(facecolor="none", label="S: source of LAA   +4: reads layer 4 as well"),
     ]
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def enriched(axes, table: pd.DataFrame, classes: Sequence[str], selections: dict[str, str]) -> None:
+    """How much more attention than their share classes of tokens get, with the extremes among texts, on a log axis.
+
+    Args:
+        table: as of `sparsity.by_class`. classes: from the top down. selections: which ones -> their labels.
+    """
+    looks = zip(selections.items(), ("#949494", COLORS["uncomp"], COLORS["vatp"]), "xso", (-0.2, 0.0, 0.2))
+    for (selection, label), color, marker, shift in looks:
+        rows = table[table["selection"] == selection].set_index("class").reindex(classes)
+        errors = [rows["enrichment"] - rows["low"], rows["high"] - rows["enrichment"]]
+        places = np.arange(len(classes)) + shift
+        look = {"linestyle": "", "color": color, "marker": marker, "markersize": 5, "elinewidth": 1, "label": label}
+        axes.errorbar(rows["enrichment"], places, xerr=errors, **look)
+    axes.axvline(1, color="#555555", linewidth=1)
+    axes.set(xscale="log", ylim=(len(classes) - 0.5, -0.5))
+    axes.set_yticks(range(len(classes)), classes)
+    ticks = [0.25, 0.5, 1, 2, 4, 8]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from kvlib.methods.anchorcoder import AnchorCoder, sees
+from kvlib.methods.anchorcoder import SETTINGS, AnchorCoder, sees
+from kvlib.methods.anchors import plant
 
 CLASSES = ("first", "anchor", "newline", "indentation", "identifier", "operator", "bracket", "keyword", "other")
-FIRST_ROW, EVERY = 32, 8  # earlier rows are too short to say something, and neighbours say the same
+FIRST_ROW, EVERY = 32, 16  # earlier rows are too short to say something, and neighbours say the same
 
 
 # Attention
@@ -60,16 +61,42 @@ class Watched(AnchorCoder):
 
 
 @torch.no_grad()
-def watch(model, ids: Sequence[int], method: AnchorCoder, first: int = FIRST_ROW, every: int = EVERY) -> list[Rows]:
+def watch(
+    model, ids: Sequence[int], method: AnchorCoder | None = None, first: int = FIRST_ROW, every: int = EVERY
+) -> list[Rows]:
     """Attention of every layer while a text is read in one pass.
 
     Args:
-        ids: the text's tokens. method: with `per=1`, `spread=False` and a text without anchors it is the stock model.
+        ids: the text's tokens. method: None for full attention, in which no token is an anchor.
     """
-    watched = Watched(**asdict(method), first=first, every=every)
+    unused = min(set(range(len(ids) + 1)) - set(ids))
+    watched = Watched(**asdict(method or AnchorCoder(unused, per=1, spread=False)), first=first, every=every)
     with watched(model):
         model(torch.tensor([ids], device=model.device), logits_to_keep=1)
     return watched.rows
+
+
+def study(model, tokenizer, texts: dict[str, str], tokens: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Concentration and enrichment on the beginnings of Python texts.
+
+    A model that was trained with anchors (`config.anchorcoder`) reads them with anchors, and as it was trained.
+
+    Args:
+        texts: name -> text. tokens: of each, anchors not counted.
+
+    Returns:
+        tables as of `concentration` and `enrichment`, with a column text.
+    """
+    settings, found = getattr(model.config.get_text_config(), SETTINGS, None), []
+    for name, text in texts.items():
+        ids, classes = (x[:tokens] for x in token_classes(text, tokenizer, by_line=bool(settings)))
+        if settings:
+            ids = plant(ids, settings["anchor"], settings["ends"], settings["longest"])
+            classes = with_anchors(classes, ids, settings["anchor"])
+        layers, lines = watch(model, ids, AnchorCoder() if settings else None), line_numbers(classes)
+        tables = concentration(layers, lines), enrichment(layers, classes, lines)
+        found.append([table.assign(text=name) for table in tables])
+    return tuple(pd.concat(tables, ignore_index=True) for tables in zip(*found))
 
 
 # Concentration
@@ -153,6 +180,21 @@ def enrichment(layers: Iterable[Rows], classes: Sequence[str], lines: torch.Tens
     table = pd.concat(found, ignore_index=True).query("expected > 0").reset_index(drop=True)
     table["enrichment"] = table["mass"] / table["expected"]
     return table[["layer", "selection", "class", "mass", "expected", "enrichment"]]
+
+
+def by_class(table: pd.DataFrame, layers: Iterable[int] | None = None) -> pd.DataFrame:
+    """Enrichment of each class, over all layers or some together: columns selection, class, mass, expected,
+    enrichment, and low and high, its extremes among the texts.
+
+    Args:
+        table: as `study` gives it.
+    """
+    rows = table if layers is None else table[table["layer"].isin([*layers])]
+    each = rows.groupby(["selection", "class", "text"], sort=False)[["mass", "expected"]].mean()
+    ratio = (each["mass"] / each["expected"]).groupby(["selection", "class"], sort=False)
+    means = each.groupby(["selection", "class"], sort=False).mean()
+    means = means.assign(enrichment=means["mass"] / means["expected"], low=ratio.min(), high=ratio.max())
+    return means.reset_index()
 
 
 # Tokens of code
