@@ -216,7 +216,7 @@ def token_classes(text: str, tokenizer, by_line: bool = False) -> tuple[list[int
     ids = list(tokenizer("").input_ids)
     classes = ["first"] * len(ids)
     for piece in re.findall(r"[^\n]*\n|[^\n]+", text) if by_line else [text]:
-        cut = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+        cut = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids += cut.input_ids
         classes += [class_of(kinds[start + first : start + last]) for first, last in cut.offset_mapping]
         start += len(piece)
