@@ -12,7 +12,7 @@ import kvlib
 from kvlib.core.rotary import rotaries, rotate
 from kvlib.core.support import kv_heads
 from kvlib.lab.checks import tiny_model
-from kvlib.lab.lessons.exercises import lesson_03
+from kvlib.lab.lessons.exercises import lesson_03, lesson_03b
 from kvlib.methods.anchors import offsets
 
 # 03_anchorcoder
@@ -266,3 +266,75 @@ def test_the_share_is_what_a_model_stores():
         model(torch.tensor([ids]))
     whole = run.full_bytes() / len(ids) * (len(ids) - len(lines))  # of the text without its anchors
     assert run.stored_bytes() / whole == pytest.approx(share_stored([3, 5, 2], 5, 2))
+
+
+# 03b_anchors_in_depth
+
+
+def head_places(tokens, heads, weight=lambda i, tokens: i**3, order=lambda i, rest: (-rest[i], i)):
+    weights = [weight(i, tokens) for i in range(1, tokens + 1)]
+    shares = [heads * w // sum(weights) for w in weights]
+    rest = [heads * w % sum(weights) for w in weights]
+    for i in sorted(range(tokens), key=lambda i: order(i, rest))[: heads - sum(shares)]:
+        shares[i] += 1
+    return [i for i in range(tokens) for _ in range(shares[i])]
+
+
+def test_right_places_pass(capsys):
+    lesson_03b.check_head_places(head_places)
+    assert capsys.readouterr().out == "head_places is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "head_places returned None"),
+        (lambda *a: head_places(*a)[:-1], "7 places, one for each head is expected"),
+        (lambda *a: [place + 1 for place in head_places(*a)], "tokens are counted from 0"),
+        (lambda *a: head_places(*a)[::-1], "places ascend with the heads"),
+        (lambda *a: head_places(*a, lambda i, n: (n + 1 - i) ** 3), "most heads stand at the line's end"),
+        (lambda *a: head_places(*a, lambda i, n: i**2), "shares go by the cube of a token's number"),
+        (lambda *a: head_places(*a, lambda i, n: i), "shares go by the cube, not by the number itself"),
+        (lambda *a: head_places(*a, lambda i, n: 1), "shares are not all the same"),
+        (lambda *a: head_places(*a, order=lambda i, rest: i), "not to the first tokens"),
+        (lambda *a: head_places(*a, order=lambda i, rest: -i), "is expected, found"),
+        (lambda tokens, heads: [tokens - 1] * heads, "is expected, found"),
+    ],
+)
+def test_wrong_places(answer, message):
+    refused(lesson_03b.check_head_places, message, answer)
+
+
+def emission(chosen, right, anchor):
+    due = [c for c, r in zip(chosen, right) if r == anchor]
+    others = [c for c, r in zip(chosen, right) if r != anchor]
+    return sum(c != anchor for c in due) / len(due), sum(c == anchor for c in others) / len(others)
+
+
+def of(change):
+    return lambda chosen, right, anchor: change(*emission(chosen, right, anchor), chosen, right)
+
+
+def test_right_rates_pass(capsys):
+    lesson_03b.check_emission(emission)
+    assert capsys.readouterr().out == "emission is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: ..., "emission returned Ellipsis"),
+        (lambda *a: (*emission(*a), 0), "a pair is expected"),
+        (of(lambda missed, spurious, c, r: (spurious, missed)), "missed comes first"),
+        (of(lambda m, s, c, r: (m * r.count(3), s * (len(r) - r.count(3)))), "shares, not counts"),
+        (of(lambda m, s, c, r: (m * r.count(3) / len(r), s * (len(r) - r.count(3)) / len(r))), "one of all other"),
+        (of(lambda m, s, c, r: (m, s * (len(r) - r.count(3)) / r.count(3))), "of the tokens that are no anchors"),
+        (of(lambda m, s, c, r: (1 - m, s)), "that is how many are found"),
+        (of(lambda m, s, c, r: (100 * m, 100 * s)), "percent were not asked for"),
+        (lambda c, r, a: (emission(c, r, a)[0], sum(x != y != a for x, y in zip(c, r)) / (len(r) - r.count(a))),
+         "a wrong token is not spurious unless it is an anchor"),
+        (lambda c, r, a: emission([c.pop(), *c], r, a), "emission changes its arguments"),
+    ],
+)  # fmt: skip
+def test_wrong_rates(answer, message):
+    refused(lesson_03b.check_emission, message, answer)
