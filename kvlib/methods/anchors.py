@@ -6,8 +6,10 @@ BOS. Followed: NUAAZXY/Anchor_Coder ac7bfd1, the trainer's copy of the modified 
 (there an anchor that is decoded begins its line one token earlier).
 """
 
+import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -36,6 +38,29 @@ def plant(ids: Sequence[int], anchor: int, ends: Collection[int], longest: int |
             planted.append(anchor)
             length = 0
     return planted
+
+
+def anchored(text: str, tokenizer, settings: dict) -> list[int]:
+    """Token ids of a text with its anchors, as the model was trained; no token is added at its beginning.
+
+    Where lines end in anchors each line is tokenised by itself, so that no token reaches over an anchor: tokenizers
+    that join newlines, or a newline and what indents the next line, give other tokens than for the text as a whole.
+    `tokenizer.decode` of the ids without the anchors is the text again, if the tokenizer loses nothing.
+
+    Args:
+        settings: `config.anchorcoder` of the model.
+
+    Raises:
+        ValueError: for a text that contains the anchor.
+    """
+    pieces = split(text) if settings["ends"] else [text]
+    ids = tokenizer(pieces, add_special_tokens=False).input_ids if text else []
+    return plant([*chain(*ids)], settings["anchor"], settings["ends"], settings["longest"])
+
+
+def split(text: str) -> list[str]:
+    """The lines of a text with their newlines; what separates lines elsewhere, such as a form feed, does not here."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def lines(marked: torch.Tensor, positions: torch.Tensor, begin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
