@@ -9,7 +9,7 @@ from kvlib.core.method import Evictor
 LONGEST = 96  # tokens of a line, as the arms are trained
 
 
-def stored_entries(text: str, tokenizer, layers: int, per: int | None, longest: int | None = LONGEST) -> int:
+def stored_entries(text: str, tokenizer, layers: int, per: int | None, longest: int = LONGEST) -> int:
     """Keys per KV head that AnchorCoder stores of a text, in all layers together.
 
     Full layers store everything, ceil(layers / per) of them or none; the others the anchors, the first token and the
@@ -21,7 +21,6 @@ def stored_entries(text: str, tokenizer, layers: int, per: int | None, longest: 
     """
     *lines, rest = text.split("\n")
     *sizes, current = map(len, tokenizer([*(f"{line}\n" for line in lines), rest], add_special_tokens=False).input_ids)
-    longest = longest or max(*sizes, current + 1)
     anchors = sum(-(-size // longest) for size in sizes) + current // longest
     tokens = sum(sizes) + current + anchors
     kept = anchors + 1 + current % longest if anchors else tokens
