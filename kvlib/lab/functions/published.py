@@ -1,0 +1,59 @@
+"""HumanEval and MBPP as problems: their rows are read by `kvlib.lab.evaluation.benchmarks`."""
+
+import ast
+import textwrap
+
+from kvlib.lab.evaluation import benchmarks
+from kvlib.lab.functions.problems import Problem
+
+
+def from_humaneval(row: dict) -> Problem:
+    """A row as it is published; its test is one statement more than it has assertions."""
+    name = row["entry_point"]
+    test = f"{row['test']}\ncheck({name})\n"
+    return Problem(name, row["prompt"], row["canonical_solution"].rstrip(), (test,))
+
+
+def from_mbpp(row: dict) -> Problem:
+    """A row in HumanEval's style, without examples of other problems, as AnchorCoder's authors ask it.
+
+    The docstring has the task and the tests as examples; so a model sees what it is judged by. Imports and classes of
+    the reference stand above the function; its other functions are for the model to write, and stand behind the body in
+    `solution`. The reference is written anew from its syntax tree: published are bodies with tabs, and with any number
+    of spaces, and these would not go together with the docstring's four.
+
+    Raises:
+        ValueError: if no function of the reference, or more than one, is called by all tests.
+    """
+    tests = [ast.parse(test.strip()).body[0] for test in row["test_list"]]
+    code = ast.parse(row["code"].replace("\r\n", "\n")).body
+    functions = {node.name: node for node in code if isinstance(node, ast.FunctionDef)}
+    called = set(functions).intersection(*({n.id for n in ast.walk(t) if isinstance(n, ast.Name)} for t in tests))
+    if len(called) != 1:
+        raise ValueError(f"mbpp {row['task_id']}: the tests call {sorted(called) or 'no function'} of the reference")
+    name = called.pop()
+
+    above = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
+    function = functions[name]
+    behind = [node for node in code if node not in [*above, function]]
+    lines = [row["text"].strip().replace("\\", "\\\\"), ""]
+    for test in tests:
+        called, expected = test.test.left, test.test.comparators[0]
+        lines += [f">>> {ast.unparse(called)}", ast.unparse(expected)]
+    head = f"def {name}({ast.unparse(function.args)}):\n"
+    docstring = textwrap.indent("\n".join([f'"""{lines[0]}', *lines[1:], '"""']), "    ")
+    body = textwrap.indent("\n".join(map(ast.unparse, function.body)), "    ")
+    prompt = "".join(f"{ast.unparse(node)}\n" for node in above) + ("\n\n" if above else "") + f"{head}{docstring}\n"
+    setup = [row["test_setup_code"].replace("\r\n", "\n")] if row["test_setup_code"] else []
+    solution = "\n\n\n".join([body, *map(ast.unparse, behind)])
+    return Problem(name, prompt, solution, (*setup, *map(str.strip, row["test_list"])))
+
+
+def humaneval() -> list[Problem]:
+    """The 164 problems. Errors as of `benchmarks.load`."""
+    return [from_humaneval(row) for row in benchmarks.load("humaneval")]
+
+
+def mbpp(split: str = "test") -> list[Problem]:
+    """The 500 test problems, or those of another split. Errors as of `benchmarks.load`."""
+    return [from_mbpp(row) for row in benchmarks.load("mbpp", split)]
