@@ -15,30 +15,31 @@ ASSERTS = 6
 CANDIDATES = 18  # arguments, of which the examples and the assertions take those with the most different results
 LONGEST = 48  # characters of a result
 LARGE = re.compile(r"\d{7}")
-EMPTY = ("[]", "{}", "''")  # results that tell little about a function
+EMPTY = ([], {}, "")  # results that tell little about a function
 
 
-def outcomes(source: str, name: str, arguments: list[tuple]) -> list[str | None]:
-    """What the function returns, as text; None where it fails."""
+def outcomes(source: str, name: str, arguments: list[tuple]) -> list:
+    """What the function returns; None where it fails."""
     scope, result = {}, []
     exec(compile(source, name, "exec"), scope)  # the project's own templates
     for values in arguments:
         try:
-            result.append(repr(scope[name](*values)))
+            result.append(scope[name](*values))
         except (IndexError, ValueError, ZeroDivisionError):  # of an empty list
             result.append(None)
     return result
 
 
-def choose(arguments: list[tuple], results: list[str | None], least: int) -> list[tuple[tuple, str]] | None:
+def choose(arguments: list[tuple], results: list, least: int) -> list[tuple[tuple, object]] | None:
     """Calls and results, as many different results as possible first; None if there are not enough."""
     groups = {}
     for values, result in zip(arguments, results):
-        if result is not None and len(result) <= LONGEST and not LARGE.search(result):
-            groups.setdefault(result, {})[repr(values)] = values
+        told = repr(result)
+        if result is not None and len(told) <= LONGEST and not LARGE.search(told):
+            groups.setdefault(told, {})[repr(values)] = (values, result)
     if len(groups) < least:
         return None
-    queues = [[(values, result) for values in calls.values()] for result, calls in groups.items()]
+    queues = [[*calls.values()] for calls in groups.values()]
     order = [queue[i] for i in range(CANDIDATES) for queue in queues if i < len(queue)]
     return order if len(order) >= ASSERTS + 3 else None
 
@@ -75,8 +76,8 @@ def attempt(rng: random.Random, split: str) -> Problem | None:
                 return None
     lines = [describe(steps, words, rng), ""]
     for values, result in shown:
-        lines += [f"    >>> {call(name, values)}", f"    {result}"]
-    asserts = tuple(f"assert {call(name, values)} == {result}" for values, result in tested)
+        lines += [f"    >>> {call(name, values)}", f"    {result!r}"]
+    asserts = tuple(f"assert {call(name, values)} == {result!r}" for values, result in tested)
     prompt = head + signature + "\n".join([*lines, '    """', ""])
     return Problem(name, prompt, body, asserts, tuple(step.name for step in steps))
 
