@@ -34,19 +34,20 @@ def from_mbpp(row: dict) -> Problem:
     name = called.pop()
 
     above = [node for node in code if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
-    function = functions[name]
-    behind = [node for node in code if node not in [*above, function]]
-    lines = [row["text"].strip().replace("\\", "\\\\"), ""]
-    for test in tests:
-        called, expected = test.test.left, test.test.comparators[0]
-        lines += [f">>> {ast.unparse(called)}", ast.unparse(expected)]
-    head = f"def {name}({ast.unparse(function.args)}):\n"
-    docstring = textwrap.indent("\n".join([f'"""{lines[0]}', *lines[1:], '"""']), "    ")
-    body = textwrap.indent("\n".join(map(ast.unparse, function.body)), "    ")
-    prompt = "".join(f"{ast.unparse(node)}\n" for node in above) + ("\n\n" if above else "") + f"{head}{docstring}\n"
+    behind = [node for node in code if node not in above and node is not functions[name]]
+    head = "".join(f"{ast.unparse(node)}\n" for node in above) + ("\n\n" if above else "")
+    signature, _, body = ast.unparse(functions[name]).partition("\n")
+    pairs = [(ast.unparse(test.test.left), ast.unparse(test.test.comparators[0])) for test in tests]
+    examples = "".join(f">>> {call}\n{result}\n" for call, result in pairs)
+    told = f"{row['text'].strip()}\n\n{examples}".replace("\\", "\\\\")
+    docstring = textwrap.indent(f'"""{told}"""\n', "    ")
     setup = [row["test_setup_code"].replace("\r\n", "\n")] if row["test_setup_code"] else []
-    solution = "\n\n\n".join([body, *map(ast.unparse, behind)])
-    return Problem(name, prompt, solution, (*setup, *map(str.strip, row["test_list"])))
+    return Problem(
+        name,
+        f"{head}{signature}\n{docstring}",
+        "\n\n\n".join([body, *map(ast.unparse, behind)]),
+        (*setup, *map(str.strip, row["test_list"])),
+    )
 
 
 def humaneval() -> list[Problem]:
