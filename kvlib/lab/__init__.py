@@ -1,1 +1,1 @@
-"""What experiments share: tasks, evaluation, results, claims, lessons, the notebook tools, statistics, plotting."""
+"""What experiments share: tasks, functions, evaluation, results, claims, lessons, notebooks, statistics, plotting."""

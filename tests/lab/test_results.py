@@ -1,5 +1,6 @@
 """Result tables: rows are made once, survive a killed run, and are made again when something behind them changes."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvlib import checksums, paths
 from kvlib.lab import definitions
-from kvlib.lab.evaluation import drift, evaluate, running
+from kvlib.lab.evaluation import anchored, drift, evaluate, running
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results import __main__ as command
 from kvlib.lab.results import keys, making, studies, tables, verification
@@ -494,3 +495,82 @@ def test_bad_studies(folder):
             replace(STUDY, models=models)
     with pytest.raises(ValueError, match="length=4096: the model's window is 2048 tokens"):
         making.make("study", replace(STUDY, length=4096))
+
+
+# Arms, most of which are not shipped
+
+ARM = replace(STUDY, tasks=("needle",), models={"minilm-test": 4, "minilm-gone": 4})
+
+
+def arms(folder: Path, monkeypatch, **changed) -> None:
+    """Both models of `ARM` are listed as arms."""
+    for name in ARM.models:
+        place(folder, monkeypatch, name)
+    sums = {name: name[::-1] for name in ARM.models} | changed
+    file = folder / "models" / "arms.csv"
+    file.write_text("arm,base,sha256\n" + "".join(f"{name},minilm,{each}\n" for name, each in sums.items()))
+    keys.recorded.cache_clear()
+
+
+def test_keys_of_arms_are_there_without_their_weights(folder, monkeypatch):
+    arms(folder, monkeypatch)
+    first = keys.keys(ARM)
+    shutil.rmtree(folder / "models" / "minilm-gone")
+    assert keys.checkpoint("minilm-gone") == "minilm-gone"[::-1] and keys.keys(ARM).equals(first)
+    arms(folder, monkeypatch, **{"minilm-gone": "other weights"})
+    assert ((keys.keys(ARM)["key"] != first["key"]) == (first["model"] == "minilm-gone")).all()
+
+
+def test_arms_that_are_not_here_are_not_recomputed(folder, monkeypatch, capsys):
+    arms(folder, monkeypatch)
+    making.make("study", ARM)
+    rows, asked = tables.read(folder / "results" / "study.parquet"), []
+    monkeypatch.setattr(
+        verification, "draw", lambda study, *rest: asked.append(study.models) or [("minilm-test", "needle", 1)]
+    )
+    shutil.rmtree(folder / "models" / "minilm-gone")
+    assert verification.verify("study", ARM, 4) == 1 and asked == [{"minilm-test": 4}]
+    said = "study: without the weights of minilm-gone, which `python -m kvlib.anchored train` makes, "
+    assert f"{said}only rows of other models are recomputed\n" in capsys.readouterr().out
+    rows.assign(key="old").to_parquet(folder / "results" / "study.parquet")
+    assert verification.rekey("study", ARM, 4) == (12, 12)  # of those that were recomputed
+    shutil.rmtree(folder / "models" / "minilm-test")
+    rows.to_parquet(folder / "results" / "study.parquet")
+    for check in (verification.verify, verification.rekey):
+        with pytest.raises(FileNotFoundError, match="minilm-test, minilm-gone, which .* nothing can be recomputed"):
+            check("study", ARM, 4)
+    monkeypatch.setitem(studies.STUDIES, "study", ARM)
+    command.main(["study", "--verify", "0.5"])  # goes on with the next one
+    assert "nothing can be recomputed" in capsys.readouterr().out
+
+
+PLANTED = Study(
+    tasks=("needle", "code_bits"),
+    length=512,
+    configurations=(Configuration("anchorcoder", 1.0),),
+    models={"minilm-test": 4},
+    protocol="planted",
+    measure="anchored",
+)
+
+
+def test_measures_may_have_columns_of_their_own(folder):
+    config = folder / "models" / "minilm-test" / "config.json"
+    settings = {"anchor": 3, "ends": [202], "per": None, "source": None, "beyond": None, "spread": True, "longest": 96}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "anchorcoder": settings}))
+    checksums.write(config.parent)
+    table = making.make("study", PLANTED)
+    before = table_bytes(folder)
+    shutil.rmtree(folder / "build")
+    making.make("study", PLANTED)
+    file = folder / "results" / "study.parquet"
+    assert table_bytes(folder) == before and list(tables.read(file)) == [*tables.COLUMNS, *anchored.EXTRA]
+    assert table["anchor_nats"].notna().eq(table["task"] == "code_bits").all() and table["spurious"].notna().all()
+    assert verification.verify("study", PLANTED, 8) == 1
+    for column in anchored.EXTRA:
+        table.assign(**{column: 1.01 * table[column] + 0.01}).to_parquet(file)
+        with pytest.raises(ValueError, match="recomputed rows agree with the table"):
+            verification.verify("study", PLANTED, 8)
+    table.assign(speed=1.0).to_parquet(file)
+    with pytest.raises(ValueError, match=r"of another version \(columns speed\)"):
+        making.make("study", PLANTED)

@@ -112,7 +112,8 @@ def test_the_families_and_what_stands_beside_them():
     assert set(DROPPED) == {"count", "override"} and set(PROBES) == {"long_generation", "distance"}
     assert set(COMPLETIONS) == {"next_line", "cross_file_line"}
     assert set(tasks.LABEL_FREE) == {"code_bits", "prose_bits", "summary"}
-    kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, tasks.LABEL_FREE, natural.FAMILIES)
+    assert set(tasks.DISTANT) == {f"distance_{lines}" for lines in DISTANCES}
+    kinds = (FAMILIES, DROPPED, PROBES, tasks.DISTANT, COMPLETIONS, tasks.LABEL_FREE, natural.FAMILIES)
     assert sum(map(len, kinds)) == len(tasks.CATALOGUE) and set().union(*kinds) == set(tasks.CATALOGUE)
     for name, family in tasks.CATALOGUE.items():
         assert tasks.find(name) is family and family.name == name
@@ -247,6 +248,15 @@ def test_so_many_lines_are_between_definition_and_use(lines, tokens, seed):
     name = re.fullmatch(r"assert (\w+) == ", rows[-1])[1]
     assert rows[-2 - lines] == f"{name} = {drawn.answer}"
     check_sizes(drawn, tokens)
+
+
+@pytest.mark.parametrize("lines", DISTANCES)
+def test_every_distance_is_a_task_of_its_own(lines):
+    rows = said(drawn := sample(f"distance_{lines}", 1400, 0, tokenizer=tokenizer())).split("\n")
+    name = re.fullmatch(r"assert (\w+) == ", rows[-1])[1]
+    assert rows[-2 - lines] == f"{name} = {drawn.answer}"
+    with pytest.raises(TypeError):
+        sample(f"distance_{lines}", 1400, 0, tokenizer=tokenizer(), lines=3)
 
 
 def test_no_line_between_definition_and_use():

@@ -147,10 +147,18 @@ def test_other_columns_are_exact(column):
 
 
 @pytest.mark.parametrize(
-    ("column", "rounded", "different"), [("divergence", 8e-4, 8e-3), ("agreement", 1 / 64, 2 / 64)]
+    ("column", "rounded", "different"),
+    [
+        ("divergence", 8e-4, 8e-3),
+        ("agreement", 1 / 64, 2 / 64),
+        ("anchor_nats", 8e-4, 8e-3),
+        ("free_bits", 1e-4, 1e-3),
+        ("missed", 0, 1 / 64),
+        ("spurious", 0, 1 / 64),
+    ],
 )
 def test_what_is_compared_with_the_full_cache_is_rounded_on_both_sides(column, rounded, different):
-    table, again = tables(np.zeros((2, 40)))
+    table, again = (side.assign(**{column: 1.0}) for side in tables(np.zeros((2, 40))))
     for sign in (1, -1):
         assert verification.compare(table, again.assign(**{column: 1 + sign * rounded})) == 1
         with pytest.raises(ValueError, match="only 0.0% of 80 recomputed rows agree"):

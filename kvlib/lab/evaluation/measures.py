@@ -1,6 +1,6 @@
-"""What a study measures: modules whose `evaluate` makes rows of a result table, and the protocols that each knows."""
+"""What a study measures: modules whose `evaluate` makes rows of a result table; protocols and columns of each."""
 
-from kvlib.lab.evaluation import drift, evaluate, recall, running, sinks, stepwise
+from kvlib.lab.evaluation import anchored, drift, evaluate, recall, running, sinks, stepwise
 
 MEASURES = {
     "answers": evaluate,
@@ -9,6 +9,7 @@ MEASURES = {
     "drift": drift,
     "recall": recall,
     "running": running,
+    "anchored": anchored,
 }
 PROTOCOLS = {
     "answers": evaluate.PROTOCOLS,
@@ -17,4 +18,6 @@ PROTOCOLS = {
     "drift": tuple(drift.PROTOCOLS),
     "recall": recall.PROTOCOLS,
     "running": tuple(running.PROTOCOLS),
+    "anchored": anchored.PROTOCOLS,
 }
+EXTRA = {"anchored": anchored.EXTRA}  # columns of their own

@@ -22,13 +22,24 @@ from kvlib.lab.tasks.natural.texts import NOVEL
 
 
 def checkpoint(model: str) -> str:
-    """What tells a model from others, for a name that `kvlib.load` takes: a sha256, or the commit of a hub id."""
+    """What tells a model from others, for a name that `kvlib.load` takes: a sha256, or the commit of a hub id.
+
+    Of arms, most of which are not shipped, the sha256 is recorded (`recorded`).
+    """
     if model == "smollm2":
         return smollm2.SHA256[smollm2.GGUF]
+    if model in (arms := recorded(paths.MODELS / "arms.csv")):
+        return arms[model]
     shipped = paths.MODELS / model
     if shipped.parent == paths.MODELS and (shipped / checksums.NAME).is_file():
         return of_files(checksums.listed(shipped))
     return of_folder(Path(model)) if Path(model).is_dir() else commit(model)
+
+
+@cache
+def recorded(file: Path) -> dict[str, str]:
+    """The sha256 of every arm of `kvlib.anchored`, by its name, whether its weights are on this machine or not."""
+    return dict(pd.read_csv(file)[["arm", "sha256"]].itertuples(index=False)) if file.is_file() else {}
 
 
 def of_files(listed: dict[str, str]) -> str:

@@ -10,9 +10,11 @@ import pandas as pd
 
 from kvlib import checksums, paths
 from kvlib.lab.evaluation.evaluate import CELL, MEASURED
+from kvlib.lab.evaluation.measures import EXTRA
 
 BUILD = paths.ROOT / "build" / "results"
 COLUMNS = [*CELL, "sample", *MEASURED, "torch", "device", "key"]
+KNOWN = [*COLUMNS, *(column for columns in EXTRA.values() for column in columns)]
 
 
 def together(*frames: pd.DataFrame) -> pd.DataFrame:
@@ -28,7 +30,7 @@ def read(path: Path) -> pd.DataFrame:
         rows = pd.read_parquet(path)
     except Exception as error:
         raise ValueError(f"{path.name} cannot be read ({error}); delete it, and it will be made again") from error
-    if odd := set(rows) ^ set(COLUMNS):
+    if odd := (set(COLUMNS) - set(rows)) | (set(rows) - set(KNOWN)):
         raise ValueError(f"{path.name} is of another version (columns {', '.join(sorted(odd))}); delete it to go on")
     return rows
 
@@ -38,7 +40,7 @@ def write(rows: pd.DataFrame, path: Path) -> None:
     part = BUILD / f"{path.name}.{os.getpid()}.part"
     for folder in (path.parent, part.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    rows[COLUMNS].to_parquet(part, compression="zstd", index=False)
+    rows[[column for column in KNOWN if column in rows]].to_parquet(part, compression="zstd", index=False)
     if path.is_file() and path.read_bytes() == part.read_bytes():
         part.unlink()
     else:

@@ -10,7 +10,8 @@ a right answer was read from the prompt. Two of them complete identifiers of rea
 `DROPPED`: two more of the first kind, with which the models were trained or tested, but that are in no mean. The answer
 of `count` is a digit, chosen before anything is evicted; `override` the models answer worse than somebody who guesses.
 
-`PROBES` and `COMPLETIONS` (of whole lines) stand beside the families, `LABEL_FREE` has no answer that is right.
+`PROBES` and `COMPLETIONS` (of whole lines) stand beside the families, `LABEL_FREE` has no answer that is right;
+`DISTANT` is one probe at each of its distances.
 """
 
 from kvlib.lab.tasks import single_document, multi_document, aggregation, few_shot, synthetic, code, probes, completions  # noqa: F401, I001
@@ -33,9 +34,10 @@ DROPPED = {name: find(name) for name in ("count", "override")}
 FAMILIES = {name: family for name, family in of_group(*GROUPS).items() if name not in {*natural.FAMILIES, *DROPPED}}
 NATURAL = {name: find(name) for name in PASSED}
 PROBES, COMPLETIONS, LABEL_FREE = of_group("probe"), of_group("completion"), of_group("label-free")
+DISTANT = of_group("distance")
 
 __all__ = [
-    "CATALOGUE", "COMPLETIONS", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES", "SHORTEST",
-    "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find", "judge", "new_tokens",
-    "sample", "score",
+    "CATALOGUE", "COMPLETIONS", "DISTANT", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES",
+    "SHORTEST", "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find", "judge",
+    "new_tokens", "sample", "score",
 ]  # fmt: skip

@@ -1,7 +1,10 @@
 """Measured beside the families: long answers, and how far apart two lines may be."""
 
+from collections.abc import Callable
+
+from kvlib.lab.tasks.catalogue import Family, enter
 from kvlib.lab.tasks.composing import Draft
-from kvlib.lab.tasks.planted import family
+from kvlib.lab.tasks.planted import SHORTEST, family, prompt
 from kvlib.lab.tasks.words import Draw
 
 ENTRIES = 48  # of a long answer: more than 512 tokens
@@ -30,3 +33,16 @@ def distance(draw: Draw, tokens: int, lines: int = 8) -> Draft:
         raise ValueError(f"lines={lines}: a whole number, at least 0")
     (name,), (value,) = draw.names(1), draw.values(1)
     return Draft([(lines, f"{name.upper()} = {value}\n")], [(f"assert {name.upper()} == ", str(value))], {name})
+
+
+def at(lines: int) -> Callable:
+    """`distance` at one distance, as a family: studies have no options."""
+
+    def make(draw: Draw, tokens: int) -> Draft:
+        return distance(draw, tokens, lines)
+
+    return make
+
+
+for apart in DISTANCES:
+    enter(Family(f"distance_{apart}", "distance", "exact", float("nan"), at(apart), prompt, SHORTEST))

@@ -1,0 +1,50 @@
+"""What the tables of the third lesson hold: arms of AnchorCoder, and a dense model at as many bytes."""
+
+from kvlib.lab import tasks
+from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.results.study import FULL, Study, with_arguments
+
+MINILM_ARMS = (
+    "D2", "T-4", "TM-4", "TL-4", "TML-4", "TML-6", "TML-8", "T0", "FIX-4", "AnLLM", "TML-4-whole", "D2-whole",
+    "D2-seed1", "TML-4-seed1",
+)  # fmt: skip
+SMOLLM2_ARMS = ("D2", "T-6", "TML-6")
+PLANTED = (Configuration("anchorcoder", 1.0),)
+AS_MANY_BYTES = (
+    FULL,
+    *(Configuration(method, 1.0) for method in ("streaming_llm", "h2o", "random", "snapkv")),
+    *with_arguments("streaming_llm", (1.0,), sinks=0),  # a window
+    *with_arguments("vatp", (1.0,), host="h2o"),
+)
+CODE = ("code_bits", "next_line", "cross_file_line")
+LOOKED_UP = ("needle", "dict_lookup", "two_hop", *tasks.DISTANT)
+LENGTHS = {512: CODE, 1024: CODE, 2048: (*CODE, *LOOKED_UP), 3584: CODE}  # 3 584 tokens and anchors fit into 4 096
+SMOLLM2_LENGTHS = dict.fromkeys((1024, 2048, 4096), ("code_bits", "next_line"))
+SAMPLES = 200
+
+
+def arms(base: str, names: tuple[str, ...], tasks_of: dict[int, tuple[str, ...]]) -> dict[int, Study]:
+    """By length, models trained with anchors."""
+    models = {f"{base}-{name}": SAMPLES for name in names}
+    return {
+        length: Study(chosen, length, PLANTED, models, protocol="planted", measure="anchored")
+        for length, chosen in tasks_of.items()
+    }
+
+
+def dense(base: str, per: int, tasks_of: dict[int, tuple[str, ...]]) -> dict[int, Study]:
+    """By length, the model trained as long without anchors, with other methods at AnchorCoder's bytes."""
+    models, protocol = {f"{base}-D1": SAMPLES}, f"bytes of per={per}"
+    return {
+        length: Study(chosen, length, AS_MANY_BYTES, models, protocol=protocol, measure="anchored")
+        for length, chosen in tasks_of.items()
+    }
+
+
+ANCHORED = {
+    **{f"03_arms_{length}": study for length, study in arms("minilm", MINILM_ARMS, LENGTHS).items()},
+    **{f"03_dense_per4_{length}": study for length, study in dense("minilm", 4, LENGTHS).items()},
+    **{f"03_dense_per6_{n}": study for n, study in dense("minilm", 6, dict.fromkeys(LENGTHS, CODE)).items()},
+    **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_ARMS, SMOLLM2_LENGTHS).items()},
+    **{f"03_real_dense_{length}": study for length, study in dense("smollm2", 6, SMOLLM2_LENGTHS).items()},
+}
