@@ -60,10 +60,10 @@ def test_what_cannot_be_compared(rows):
 
 
 def test_looks():
-    assert arms.look("TML-4")["color"] == arms.look("T0")["color"] == COLORS["anchorcoder"]
+    assert arms.look("TML-4")["color"] == COLORS["anchorcoder"]
     assert arms.look("full")["label"] == "full cache (D1)" and arms.look("h2o")["color"] == COLORS["h2o"]
     assert arms.look("streaming_llm (sinks=0)")["label"] == "window"
-    drawn = [(look["marker"], look["linestyle"], look["markerfacecolor"]) for look in map(arms.look, arms.LOOKS)]
+    drawn = [tuple(arms.look(name).values())[1:] for name in arms.LOOKS if name != "T-6"]  # SmolLM2's T-4
     assert len(set(drawn)) == len(drawn)
 
 

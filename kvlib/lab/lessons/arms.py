@@ -21,17 +21,18 @@ NAMES = {  # as in print; of what is not listed, its name
     "vatp (host=h2o)": "VATP on H2O",
     "snapkv": "SnapKV",
 }
-LOOKS = {  # of arms: marker, dash, filled
-    "D2": ("s", ":", False),
-    "T-4": ("v", "--", False),
-    "TM-4": ("<", "--", False),
-    "TL-4": (">", "--", False),
-    "TML-4": ("P", "-", True),
-    "TML-6": ("P", "-.", False),
-    "TML-8": ("X", "-.", False),
-    "T0": ("d", ":", True),
-    "AnLLM": ("h", ":", True),
-    "FIX-4": ("p", "--", True),
+LOOKS = {  # of arms: colour, marker, dash; greens, that of AnchorCoder for the paper's own
+    "D2": ("#555555", "s", ":"),
+    "T-4": ("#8fd3bd", "v", "--"),
+    "TM-4": ("#5cbd9d", "<", "--"),
+    "TL-4": ("#3fa98a", ">", "--"),
+    "TML-4": (COLORS[ARM], "P", "-"),
+    "T-6": ("#8fd3bd", "v", "--"),
+    "TML-6": ("#02704f", "X", "-"),
+    "TML-8": ("#014a34", "d", "-"),
+    "T0": ("#8aa800", "D", "-."),
+    "AnLLM": ("#6b8e23", "h", ":"),
+    "FIX-4": ("#20a0a0", "p", "-."),
 }
 
 
@@ -88,13 +89,11 @@ def changes(rows: pd.DataFrame, pairs: dict[str, tuple[str, str]], chosen: Seque
 
 
 def look(contender: str) -> dict:
-    """Keyword arguments of `axes.plot`: arms in the colour of AnchorCoder, others in those of their methods."""
+    """Keyword arguments of `axes.plot`; what is no arm that is listed looks as in all lessons."""
     if contender not in LOOKS:
         return series(contender) | {"label": NAMES.get(contender, contender)}
-    marker, dash, filled = LOOKS[contender]
-    color = COLORS[ARM]
-    face = color if filled else "white"
-    return {"label": contender, "color": color, "marker": marker, "linestyle": dash, "markerfacecolor": face}
+    color, marker, dash = LOOKS[contender]
+    return {"label": contender, "color": color, "marker": marker, "linestyle": dash}
 
 
 def lines(axes, table: pd.DataFrame, contenders: Sequence[str], scale: float = 1.0) -> None:
