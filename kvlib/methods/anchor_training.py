@@ -1,7 +1,7 @@
 """What a model computes while it is trained for AnchorCoder: masks over everything, with gradients, nothing stored.
 
 Two kernels compute the same. "sdpa" takes masks as they are. "flex" takes them by blocks, and leaves out those in which
-nothing is seen: in a TAA layer nearly all. It is compiled, for a GPU.
+nothing is seen: in a TAA layer nearly all. It is compiled, for a GPU. A layer that sees everything needs no mask.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,11 +50,12 @@ class Pass:
             key, value = (torch.cat(pair, dim=2) for pair in zip((key, value), self.source))
             full += (full[0] and settings.full(settings.source),)
         if full not in self.masks:
-            self.masks[full] = self.blocks(full) if self.kernel == "flex" else self.mask(full)
+            self.masks[full] = self.blocks(full) if self.kernel == "flex" and full != (True,) else self.mask(full)
         mask = self.masks[full]
-        if self.kernel == "sdpa":
+        if self.kernel == "sdpa" or mask is None:
             return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)
         attention = compiled() if query.is_cuda else flex_attention
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotation leaves them in float32
         output = attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
         return output.transpose(1, 2), None
 
@@ -113,6 +114,7 @@ def training(model, method: AnchorCoder, kernel: str = "sdpa") -> Iterator[None]
             raise ValueError("padding: texts are packed in rows of one length")
         passes[:] = [Pass(model, prepared, ids, kernel)]
 
+    @torch.compiler.disable  # which layer it is, and what it has seen of this pass, is not for a graph
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         return passes[0].attend(module, query, key, value, scaling, dropout)
 

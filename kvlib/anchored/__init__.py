@@ -1,0 +1,12 @@
+"""Where anchored models come from: text, rows of tokens, training of arms, adapters.
+
+`python -m kvlib.anchored` lists the steps and what each costs. Nothing here is needed to *use* the shipped adapters.
+"""
+
+from kvlib.core.adapters import BUILD as ADAPTERS
+from kvlib.paths import MODELS, ROOT
+
+BUILD = ROOT / "build" / "anchored"  # everything that can be made again and is not committed
+LISTED = MODELS / "arms.csv"  # of every arm that was trained: how, and the checksum of its adapter
+
+__all__ = ["ADAPTERS", "BUILD", "LISTED"]
