@@ -1,14 +1,10 @@
 """What the tables of the third lesson hold: arms of AnchorCoder, and a dense model at as many bytes."""
 
+from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.study import FULL, Study, with_arguments
 
-MINILM_ARMS = (
-    "D2", "T-4", "TM-4", "TL-4", "TML-4", "TML-6", "TML-8", "T0", "FIX-4", "AnLLM", "TML-4-whole", "D2-whole",
-    "D2-seed1", "TML-4-seed1",
-)  # fmt: skip
-SMOLLM2_ARMS = ("D2", "T-6", "TML-6")
 PLANTED = (Configuration("anchorcoder", 1.0),)
 AS_MANY_BYTES = (
     FULL,
@@ -24,9 +20,9 @@ SAMPLES, FUNCTIONS = 200, 400
 WRITTEN = {512: ("function",)}  # the longest prompt and its reference have 433 of minilm's tokens
 
 
-def arms(base: str, names: tuple[str, ...], tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
+def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
     """By length, models trained with anchors. tasks_of: by length."""
-    models = {f"{base}-{name}": samples for name in names}
+    models = {name: samples for name, arm in ARMS.items() if arm.base == base and arm.anchors != "none"}
     return {
         length: Study(chosen, length, PLANTED, models, protocol="planted", measure=measure)
         for length, chosen in tasks_of.items()
@@ -44,14 +40,14 @@ def dense(base: str, per: int, tasks_of: dict, samples: int = SAMPLES, measure="
 
 RUN = {"tasks_of": WRITTEN, "samples": FUNCTIONS, "measure": "functions"}
 ANCHORED = {
-    **{f"03_arms_{length}": study for length, study in arms("minilm", MINILM_ARMS, LENGTHS).items()},
+    **{f"03_arms_{length}": study for length, study in arms("minilm", LENGTHS).items()},
     **{f"03_dense_per4_{length}": study for length, study in dense("minilm", 4, LENGTHS).items()},
     **{f"03_dense_per6_{n}": study for n, study in dense("minilm", 6, dict.fromkeys(LENGTHS, CODE)).items()},
-    "03_functions_arms": arms("minilm", MINILM_ARMS, **RUN)[512],
+    "03_functions_arms": arms("minilm", **RUN)[512],
     "03_functions_dense_per4": dense("minilm", 4, **RUN)[512],
     "03_functions_dense_per6": dense("minilm", 6, **RUN)[512],
-    **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_ARMS, SMOLLM2_LENGTHS).items()},
+    **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_LENGTHS).items()},
     **{f"03_real_dense_{length}": study for length, study in dense("smollm2", 6, SMOLLM2_LENGTHS).items()},
-    "03_real_functions_arms": arms("smollm2", SMOLLM2_ARMS, **RUN)[512],
+    "03_real_functions_arms": arms("smollm2", **RUN)[512],
     "03_real_functions_dense": dense("smollm2", 6, **RUN)[512],
 }
