@@ -250,6 +250,7 @@ def test_what_anchors_cost(tokenizer, planting, task):
         else:
             assert math.isnan(row["free_bits"])
         assert row["stored_bytes"] == stored(planting, ids[:begin])
+        assert row["full_bytes"] == sum(map(len, prompt.ids(tokenizer))) * TOKEN_BYTES * LAYERS  # without anchors
 
 
 def stored(model, ids: list[int]) -> int:
