@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import kvlib
 from kvlib.core.method import budgeted
 from kvlib.lab import tasks
-from kvlib.lab.evaluation import anchored, evaluate
+from kvlib.lab.evaluation import anchored, arms, evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.equal_bytes import stored_entries, with_tokens
 from kvlib.methods import anchors
@@ -185,10 +185,10 @@ def test_forced_choices_are_what_generate_writes(tokenizer, planting, monkeypatc
     written = [alone(planting, row, 20 - 3 * n) for n, row in enumerate(ids)]
     written = [row[:-1] if row[-1] == ANCHOR else row for row in written]  # it would belong to the answer
     assert all(row.count(ANCHOR) > 1 for row in written)
-    monkeypatch.setattr(anchored, "behind", lambda prompt, *_: written[prompt.seed][:-1])
+    monkeypatch.setattr(arms, "behind", lambda prompt, *_: written[prompt.seed][:-1])
     seen = []
     monkeypatch.setattr(anchored, "judge", lambda _, answer, chosen, *rest: seen.append(chosen) or 1.0)
-    asked = anchored.prompts_of(planting, tokenizer, drawn)
+    asked = arms.asked_of(planting, tokenizer, drawn)
     for window in (1024, max(map(len, ids)) + 1):
         monkeypatch.setattr(planting.config, "max_position_embeddings", window)
         anchored.score(kvlib.method("anchorcoder"), asked, tokenizer)
@@ -202,7 +202,7 @@ def test_lines_are_what_generate_writes(tokenizer, planting, monkeypatch):
     monkeypatch.setattr(tasks, "score", lambda prompt, text: texts.append(text) or 1.0)
     monkeypatch.setattr(anchored, "NEW_TOKENS", most)
     monkeypatch.setattr(anchored, "is_decided", lambda text: False)
-    anchored.score(kvlib.method("anchorcoder"), anchored.prompts_of(planting, tokenizer, drawn), tokenizer)
+    anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, drawn), tokenizer)
     assert texts == expected
 
 
@@ -214,7 +214,7 @@ def test_rows_that_have_ended_leave_the_others_alone(tokenizer, planting, monkey
     monkeypatch.setattr(anchored, "is_decided", lambda text: len(text) % 5 == 0)
     for block in ([drawn], [[prompt] for prompt in drawn]):
         for part in block:
-            anchored.score(kvlib.method("anchorcoder"), anchored.prompts_of(planting, tokenizer, part), tokenizer)
+            anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, part), tokenizer)
     assert texts[:3] == texts[3:] and len(set(map(len, texts[:3]))) > 1
 
 
@@ -250,6 +250,7 @@ def test_what_anchors_cost(tokenizer, planting, task):
         else:
             assert math.isnan(row["free_bits"])
         assert row["stored_bytes"] == stored(planting, ids[:begin])
+        assert row["full_bytes"] == sum(map(len, prompt.ids(tokenizer))) * TOKEN_BYTES * LAYERS  # without anchors
 
 
 def stored(model, ids: list[int]) -> int:
@@ -270,7 +271,7 @@ def test_every_model_reads_the_same_text(tokenizer, dense, planting):
     drawn = [tasks.sample("cross_file_line", LENGTH, n, tokenizer=tokenizer) for n in range(2)]
     texts = []
     for model in (dense, planting):
-        asked = anchored.prompts_of(model, tokenizer, drawn)
+        asked = arms.asked_of(model, tokenizer, drawn)
         rows = [row[mask > 0].tolist() for row, mask in zip(asked.prompts.ids, asked.prompts.mask)]
         if asked.rest is not None:
             rows = [[*row, *more] for row, more in zip(rows, asked.rest[0].tolist())]
@@ -282,9 +283,8 @@ def test_every_model_reads_the_same_text(tokenizer, dense, planting):
 
 def test_answers_that_join_the_text_are_refused(tokenizer, planting):
     prompt = tasks.Prompt("needle", 7, "<s>def f():\n", "    ", "retur", ("n x",), 0)
-    ids = anchors.anchored(prompt.text, tokenizer, planting.config.anchorcoder)
     with pytest.raises(ValueError, match="needle, seed 7: a token spans the text and the answer 'n x'"):
-        anchored.behind(prompt, ids, tokenizer, planting.config.anchorcoder)
+        arms.asked_of(planting, tokenizer, [prompt]).answers(tokenizer)
 
 
 @pytest.mark.parametrize(

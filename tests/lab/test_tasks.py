@@ -113,7 +113,8 @@ def test_the_families_and_what_stands_beside_them():
     assert set(COMPLETIONS) == {"next_line", "cross_file_line"}
     assert set(tasks.LABEL_FREE) == {"code_bits", "prose_bits", "summary"}
     assert set(tasks.DISTANT) == {f"distance_{lines}" for lines in DISTANCES}
-    kinds = (FAMILIES, DROPPED, PROBES, tasks.DISTANT, COMPLETIONS, tasks.LABEL_FREE, natural.FAMILIES)
+    assert set(tasks.WRITTEN) == {"function"}
+    kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, tasks.DISTANT, tasks.WRITTEN, tasks.LABEL_FREE, natural.FAMILIES)
     assert sum(map(len, kinds)) == len(tasks.CATALOGUE) and set().union(*kinds) == set(tasks.CATALOGUE)
     for name, family in tasks.CATALOGUE.items():
         assert tasks.find(name) is family and family.name == name

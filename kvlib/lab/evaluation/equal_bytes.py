@@ -4,9 +4,8 @@ from dataclasses import asdict, replace
 
 import torch
 
+from kvlib.anchored.arms import LONGEST
 from kvlib.core.method import Evictor
-
-LONGEST = 96  # tokens of a line, as the arms are trained
 
 
 def stored_entries(text: str, tokenizer, layers: int, per: int | None, longest: int = LONGEST) -> int:

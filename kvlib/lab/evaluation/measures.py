@@ -1,6 +1,6 @@
 """What a study measures: modules whose `evaluate` makes rows of a result table; protocols and columns of each."""
 
-from kvlib.lab.evaluation import anchored, drift, evaluate, recall, running, sinks, stepwise
+from kvlib.lab.evaluation import anchored, arms, drift, evaluate, functions, recall, running, sinks, stepwise
 
 MEASURES = {
     "answers": evaluate,
@@ -10,6 +10,7 @@ MEASURES = {
     "recall": recall,
     "running": running,
     "anchored": anchored,
+    "functions": functions,
 }
 PROTOCOLS = {
     "answers": evaluate.PROTOCOLS,
@@ -18,6 +19,7 @@ PROTOCOLS = {
     "drift": tuple(drift.PROTOCOLS),
     "recall": recall.PROTOCOLS,
     "running": tuple(running.PROTOCOLS),
-    "anchored": anchored.PROTOCOLS,
+    "anchored": arms.PROTOCOLS,
+    "functions": arms.PROTOCOLS,
 }
-EXTRA = {"anchored": anchored.EXTRA}  # columns of their own
+EXTRA = {"anchored": anchored.EXTRA, "functions": functions.EXTRA}  # columns of their own

@@ -1,14 +1,10 @@
 """What the tables of the third lesson hold: arms of AnchorCoder, and a dense model at as many bytes."""
 
+from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.study import FULL, Study, with_arguments
 
-MINILM_ARMS = (
-    "D2", "T-4", "TM-4", "TL-4", "TML-4", "TML-6", "TML-8", "T0", "FIX-4", "AnLLM", "TML-4-whole", "D2-whole",
-    "D2-seed1", "TML-4-seed1",
-)  # fmt: skip
-SMOLLM2_ARMS = ("D2", "T-6", "TML-6")
 PLANTED = (Configuration("anchorcoder", 1.0),)
 AS_MANY_BYTES = (
     FULL,
@@ -20,31 +16,38 @@ CODE = ("code_bits", "next_line", "cross_file_line")
 LOOKED_UP = ("needle", "dict_lookup", "two_hop", *tasks.DISTANT)
 LENGTHS = {512: CODE, 1024: CODE, 2048: (*CODE, *LOOKED_UP), 3584: CODE}  # 3 584 tokens and anchors fit into 4 096
 SMOLLM2_LENGTHS = dict.fromkeys((1024, 2048, 4096), ("code_bits", "next_line"))
-SAMPLES = 200
+SAMPLES, FUNCTIONS = 200, 400
+WRITTEN = {512: ("function",)}  # the longest prompt and its reference have 433 of minilm's tokens
 
 
-def arms(base: str, names: tuple[str, ...], tasks_of: dict[int, tuple[str, ...]]) -> dict[int, Study]:
-    """By length, models trained with anchors."""
-    models = {f"{base}-{name}": SAMPLES for name in names}
+def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
+    """By length, models trained with anchors. tasks_of: by length."""
+    models = {name: samples for name, arm in ARMS.items() if arm.base == base and arm.anchors != "none"}
     return {
-        length: Study(chosen, length, PLANTED, models, protocol="planted", measure="anchored")
+        length: Study(chosen, length, PLANTED, models, protocol="planted", measure=measure)
         for length, chosen in tasks_of.items()
     }
 
 
-def dense(base: str, per: int, tasks_of: dict[int, tuple[str, ...]]) -> dict[int, Study]:
+def dense(base: str, per: int, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
     """By length, the model trained as long without anchors, with other methods at AnchorCoder's bytes."""
-    models, protocol = {f"{base}-D1": SAMPLES}, f"bytes of per={per}"
+    models, protocol = {f"{base}-D1": samples}, f"bytes of per={per}"
     return {
-        length: Study(chosen, length, AS_MANY_BYTES, models, protocol=protocol, measure="anchored")
+        length: Study(chosen, length, AS_MANY_BYTES, models, protocol=protocol, measure=measure)
         for length, chosen in tasks_of.items()
     }
 
 
+RUN = {"tasks_of": WRITTEN, "samples": FUNCTIONS, "measure": "functions"}
 ANCHORED = {
-    **{f"03_arms_{length}": study for length, study in arms("minilm", MINILM_ARMS, LENGTHS).items()},
+    **{f"03_arms_{length}": study for length, study in arms("minilm", LENGTHS).items()},
     **{f"03_dense_per4_{length}": study for length, study in dense("minilm", 4, LENGTHS).items()},
     **{f"03_dense_per6_{n}": study for n, study in dense("minilm", 6, dict.fromkeys(LENGTHS, CODE)).items()},
-    **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_ARMS, SMOLLM2_LENGTHS).items()},
+    "03_functions_arms": arms("minilm", **RUN)[512],
+    "03_functions_dense_per4": dense("minilm", 4, **RUN)[512],
+    "03_functions_dense_per6": dense("minilm", 6, **RUN)[512],
+    **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_LENGTHS).items()},
     **{f"03_real_dense_{length}": study for length, study in dense("smollm2", 6, SMOLLM2_LENGTHS).items()},
+    "03_real_functions_arms": arms("smollm2", **RUN)[512],
+    "03_real_functions_dense": dense("smollm2", 6, **RUN)[512],
 }

@@ -19,11 +19,12 @@ GROUPS = (  # of LongBench
 class Family:
     """A kind of task. `draw(family, tokens, seed, *, tokenizer, **options)` gives a `Prompt`, of what `make` makes up.
 
-    group: one of `GROUPS`; "probe", "distance" and "completion" for what is measured beside them; "label-free" where no
-        answer is right or wrong.
+    group: one of `GROUPS`; "probe", "distance", "completion" and "function" for what is measured beside them;
+        "label-free" where no answer is right or wrong.
     metric: "exact", the answer or not, of several lines the share before the first mistake; "share" of several answers;
         "similarity" of the line that is written and the answer; "bits" per character that the answer costs the model,
-        where less is better; "reference" if there is no answer and what the full cache writes stands for it.
+        where less is better; "run" for what is run against assertions; "reference" if there is no answer and what the
+        full cache writes stands for it.
     guess: what somebody scores who knows all that a prompt states but not what belongs to which question; NaN where
         that depends on the length.
     shortest: tokens of the shortest prompt. trained: whether the embedded models were trained on it.
