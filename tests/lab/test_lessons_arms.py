@@ -50,6 +50,12 @@ def test_differences_by_hand(rows):
     assert more.loc["TML-4 − full", ["value", "low", "high"]].tolist() == pytest.approx([10, 10, 10])
 
 
+def test_prompts_are_paired_in_whatever_order(rows):
+    pairs = {"TML-4 − full": ("TML-4", "full")}
+    turned = pd.concat([rows[rows["contender"] != "full"], rows[rows["contender"] == "full"][::-1]])
+    assert arms.changes(turned, pairs, ["next_line"], 1024).equals(arms.changes(rows, pairs, ["next_line"], 1024))
+
+
 def test_what_cannot_be_compared(rows):
     pair = {"a − b": ("TML-4", "full")}
     with pytest.raises(ValueError, match="bits and shares have no mean"):

@@ -201,6 +201,50 @@ def test_lines_end_with_anchors_or_newlines(minilm):
     assert [number for number, token in zip(anchored, planted) if token == ANCHOR] == list(range(6))
 
 
+# A study of several texts
+
+
+def test_a_study_reads_with_anchors_what_was_trained_with_them(minilm):
+    """The same texts: once as they are, once with an anchor behind each line and behind eight tokens."""
+    texts = {"one": 12 * CODE, "two": CODE + 12 * "\nvalue = f(7)\n"}
+    model = tiny.build("llama-gqa", vocab_size=4096, bos_token_id=0)
+    plain, enriched = sparsity.study(model, minilm, texts, 60)
+    assert set(plain["text"]) == set(texts) and set(plain["layer"]) == {0, 1} and len(plain) == 2 * 2 * 4 * 3
+    assert not enriched["class"].eq("anchor").any()
+    model.config.anchorcoder = {"anchor": ANCHOR, "ends": [NEWLINE], "per": 2, "source": None, "beyond": None,
+                                "spread": True, "longest": 8}  # fmt: skip
+    _, enriched = sparsity.study(model, minilm, texts, 60)
+    ids = plant(minilm(texts["one"]).input_ids[:60], ANCHOR, {NEWLINE}, 8)
+    rows = sparsity.watch(model, ids, kvlib.method("anchorcoder"))[0]
+    anchors = torch.tensor([token == ANCHOR for token in ids])
+    here = enriched.query("text == 'one' and layer == 0 and selection == 'all'").set_index("class")
+    assert here.loc["anchor", "mass"] == pytest.approx(rows.weights[..., anchors].sum(-1).mean().item())
+    assert set(enriched.query("layer == 1 and selection == 'earlier lines'")["class"]) == {"anchor"}
+
+
+COLUMNS = ["text", "layer", "mass", "expected"]
+
+
+def test_classes_of_several_layers_and_texts_by_hand():
+    shares = {("a", 0): (0.2, 0.1), ("a", 1): (0.4, 0.1), ("a", 2): (0.9, 0.1)}
+    shares |= {("b", 0): (0.1, 0.2), ("b", 1): (0.1, 0.2), ("b", 2): (0.9, 0.2)}
+    table = pd.DataFrame([(*place, *share) for place, share in shares.items()], columns=COLUMNS)
+    table = table.assign(selection="all", **{"class": "newline"})
+    (row,) = sparsity.by_class(table, [0, 1]).to_dict("records")
+    assert row["mass"] == pytest.approx(0.2) and row["expected"] == pytest.approx(0.15)
+    assert [row[name] for name in ("enrichment", "low", "high")] == pytest.approx([0.2 / 0.15, 0.5, 3.0])
+    assert sparsity.by_class(table)["mass"].item() == pytest.approx((0.5 + 1.1 / 3) / 2)
+    _, axes = plt.subplots()
+    anchor_drawings.enriched(
+        axes, sparsity.by_class(table, [0, 1]), ["keyword", "newline"], {"all": "all that is seen"}
+    )
+    (line, _, (bars,)), *_ = axes.containers
+    assert line.get_xdata()[1] == pytest.approx(0.2 / 0.15) and line.get_label() == "_nolegend_"
+    assert bars.get_segments()[-1][:, 0].tolist() == pytest.approx([0.5, 3.0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["keyword", "newline"]
+    plt.close("all")
+
+
 # Drawings
 
 MARKED = torch.tensor([True, False, False, True, False, True, True, False])
