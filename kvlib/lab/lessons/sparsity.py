@@ -67,10 +67,10 @@ def watch(
     """Attention of every layer while a text is read in one pass.
 
     Args:
-        ids: the text's tokens. method: None for full attention, in which no token is an anchor.
+        ids: the text's tokens. method: None for full attention.
     """
-    unused = min(set(range(len(ids) + 1)) - set(ids))
-    watched = Watched(**asdict(method or AnchorCoder(unused, per=1, spread=False)), first=first, every=every)
+    full = AnchorCoder(anchor=0, per=1, spread=False)  # where all is seen, anchors are tokens like others
+    watched = Watched(**asdict(method or full), first=first, every=every)
     with watched(model):
         model(torch.tensor([ids], device=model.device), logits_to_keep=1)
     return watched.rows
