@@ -180,8 +180,11 @@ def test_no_process_beside():
 
 def test_no_byte_into_a_file():
     """Not even past the audit hook: this library writes by itself."""
-    body = "    import sqlite3\n    sqlite3.connect('new').execute('create table t (x)')\n    return number * 2\n"
-    assert run(PROMPT, body, ASSERTS).detail.startswith("OperationalError")
+    body = """    import sqlite3
+    sqlite3.connect('new').execute('create table if not exists t (x)')
+    return number * 2
+"""
+    assert run(PROMPT, body, ASSERTS).detail == "OperationalError: disk I/O error"
 
 
 def test_reading_is_allowed_and_the_folder_is_empty():
