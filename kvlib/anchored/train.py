@@ -31,6 +31,7 @@ LORA = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
 EVERY = 20  # steps between entries of a curve
+SAVED = 200  # steps between checkpoints
 WINDOWS, WINDOW = 24, 4000  # of held-out code, in characters: for the curve and for the choice of a learning rate
 
 
@@ -118,9 +119,11 @@ def train(name: str, minutes: float, workers: int, device: str = "cuda") -> bool
                         row["heldout_loss"] = heldout(model, tokenizer)
                 run.log(row)
                 since, lap = step, time.monotonic()
-                if time.monotonic() - started > 60 * minutes and step < schedule.steps:
+                late = time.monotonic() - started > 60 * minutes
+                if (late or step % SAVED == 0) and step < schedule.steps:
                     run.save(trained, adamw, step, spent + time.monotonic() - started)
-                    return False
+                    if late:
+                        return False
     run.save(trained, adamw, step, spent + time.monotonic() - started)
     write(name, model, lora, run, spent + time.monotonic() - started)
     return True
