@@ -15,6 +15,7 @@ from kvlib.lab import tasks
 from kvlib.lab.evaluation import anchored, arms, evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.equal_bytes import stored_entries, with_tokens
+from kvlib.lab.evaluation.prompts import compressed
 from kvlib.methods import anchors
 from kvlib.paths import MODELS
 
@@ -196,20 +197,32 @@ def test_forced_choices_are_what_generate_writes(tokenizer, planting, monkeypatc
     assert [chosen[: len(row)] for chosen, row in zip(seen, 2 * written)] == 2 * written
 
 
-def test_lines_are_what_generate_writes(tokenizer, monkeypatch):
-    """The first row ends first; long lines get anchors that depend on what stands far before; and left to itself the
-    model would write anchors and nothing else.
+def test_texts_are_what_generate_writes(tokenizer):
+    """The first row ends first; anchors stand at other places of every row, as far as they depend on what stands far
+    before; and left to itself the model would write anchors and nothing else.
     """
-    model, texts = random_model(longest=5), []
+    model = random_model(longest=5)
     model.lm_head.register_forward_hook(lambda module, given, out: out.index_fill(-1, torch.tensor(ANCHOR), 99.0))
-    drawn, ids = read_by(model, tokenizer, "next_line")
-    written = [alone(model, row, most) for row, most in zip(ids, (4, 14, 9))]
+    drawn, ids = read_by(model, tokenizer, "needle")
+    written = [alone(model, row, most) for row, most in zip(ids, (7, 17, 12))]
     written = [row[:-1] if row[-1] == ANCHOR else row for row in written]  # it changes no text
+    assert len({row.index(ANCHOR) for row in written}) > 1 and len(set(map(len, written))) == 3
     expected = [tokenizer.decode([token for token in row if token != ANCHOR]) for row in written]
+    asked = arms.asked_of(model, tokenizer, drawn)
+    with compressed(asked.prompts, kvlib.method("anchorcoder")) as read, torch.no_grad():
+        texts = anchored.written(read, read.logits, asked, 20, tokenizer, lambda text: text in expected)
+    assert texts == expected
+
+
+def test_lines_end_where_they_are_decided(tokenizer, planting, monkeypatch):
+    texts = []
     monkeypatch.setattr(tasks, "score", lambda prompt, text: texts.append(text) or 1.0)
-    monkeypatch.setattr(anchored, "is_decided", lambda text: text in expected)
-    anchored.score(kvlib.method("anchorcoder"), arms.asked_of(model, tokenizer, drawn), tokenizer)
-    assert texts == expected and len(set(map(len, written))) == 3
+    monkeypatch.setattr(anchored, "is_decided", lambda text: len(text) > 9)
+    drawn, ids = read_by(planting, tokenizer, "next_line")
+    anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, drawn), tokenizer)
+    for text, row in zip(texts, ids):
+        tokens = [token for token in alone(planting, row, 20) if token != ANCHOR]
+        assert text == next(t for n in range(20) if len(t := tokenizer.decode(tokens[:n])) > 9)
 
 
 @pytest.mark.parametrize("planted", [True, False])
