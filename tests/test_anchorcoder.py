@@ -160,18 +160,19 @@ def test_marks_alone_move():
     assert moves(marked, positions, begins, 2)[0].T.tolist() == [[0, 0], [0, 0], [-1, -1], [0, 0], [0, 0], [-1, -1]]
 
 
-@pytest.mark.parametrize("longest", [None, 3])
+@pytest.mark.parametrize("longest", [None, 3, 15])
 def test_generation_plants_where_lines_end_and_nowhere_else(longest):
     model, arguments = tiny.model("llama-gqa"), {"ends": (END, 11, 30), "forced": True, "longest": longest}
-    rows = [text(20), torch.cat([text(11, seed=2), torch.tensor([END])])]
+    line = torch.tensor([token for token in range(5, 40) if token not in (ANCHOR, *arguments["ends"])])[:12]
+    rows = [text(20), torch.cat([text(11, seed=2), torch.tensor([END])]), line]  # padding is no part of a line
     with method("a quarter", per=2, **arguments)(model) as run:
         made = tiny.generate(model, run, rows, new=40)
     assert {*arguments["ends"]} & {*made.tokens.flatten().tolist()}
     for row, new in zip(rows, made.tokens.tolist()):
         seen = [*row.tolist(), *new]
         for at in range(len(row), len(seen)):
-            line = [token == ANCHOR for token in seen[max(0, at - (longest or 1)) : at]]
-            due = seen[at - 1] in arguments["ends"] or (longest is not None and not any(line))
+            due = seen[at - 1] in arguments["ends"]
+            due |= longest is not None and at >= longest and ANCHOR not in seen[at - longest : at]
             assert (seen[at] == ANCHOR) == due
 
 

@@ -3,7 +3,7 @@
 text     pack a part of minilm's corpus, 12 MiB
 rows     text, retrieval tasks and functions as tokens, for a base model
 train    arms: all of a base, or those that are named
-list     data/models/arms.csv
+list     data/models/arms.csv, and the adapters that are shipped
 
 Interrupted, `train` goes on where it was. On a machine with several GPUs arms are trained side by side.
 """

@@ -70,6 +70,7 @@ ARMS = {
     "smollm2-T-6": Arm("smollm2", per=6),
     "smollm2-TML-6": Arm("smollm2", per=6, **FULL),
 }
+SHIPPED = ("minilm-TML-4", "smollm2-TML-6")
 
 
 def settings(arm: Arm, tokenizer, layers: int) -> dict | None:

@@ -4,10 +4,11 @@ Nothing but `Rows` draws a random number after the adapters are there, so a chec
 optimiser's state and the step only.
 """
 
-import csv
+import shutil
 import time
 from contextlib import nullcontext
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from tqdm import tqdm
 import kvlib
 from kvlib import checksums
 from kvlib.anchored import ADAPTERS, BUILD, LISTED
-from kvlib.anchored.arms import ARMS, Arm, settings
+from kvlib.anchored.arms import ARMS, SHIPPED, Arm, settings
 from kvlib.anchored.rows import Rows
 from kvlib.core import adapters
 from kvlib.lab.tasks.code import heldout_files
@@ -24,6 +25,7 @@ from kvlib.methods.anchorcoder import SETTINGS
 from kvlib.methods.anchors import anchored
 from kvlib.minilm.data import loader
 from kvlib.minilm.train import Run, compile_layers, losses
+from kvlib.paths import MODELS
 
 LORA = {
     "r": 32,
@@ -151,7 +153,8 @@ def write(name: str, model, lora: dict | None, run: Run, seconds: float) -> None
     arm, found = ARMS[name], getattr(model.config, SETTINGS)
     if lora is None:
         tensors = model.state_dict()
-        tensors.pop("lm_head.weight", None)  # tied
+        if model.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight")  # the embedding again
     else:
         import peft
 
@@ -165,18 +168,18 @@ def write(name: str, model, lora: dict | None, run: Run, seconds: float) -> None
     row |= {"tokens": run.rows[-1]["tokens"], "rows": run.data, "heldout_bits": round(run.rows[-1]["heldout_loss"], 4)}
     row |= {"bytes": file.stat().st_size, "minutes": round(seconds / 60, 1), "hardware": hardware}
     row |= {"torch": torch.__version__, "sha256": checksums.digest(file)}
-    (run.folder / "arm.csv").write_text(lines([row]))
+    pd.DataFrame([row]).to_csv(run.folder / "arm.csv", index=False, lineterminator="\n")
 
 
 def gather() -> None:
-    """List all arms that have been trained here, and keep the lines of the others."""
-    known = {row["arm"]: row for row in csv.DictReader(LISTED.open())} if LISTED.is_file() else {}
-    for file in (BUILD / "runs").glob("*/arm.csv"):
-        known |= {row["arm"]: row for row in csv.DictReader(file.open())}
-    LISTED.write_text(lines([known[name] for name in ARMS if name in known]))
-
-
-def lines(rows: list[dict]) -> str:
-    out = [",".join(rows[0])]
-    out += [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
-    return "\n".join(out) + "\n"
+    """List all arms that have been trained here, keep the lines of the others, and ship what is to be shipped."""
+    known = [pd.read_csv(LISTED, dtype=str)] if LISTED.is_file() else []
+    known += [pd.read_csv(file, dtype=str) for file in (BUILD / "runs").glob("*/arm.csv")]
+    arms = pd.concat(known).drop_duplicates("arm", keep="last").set_index("arm")
+    arms.loc[[name for name in ARMS if name in arms.index]].to_csv(LISTED, lineterminator="\n")
+    checksums.record(LISTED)
+    for name in SHIPPED:
+        if (ADAPTERS / name / adapters.FILE).is_file():
+            (MODELS / name).mkdir(exist_ok=True)
+            shutil.copy(ADAPTERS / name / adapters.FILE, MODELS / name / adapters.FILE)
+            checksums.record(MODELS / name / adapters.FILE)

@@ -17,7 +17,7 @@ from kvlib.paths import ROOT
 
 FILE = "adapter.safetensors"
 BUILD = ROOT / "build" / "anchored" / "adapters"  # of arms that are not shipped
-SCALE = ".scale"
+HEADER, SCALE = "adapter", ".scale"
 STEPS = 127
 
 
@@ -38,9 +38,9 @@ def write(folder: Path, base: str, config: dict, tensors: dict[str, torch.Tensor
         else:
             packed[name], packed[name + SCALE] = quantised(tensor.float(), along(name))
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"base": base, "config": config, "lora": lora}
+    header = json.dumps({"base": base, "config": config, "lora": lora}, sort_keys=True)
     part = folder / f"{FILE}.part"
-    save_file(packed, part, {name: json.dumps(value) for name, value in header.items()})
+    save_file(packed, part, {HEADER: header})  # one entry: of several the order would be a matter of chance
     part.replace(folder / FILE)
 
 
@@ -58,7 +58,7 @@ def quantised(tensor: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tenso
 def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The header of an adapter and its tensors, in float32."""
     with safe_open(folder / FILE, "pt") as file:
-        header = {name: json.loads(value) for name, value in file.metadata().items()}
+        header = json.loads(file.metadata()[HEADER])
         packed = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no dictionary)
     one = torch.ones(())
     return header, {

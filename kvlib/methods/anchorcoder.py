@@ -113,7 +113,7 @@ class AnchorCoder(Method):
         if not settings.forced:
             return arguments
         given = arguments.get("logits_processor") or []
-        return arguments | {"logits_processor": LogitsProcessorList([*given, Forced(settings)])}
+        return arguments | {"logits_processor": LogitsProcessorList([*given, Forced(run)])}
 
     # Every pass
 
@@ -186,18 +186,22 @@ def sees(view, full: bool) -> torch.Tensor:
 
 
 class Forced(LogitsProcessor):
-    """An anchor where a line has ended, or has become too long, and nowhere else."""
+    """An anchor where a line has ended, or has become too long, and nowhere else.
 
-    def __init__(self, settings: AnchorCoder):
-        self.settings = settings
+    The run says how many of the ids are no padding.
+    """
+
+    def __init__(self, run):
+        self.run = run
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        settings = self.settings
+        settings = self.run.prepared.settings
         ends = torch.tensor(settings.ends, device=input_ids.device, dtype=input_ids.dtype)
         due = torch.isin(input_ids[:, -1], ends)
         if settings.longest is not None:
             line = input_ids[:, -settings.longest :]
-            due |= (line.shape[1] == settings.longest) & (line != settings.anchor).all(1)
+            real = self.run.cache.tokens.to(due.device) >= settings.longest
+            due |= real & (line.shape[1] == settings.longest) & (line != settings.anchor).all(1)
         scores = scores.clone()
         scores[:, settings.anchor] = torch.where(due, 0.0, -torch.inf)
         others = torch.arange(scores.shape[1], device=scores.device) != settings.anchor

@@ -1,6 +1,7 @@
 """Models with anchors and others at as many bytes: against single calls, `generate`, and the plain evaluator."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from kvlib.lab import tasks
 from kvlib.lab.evaluation import anchored, arms, evaluate
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.equal_bytes import stored_entries, with_tokens
+from kvlib.lab.evaluation.prompts import compressed
 from kvlib.methods import anchors
 from kvlib.paths import MODELS
 
@@ -80,8 +82,7 @@ def test_bytes_from_the_text_are_those_that_are_stored(tokenizer, per, longest):
             assert entries * TOKEN_BYTES == run.stored_bytes(), name
 
 
-@pytest.mark.parametrize("per", [4, 6])
-@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(("per", "share"), [(4, 1.0), (6, 1.0), (4, 0.5)])
 def test_no_method_stores_more_than_anchorcoder(tokenizer, dense, per, share):
     """Nor a token less than it could. At the end of the prompt, of which the last token comes after the eviction."""
     asked = [Configuration(c.method, share, c.arguments) for c in BASELINES]
@@ -106,9 +107,10 @@ ASKED = [("needle", BASELINES), ("code_bits", BASELINES[5:]), ("next_line", BASE
 
 @pytest.fixture
 def short(monkeypatch):
-    """Few tokens are written."""
+    """Few tokens are written, and of `needle` it is told how many bits its few tokens cost: nonsense is never right."""
     for module in (anchored, evaluate):
         monkeypatch.setattr(module, "NEW_TOKENS", 6)
+    monkeypatch.setitem(tasks.CATALOGUE, "needle", replace(tasks.find("needle"), metric="bits"))
 
 
 @pytest.mark.parametrize("task, configurations", ASKED, ids=lambda value: value if isinstance(value, str) else "")
@@ -195,27 +197,57 @@ def test_forced_choices_are_what_generate_writes(tokenizer, planting, monkeypatc
     assert [chosen[: len(row)] for chosen, row in zip(seen, 2 * written)] == 2 * written
 
 
-def test_lines_are_what_generate_writes(tokenizer, planting, monkeypatch):
-    drawn, ids = read_by(planting, tokenizer, "next_line")
-    texts, most = [], 9
-    expected = [tokenizer.decode([t for t in alone(planting, row, most) if t != ANCHOR]) for row in ids]
-    monkeypatch.setattr(tasks, "score", lambda prompt, text: texts.append(text) or 1.0)
-    monkeypatch.setattr(anchored, "NEW_TOKENS", most)
-    monkeypatch.setattr(anchored, "is_decided", lambda text: False)
-    anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, drawn), tokenizer)
+def test_texts_are_what_generate_writes(tokenizer):
+    """The first row ends first; anchors stand at other places of every row, as far as they depend on what stands far
+    before; and left to itself the model would write anchors and nothing else.
+    """
+    model = random_model(longest=5)
+    model.lm_head.register_forward_hook(lambda module, given, out: out.index_fill(-1, torch.tensor(ANCHOR), 99.0))
+    drawn, ids = read_by(model, tokenizer, "needle")
+    written = [alone(model, row, most) for row, most in zip(ids, (7, 17, 12))]
+    written = [row[:-1] if row[-1] == ANCHOR else row for row in written]  # it changes no text
+    assert len({row.index(ANCHOR) for row in written}) > 1 and len(set(map(len, written))) == 3
+    expected = [tokenizer.decode([token for token in row if token != ANCHOR]) for row in written]
+    asked = arms.asked_of(model, tokenizer, drawn)
+    with compressed(asked.prompts, kvlib.method("anchorcoder")) as read, torch.no_grad():
+        texts = anchored.written(read, read.logits, asked, 20, tokenizer, lambda text: text in expected)
     assert texts == expected
 
 
-def test_rows_that_have_ended_leave_the_others_alone(tokenizer, planting, monkeypatch):
-    """Lines of different lengths."""
-    drawn, _ = read_by(planting, tokenizer, "next_line")
+def test_lines_end_where_they_are_decided(tokenizer, planting, monkeypatch):
     texts = []
     monkeypatch.setattr(tasks, "score", lambda prompt, text: texts.append(text) or 1.0)
-    monkeypatch.setattr(anchored, "is_decided", lambda text: len(text) % 5 == 0)
-    for block in ([drawn], [[prompt] for prompt in drawn]):
-        for part in block:
-            anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, part), tokenizer)
-    assert texts[:3] == texts[3:] and len(set(map(len, texts[:3]))) > 1
+    monkeypatch.setattr(anchored, "is_decided", lambda text: len(text) > 9)
+    drawn, ids = read_by(planting, tokenizer, "next_line")
+    anchored.score(kvlib.method("anchorcoder"), arms.asked_of(planting, tokenizer, drawn), tokenizer)
+    for text, row in zip(texts, ids):
+        tokens = [token for token in alone(planting, row, 20) if token != ANCHOR]
+        assert text == next(t for n in range(20) if len(t := tokenizer.decode(tokens[:n])) > 9)
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_what_is_written_ends_with_the_window(tokenizer, dense, planting, monkeypatch, planted):
+    """Of every row for itself."""
+    model = planting if planted else dense
+    drawn, ids = read_by(planting, tokenizer, "next_line")
+    counts = list(map(len, ids)) if planted else [sum(map(len, prompt.ids(tokenizer))) for prompt in drawn]
+    monkeypatch.setattr(model.config, "max_position_embeddings", max(counts) + 1)
+    limits, plain = [], anchored.greedy
+    monkeypatch.setattr(anchored, "greedy", lambda *given: limits.append(given[4]) or plain(*given))
+    monkeypatch.setattr(anchored, "NEW_TOKENS", 4)
+    method = kvlib.method("anchorcoder" if planted else "full")
+    anchored.score(method, arms.asked_of(model, tokenizer, drawn), tokenizer)
+    assert limits == [[min(4, max(counts) + 2 - count) for count in counts]] and min(limits[0]) == 2
+
+
+def test_right_and_wrong_by_hand(tokenizer):
+    prompt = tasks.sample("needle", LENGTH, 0, tokenizer=tokenizer)
+    answer = prompt.answer_ids(tokenizer)
+    (one,), (newline,) = (tokenizer(text, add_special_tokens=False).input_ids for text in ("1", "\n"))
+    for anchor, right in ((None, answer), (ANCHOR, [answer[0], ANCHOR, *answer[1:]])):
+        for chosen, value in (([*right, newline, one], 1), ([*right, one, one], 0), ([*right[:-1], newline, one], 0)):
+            assert anchored.judge(prompt, right, chosen, tokenizer, anchor) == value
+    assert anchored.text_of([one, newline, one], tokenizer, newline) == "11"  # an anchor that is no special token
 
 
 @pytest.mark.parametrize("task", ["code_bits", "needle"])

@@ -47,8 +47,8 @@ def scope_of(source: str) -> dict:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_does_what_its_name_says(name):
     step, rng = STEPS[name], random.Random(name)
-    for case in range(30):
-        given = DRAW[step.takes](rng)
+    for case in range(41):
+        given = case if step.takes == "number" else DRAW[step.takes](rng)
         if name in ("largest", "smallest", "spread") and not given:
             continue
         start = parameter(step.takes, rng)
@@ -83,6 +83,7 @@ def test_solutions_pass_their_own_asserts_and_examples(drawn):
             assert repr(eval(call, scope)) == result
             assert not any(call in line for line in found.asserts), "an example is tested, too"
         assert len(set(found.asserts)) == len(found.asserts)
+        assert not re.search(r"\d{7}", "".join([found.prompt, *found.asserts])), "a number for a calculator"
 
 
 def test_a_constant_answer_fails(drawn):
@@ -164,10 +165,16 @@ def test_texts_are_one_function_with_a_docstring_behind_what_it_uses(drawn):
 
 
 def test_many_call_a_helper_and_find_it_among_others(drawn):
-    for found in drawn.values():
+    for split, found in drawn.items():
         calling = [p for p in found if any(STEPS[name].helper for name in p.composition)]
         several = [p for p in calling if p.prompt.count("def ") > 2]
-        assert len(calling) > len(found) / 4 and len(several) > len(calling) / 3
+        assert len(calling) > len(found) / 4 and len(several) > len(calling) / 3, split
+        first = 0
+        for p in several:
+            helpers = [node for node in top_level(p)[1].values() if isinstance(node, ast.FunctionDef)]
+            assert len({ast.get_docstring(node) for node in helpers}) == len(helpers)
+            first += f"{helpers[0].name}(" in p.solution
+        assert len(several) / 4 < first < len(several) * 2 / 3, "it stands in the same place always"
 
 
 # Splits

@@ -517,6 +517,10 @@ def test_keys_of_arms_are_there_without_their_weights(folder, monkeypatch):
     first = keys.keys(ARM)
     shutil.rmtree(folder / "models" / "minilm-gone")
     assert keys.checkpoint("minilm-gone") == "minilm-gone"[::-1] and keys.keys(ARM).equals(first)
+    with pytest.raises(
+        ValueError, match=r"minilm-D1 is not listed in arms.csv: train it with `python -m kvlib.anchored"
+    ):
+        keys.checkpoint("minilm-D1")
     arms(folder, monkeypatch, **{"minilm-gone": "other weights"})
     assert ((keys.keys(ARM)["key"] != first["key"]) == (first["model"] == "minilm-gone")).all()
 

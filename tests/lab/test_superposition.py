@@ -107,15 +107,16 @@ def test_tables_have_every_layer_that_forgets_and_every_test_file(tokenizer, mon
     table = probe.superposition(model, tokenizer, TEXTS)
     assert table["layer"].tolist() == [0] * 3 + [1] * 3 + [2] * 3 and table["file"].tolist() == [2, 5, 8] * 3
     assert (table["lines"] == 3).all() and table[["recall", "shuffled"]].stack().between(0, 1).all()
-    assert (table["words"] >= 6).all() and table["recall"].mean() > table["shuffled"].mean()
+    assert (table["words"] == 6).all()  # "size" is in no file for training
+    assert table["recall"].mean() > table["shuffled"].mean()
     assert (table["r2"] <= 1).all() and table["r2"].max() > 0
     changed = probe.superposition(model, tokenizer, [*TEXTS[:8], TEXTS[8].replace("size", "value")])
     same = table["file"] != 8  # probes have not seen it
     assert changed[same].equals(table[same]) and not changed[~same].equals(table[~same])
 
 
-def test_what_is_probed_is_what_training_lines_have(tokenizer):
-    lines = [[5, 6, 6, 300], [5, 7, 300], [5, 300, 300], [202]]
+def test_what_is_probed_stands_in_most_lines(monkeypatch):
+    lines = [[5, 6, 6, 6, 6, 300], [5, 7, 300], [5, 300, 300], [202]]
     monkey = {5: "a", 6: "b", 7: "=", 300: "  "}
 
     class Letters:
@@ -124,6 +125,8 @@ def test_what_is_probed_is_what_training_lines_have(tokenizer):
             return monkey.get(ids[0], "\n")
 
     assert probe.frequent(lines, Letters) == [5, 6]
+    monkeypatch.setattr(probe, "FREQUENT", 1)
+    assert probe.frequent(lines, Letters) == [5]
     assert probe.bags_of(lines, [5, 6]).tolist() == [[1, 1], [1, 0], [1, 0], [0, 0]]
 
 

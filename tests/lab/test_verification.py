@@ -170,6 +170,16 @@ def test_what_is_compared_with_the_full_cache_is_rounded_on_both_sides(column, r
             verification.compare(*sides)
 
 
+@pytest.mark.parametrize(("column", "value", "other"), [("outcome", "passed", "time"), ("end_bytes", 5, 6)])
+def test_what_follows_from_written_text_may_tip_with_it(column, value, other):
+    table, again = (side.assign(**{column: value}) for side in tables(np.zeros((2, 40))))
+    again.loc[[7, 60], column] = other
+    assert verification.compare(table, again) == 0.975
+    again.loc[8, column] = other
+    with pytest.raises(ValueError, match=r"only 96.2% of 80 recomputed rows agree"):
+        verification.compare(table, again)
+
+
 @pytest.mark.parametrize("column", [*CELL, "sample"])
 def test_rows_of_other_cells_are_none(column):
     table, again = tables(np.zeros((2, 3)))

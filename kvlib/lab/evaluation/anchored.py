@@ -175,7 +175,7 @@ class Planted:
     """
 
     def __init__(self, read: Compressed, ids: torch.Tensor):
-        self.read, self.ids, self.forced = read, ids, Forced(read.run.prepared.settings)
+        self.read, self.ids, self.forced = read, ids, Forced(read.run)
 
     def due(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `(batch, vocabulary)` for what comes behind the ids."""

@@ -26,7 +26,7 @@ def from_mbpp(row: dict) -> Problem:
         ValueError: if no function of the reference, or more than one, is called by all tests.
     """
     tests = [ast.parse(test.strip()).body[0] for test in row["test_list"]]
-    code = ast.parse(row["code"].replace("\r\n", "\n")).body
+    code = ast.parse(row["code"]).body
     functions = {node.name: node for node in code if isinstance(node, ast.FunctionDef)}
     called = set(functions).intersection(*({n.id for n in ast.walk(t) if isinstance(n, ast.Name)} for t in tests))
     if len(called) != 1:
@@ -41,12 +41,11 @@ def from_mbpp(row: dict) -> Problem:
     examples = "".join(f">>> {call}\n{result}\n" for call, result in pairs)
     told = f"{row['text'].strip()}\n\n{examples}".replace("\\", "\\\\")
     docstring = textwrap.indent(f'"""{told}"""\n', "    ")
-    setup = [row["test_setup_code"].replace("\r\n", "\n")] if row["test_setup_code"] else []
     return Problem(
         name,
         f"{head}{signature}\n{docstring}",
         "\n\n\n".join([body, *map(ast.unparse, behind)]),
-        (*setup, *map(str.strip, row["test_list"])),
+        tuple(filter(None, [row["test_setup_code"], *map(str.strip, row["test_list"])])),
     )
 
 

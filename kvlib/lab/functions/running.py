@@ -16,7 +16,6 @@ from kvlib.lab.functions.problems import Problem
 
 CHILD = Path(__file__).parent / "child.py"
 KINDS = ("passed", "syntax", "undefined name", "wrong value", "other error", "time")
-REPORT = 4096  # bytes that are read of what a process says
 PATIENCE = 10  # wall-clock time, in multiples of the CPU time: machines are busy, and sleeping costs none
 
 
@@ -68,7 +67,7 @@ def run(prompt: str, completion: str, asserts: Sequence[str], *, seconds: int = 
             finally:
                 if process.returncode is None:  # after an interrupt, too
                     os.killpg(process.pid, signal.SIGKILL)
-            said, _, report = process.stdout.read(REPORT).partition(b"\n")
+            said, _, report = process.stdout.read().partition(b"\n")  # as much as a pipe holds, at most
     if status == -signal.SIGXCPU:
         return Outcome("time", f"more than {seconds} s of CPU time")
     if said != key.encode():

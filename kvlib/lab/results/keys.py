@@ -11,6 +11,7 @@ import pandas as pd
 from transformers import AutoConfig
 
 from kvlib import checksums, paths, smollm2
+from kvlib.anchored.arms import ARMS
 from kvlib.core.method import METHODS
 from kvlib.lab import definitions, tasks
 from kvlib.lab.evaluation.configuration import Configuration
@@ -25,11 +26,16 @@ def checkpoint(model: str) -> str:
     """What tells a model from others, for a name that `kvlib.load` takes: a sha256, or the commit of a hub id.
 
     Of arms, most of which are not shipped, the sha256 is recorded (`recorded`).
+
+    Raises:
+        ValueError: for an arm that nobody has trained, and for a hub id without a commit.
     """
     if model == "smollm2":
         return smollm2.SHA256[smollm2.GGUF]
     if model in (arms := recorded(paths.MODELS / "arms.csv")):
         return arms[model]
+    if model in ARMS:
+        raise ValueError(f"{model} is not listed in arms.csv: train it with `python -m kvlib.anchored train {model}`")
     shipped = paths.MODELS / model
     if shipped.parent == paths.MODELS and (shipped / checksums.NAME).is_file():
         return of_files(checksums.listed(shipped))
