@@ -59,10 +59,10 @@ check: $(INSTALLED)  ## see in seconds whether tables, means, claims and verdict
 	@$(PYTHON) -m kvlib.lab.results --check
 	@$(PYTHON) -m kvlib.lab.claims --check
 
-test: $(INSTALLED) $(FETCHED)  ## run the tests, every notebook in the smoke profile included
+test: $(INSTALLED) $(FETCHED)  ## run the tests, the first notebook of every subject in the smoke profile included
 	$(PYTHON) -m pytest -n 2
 
-test-deep: $(INSTALLED)  ## run the tests with thousands of random cases a method; keeps tests/test-deep.log
+test-deep: $(INSTALLED)  ## run what takes long: thousands of random cases a method, later notebooks; keeps tests/test-deep.log
 	$(PYTHON) -m pytest -n 2 -m deep -v --no-header | tee tests/test-deep.log
 
 lint: $(INSTALLED)  ## check style and format of modules and notebooks

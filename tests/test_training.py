@@ -408,6 +408,7 @@ def test_a_curve_is_never_half_written(tmp_path, monkeypatch):
     assert run.curve.read_text() == before
 
 
+@pytest.mark.deep
 def test_two_processes_make_the_same_run(finished, tmp_path):
     """Under torchrun, with gradients averaged over them: the same but for rounding."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -532,7 +533,10 @@ def test_files_of_a_split_share_less_than_a_half(shared, admitted, first):
 # Judging
 
 
-@pytest.mark.parametrize("task", ["needle", "two_hop", "exports", "long_generation"])
+DEEP = [pytest.param(task, marks=pytest.mark.deep) for task in ("two_hop", "long_generation")]
+
+
+@pytest.mark.parametrize("task", ["needle", "exports", *DEEP])
 def test_teacher_forcing_judges_as_greedy_decoding_does(task):
     """The right answer, and as answers what the model writes itself: cut everywhere, and with a wrong token anywhere.
 

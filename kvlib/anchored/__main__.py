@@ -4,6 +4,7 @@ text     pack a part of minilm's corpus, 12 MiB
 rows     text, retrieval tasks and functions as tokens, for a base model
 train    arms: all of a base, or those that are named
 list     data/models/arms.csv, and the adapters that are shipped
+bits     what held-out code costs the arms whose weights are here: data/results/03_bits.parquet (minutes, on a CPU)
 
 Interrupted, `train` goes on where it was. On a machine with several GPUs arms are trained side by side.
 """
@@ -14,17 +15,19 @@ import sys
 
 import torch
 
-from kvlib.anchored import rows
+from kvlib.anchored import ADAPTERS, bits, rows
 from kvlib.anchored.arms import ARMS, BASES
 from kvlib.anchored.side_by_side import train_all
 from kvlib.anchored.train import gather
+from kvlib.core.adapters import FILE
+from kvlib.paths import MODELS
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m kvlib.anchored", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("step", choices=("text", "rows", "train", "list"))
+    parser.add_argument("step", choices=("text", "rows", "train", "list", "bits"))
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"default: all of the base; known: {', '.join(ARMS)}")
     parser.add_argument("--base", choices=BASES, default="minilm")
     parser.add_argument("--minutes", type=float, default=600, help="save and stop an arm after this time")
@@ -44,8 +47,11 @@ def main(argv: list[str] | None = None) -> None:
         names = arguments.arms or [name for name, arm in ARMS.items() if arm.base == arguments.base]
         if not train_all(names, arguments.minutes, arguments.side_by_side, arguments.workers):
             sys.exit("not all arms are done; the same command goes on from here")
-    else:
+    elif arguments.step == "list":
         gather()
+    else:
+        here = [name for name in ARMS if any((folder / name / FILE).is_file() for folder in (ADAPTERS, MODELS))]
+        bits.main(arguments.arms or here)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_some_families_are_not_trained():
 
 
 @given(TASKS, st.integers(FITTING, 1500), SEEDS)
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_the_prompt_alone_gives_the_answer(task, tokens, seed):
     lines = {"lines": min(8, tokens // 64)} if task == "distance" else {}  # so many lines certainly fit
     drawn = sample(task, tokens, seed, tokenizer=tokenizer(), **lines)
@@ -646,7 +646,7 @@ def test_judging_first_choices_is_judging_what_greedy_decoding_writes(answer, da
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_facts_stand_at_both_ends_now_and_then(seed):
     depths = [Draw(random.Random(f"{seed} {i}"), "train").depth() for i in range(200)]
     assert all(0 <= depth <= 1 for depth in depths)
