@@ -363,7 +363,10 @@ def test_an_adapter_of_another_model(tmp_path):
 
 
 def test_arguments(capsys):
-    for given_, message in ((["train", "minilm-D9"], "unknown arm minilm-D9"), (["train"], "no GPU was found")):
+    for given_, message in (
+        (["train", "--arms", "minilm-D9"], "unknown arm minilm-D9"),
+        (["train"], "no GPU was found"),
+    ):
         if message.startswith("no GPU") and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit):
