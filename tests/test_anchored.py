@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 import kvlib
-from kvlib.anchored import arms, rows, train
+from kvlib.anchored import arms, bits, rows, train
 from kvlib.anchored.__main__ import main
 from kvlib.anchored.arms import ARMS, FIXED, LONGEST, Arm, second_layer
 from kvlib.core import adapters
@@ -372,6 +372,54 @@ def test_arguments(capsys):
         with pytest.raises(SystemExit):
             main(given_)
         assert message in capsys.readouterr().err
+
+
+# What held-out code costs
+
+
+def test_bits_against_a_loop(small):
+    """Behind a line nothing but the anchor can come, elsewhere anything else; what a free model pays is told apart."""
+    text = "def f(a):\n    return a + 1\n\nx = f(2)"
+    for name in ("minilm-D1", "minilm-TML-4"):
+        model, tokenizer, _ = train.prepare(ARMS[name], "cpu")
+        planted = model.eval().config.anchorcoder
+        ids = anchored(text, tokenizer, planted) if planted else tokenizer(text, add_special_tokens=False).input_ids
+        ids = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        with train.attention(model), torch.no_grad():
+            rows = model(ids, use_cache=False).logits[0].double().softmax(-1)
+            found = bits.cost(model, tokenizer, text)
+        expected = [0.0, 0.0]
+        for row, token in zip(rows, ids[0, 1:].tolist()):
+            if planted and token == ANCHOR:
+                expected[1] -= row[token].log().item()
+            else:
+                expected[0] -= (row[token] / (row.sum() - (row[ANCHOR] if planted else 0))).log().item()
+        assert found == pytest.approx(expected, rel=1e-5) and (found[1] > 0) == (planted is not None)
+
+
+def test_a_table_of_bits_grows(finished, small, monkeypatch):
+    """A row for every file of every arm; rows of an arm that was trained again are made again, others stay."""
+    shutil.copytree(finished, small, dirs_exist_ok=True)
+    for module, name, value in (
+        (bits, "TABLE", small / "bits.parquet"), (bits, "LISTED", small / "arms.csv"), (bits, "CHARACTERS", 200),
+        (bits, "LEAST", 40_000), (train, "LISTED", small / "arms.csv"), (train, "MODELS", small),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    train.gather()
+    load = kvlib.load
+    monkeypatch.setattr(kvlib, "load", lambda name: load(small / "kept" / name))
+    bits.main(["minilm-TML-4"])
+    first = pd.read_parquet(small / "bits.parquet")
+    large = [file["file"] for file in heldout_files() if len(file["text"]) >= 40_000]
+    assert first["file"].tolist() == large and (first["bits"] > 0).all() and (first["anchor_bits"] > 0).all()
+    monkeypatch.setattr(bits, "measure", lambda *args: pytest.fail("measured again"))
+    bits.main(["minilm-TML-4"])
+    pd.testing.assert_frame_equal(pd.read_parquet(small / "bits.parquet"), first)
+    listed = pd.read_csv(small / "arms.csv", dtype=str).assign(sha256="0" * 64)
+    listed.to_csv(small / "arms.csv", index=False)
+    monkeypatch.setattr(bits, "measure", lambda name, files: first.assign(sha256="0" * 64, bits=1.0))
+    bits.main(["minilm-TML-4"])
+    assert (pd.read_parquet(small / "bits.parquet")["bits"] == 1).all()
 
 
 # What is shipped
