@@ -30,7 +30,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: help setup student lab model figures smoke check test test-deep lint bench publish results results-clean ledger \
-        verify verdicts minilm clean lock
+        verify verdicts minilm arms clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -103,6 +103,10 @@ minilm: $(INSTALLED)  ## make the embedded model again (needs a GPU; `python -m 
 	$(PYTHON) -m kvlib.minilm train export evaluate card
 	$(PYTHON) -m kvlib.minilm overview
 	$(PYTHON) tests/test_minilm.py
+
+arms: $(INSTALLED)  ## train AnchorCoder's arms again (needs a GPU, and the corpus: `python -m kvlib.minilm corpus`)
+	$(PYTHON) -m kvlib.anchored text rows train list bits
+	$(PYTHON) -m kvlib.anchored rows train list bits --base smollm2
 
 clean:      ## delete build/
 	rm -rf build

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 import kvlib
-from kvlib.anchored import arms, rows, train
+from kvlib.anchored import arms, bits, rows, train
 from kvlib.anchored.__main__ import main
 from kvlib.anchored.arms import ARMS, FIXED, LONGEST, Arm, second_layer
 from kvlib.core import adapters
@@ -172,7 +172,7 @@ def test_all_arms_read_the_same(short):
         assert ids == whole[: len(ids)] and len(ids) >= min(len(whole), (512 if n < 8 else 1024) * FIXED // (FIXED + 1))
     other = texts["minilm-D2-seed1"]
     assert sorted(other[:8]) == sorted(texts["minilm-D2"][:8]) and other != texts["minilm-D2"] and longest >= 8
-    assert sorted(other[8:]) == sorted(texts["minilm-D2"][8:])
+    assert sorted(other[8:]) == sorted(texts["minilm-D2"][8:]) and other[8:] != texts["minilm-D2"][8:]
 
 
 def test_what_rows_hold(short):
@@ -189,6 +189,19 @@ def test_what_rows_hold(short):
         at = np.flatnonzero(np.isin(ids, ends))
         assert (ids[at + 1] == ANCHOR).all()
     assert min(sizes) > 0.6 and np.mean(sizes) > 0.85
+
+
+def test_rows_of_text_fit_with_their_anchors():
+    """Whole lines, in order, as many as fit, whatever the length; a document's end needs room, too."""
+    writer, documents = rows.Writer("minilm"), ["a = 1\nb\n", "cc\n", "d = 4\n\n\n", "e"]
+    for length in range(12, 40):
+        made = list(writer.texts(documents, iter([length] * 12)))
+        sizes = []
+        for row in made:
+            ids, _ = writer.ids(row, True)
+            sizes.append(len(plant(ids.tolist(), ANCHOR, set(arms.line_ends(load_tokenizer())), LONGEST)))
+        assert max(sizes) <= length and min(sizes) > length - 9
+        assert "".join(text for row in made for text, _ in row).startswith("".join(documents))
 
 
 def test_rows_depend_on_nothing_else(short, tmp_path, monkeypatch):
@@ -363,12 +376,63 @@ def test_an_adapter_of_another_model(tmp_path):
 
 
 def test_arguments(capsys):
-    for given_, message in ((["train", "minilm-D9"], "unknown arm minilm-D9"), (["train"], "no GPU was found")):
+    for given_, message in (
+        (["train", "--arms", "minilm-D9"], "unknown arm minilm-D9"),
+        (["train"], "no GPU was found"),
+    ):
         if message.startswith("no GPU") and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit):
             main(given_)
         assert message in capsys.readouterr().err
+
+
+# What held-out code costs
+
+
+def test_bits_against_a_loop(small):
+    """Behind a line nothing but the anchor can come, elsewhere anything else; what a free model pays is told apart."""
+    text = "def f(a):\n    return a + 1\n\nx = f(2)"
+    for name in ("minilm-D1", "minilm-TML-4"):
+        model, tokenizer, _ = train.prepare(ARMS[name], "cpu")
+        planted = model.eval().config.anchorcoder
+        ids = anchored(text, tokenizer, planted) if planted else tokenizer(text, add_special_tokens=False).input_ids
+        ids = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        with train.attention(model), torch.no_grad():
+            rows = model(ids, use_cache=False).logits[0].double().softmax(-1)
+            found = bits.cost(model, tokenizer, text)
+        expected = [0.0, 0.0]
+        for row, token in zip(rows, ids[0, 1:].tolist()):
+            if planted and token == ANCHOR:
+                expected[1] -= row[token].log().item()
+            else:
+                expected[0] -= (row[token] / (row.sum() - (row[ANCHOR] if planted else 0))).log().item()
+        assert found == pytest.approx(expected, rel=1e-5) and (found[1] > 0) == (planted is not None)
+
+
+def test_a_table_of_bits_grows(finished, small, monkeypatch):
+    """A row for every file of every arm; rows of an arm that was trained again are made again, others stay."""
+    shutil.copytree(finished, small, dirs_exist_ok=True)
+    for module, name, value in (
+        (bits, "TABLE", small / "bits.parquet"), (bits, "LISTED", small / "arms.csv"), (bits, "CHARACTERS", 200),
+        (bits, "LEAST", 40_000), (train, "LISTED", small / "arms.csv"), (train, "MODELS", small),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    train.gather()
+    load = kvlib.load
+    monkeypatch.setattr(kvlib, "load", lambda name: load(small / "kept" / name))
+    bits.main(["minilm-TML-4"])
+    first = pd.read_parquet(small / "bits.parquet")
+    large = [file["file"] for file in heldout_files() if len(file["text"]) >= 40_000]
+    assert first["file"].tolist() == large and (first["bits"] > 0).all() and (first["anchor_bits"] > 0).all()
+    monkeypatch.setattr(bits, "measure", lambda *args: pytest.fail("measured again"))
+    bits.main(["minilm-TML-4"])
+    pd.testing.assert_frame_equal(pd.read_parquet(small / "bits.parquet"), first)
+    listed = pd.read_csv(small / "arms.csv", dtype=str).assign(sha256="0" * 64)
+    listed.to_csv(small / "arms.csv", index=False)
+    monkeypatch.setattr(bits, "measure", lambda name, files: first.assign(sha256="0" * 64, bits=1.0))
+    bits.main(["minilm-TML-4"])
+    assert (pd.read_parquet(small / "bits.parquet")["bits"] == 1).all()
 
 
 # What is shipped

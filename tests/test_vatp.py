@@ -91,7 +91,7 @@ def test_equals_reference(kind, host, kv_heads):
 
 
 @kinds
-@hosts
+@pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.deep if h != "h2o" else ()) for h in HOSTS])
 def test_equals_reference_at_budgets_from_tiny_to_all_but_one(kind, host):
     for budget in (2, 7, 31, 0.05, 0.35, 0.7, 47.5 / 48):
         follows(make(kind, budget, host), llama(2, layers=3), [prompt(48)], 1, WORTH[kind])

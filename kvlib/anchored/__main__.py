@@ -22,36 +22,37 @@ from kvlib.anchored.train import gather
 from kvlib.core.adapters import FILE
 from kvlib.paths import MODELS
 
+STEPS = ("text", "rows", "train", "list", "bits")
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m kvlib.anchored", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("step", choices=("text", "rows", "train", "list", "bits"))
-    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"default: all of the base; known: {', '.join(ARMS)}")
+    parser.add_argument("steps", nargs="+", choices=STEPS, metavar="STEP", help="one or several, in order")
     parser.add_argument("--base", choices=BASES, default="minilm")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help=f"default: all of the base; known: {', '.join(ARMS)}")
     parser.add_argument("--minutes", type=float, default=600, help="save and stop an arm after this time")
     parser.add_argument("--workers", type=int, default=4, help="processes that plant anchors, for each arm")
     parser.add_argument("--side-by-side", type=int, default=1, help="arms that share a GPU")
     arguments = parser.parse_args(argv)
-    if unknown := set(arguments.arms) - set(ARMS):
+    names = arguments.arms or [name for name, arm in ARMS.items() if arm.base == arguments.base]
+    if unknown := set(names) - set(ARMS):
         parser.error(f"unknown arm {', '.join(sorted(unknown))}; known: {', '.join(ARMS)}")
-    if arguments.step == "text":
-        rows.pack()
-    elif arguments.step == "rows":
-        schedule = next(arm.schedule for arm in ARMS.values() if arm.base == arguments.base)
-        rows.build(arguments.base, schedule, os.cpu_count() or 1)
-    elif arguments.step == "train":
-        if not torch.cuda.is_available():
-            parser.error("training takes minutes on a GPU, days without; no GPU was found")
-        names = arguments.arms or [name for name, arm in ARMS.items() if arm.base == arguments.base]
-        if not train_all(names, arguments.minutes, arguments.side_by_side, arguments.workers):
-            sys.exit("not all arms are done; the same command goes on from here")
-    elif arguments.step == "list":
-        gather()
-    else:
-        here = [name for name in ARMS if any((folder / name / FILE).is_file() for folder in (ADAPTERS, MODELS))]
-        bits.main(arguments.arms or here)
+    if "train" in arguments.steps and not torch.cuda.is_available():
+        parser.error("training takes minutes on a GPU, days without; no GPU was found")
+    for step in arguments.steps:
+        if step == "text":
+            rows.pack()
+        elif step == "rows":
+            rows.build(arguments.base, ARMS[names[0]].schedule, os.cpu_count() or 1)
+        elif step == "train":
+            if not train_all(names, arguments.minutes, arguments.side_by_side, arguments.workers):
+                sys.exit("not all arms are done; the same command goes on from here")
+        elif step == "list":
+            gather()
+        else:
+            bits.main([n for n in names if any((folder / n / FILE).is_file() for folder in (ADAPTERS, MODELS))])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def cost(model, tokenizer, text: str) -> tuple[float, float]:
 def measure(name: str, files: list[int]) -> pd.DataFrame:
     """Rows of an arm: its checksum, file and its characters, bits and anchor_bits per character, device."""
     model, tokenizer = kvlib.load(name)
-    rows, sha256 = [], pd.read_csv(LISTED).set_index("arm").loc[name, "sha256"]
+    rows, sha256 = [], pd.read_csv(LISTED, dtype=str).set_index("arm").loc[name, "sha256"]
     with attention(model):
         for file in tqdm(files, name, disable=None):
             text = heldout_files()[file]["text"][:CHARACTERS]
@@ -57,7 +57,7 @@ def measure(name: str, files: list[int]) -> pd.DataFrame:
 
 def main(names: list[str]) -> None:
     """Measure these arms, and keep the rows of others that are listed as they were measured."""
-    listed = pd.read_csv(LISTED)[["arm", "sha256"]]
+    listed = pd.read_csv(LISTED, dtype=str)[["arm", "sha256"]]
     known = pd.read_parquet(TABLE).merge(listed) if TABLE.is_file() else pd.DataFrame({"arm": []})
     files = [n for n, file in enumerate(heldout_files()) if len(file["text"]) >= LEAST]
     for name in names:

@@ -256,7 +256,7 @@ def test_judging_by_first_choices(chosen, expected):
 # The pilot
 
 
-@pytest.mark.parametrize("task", ["constant", "all_numbers"])
+@pytest.mark.parametrize("task", ["constant", pytest.param("all_numbers", marks=pytest.mark.deep)])
 def test_the_full_cache_scores_what_stock_transformers_writes(task):
     model = kvlib.load()[0]
     drawn = [tasks.sample(task, tokens, seed, tokenizer=tokenizer()) for seed, tokens in enumerate((512, 640))]
