@@ -7,6 +7,7 @@ a plain transformers model.
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -77,7 +78,9 @@ def apply(model, header: dict, tensors: dict[str, torch.Tensor]):
     else:
         import peft  # here, because it takes seconds, and few models need it
 
-        with_adapter = peft.get_peft_model(model, peft.LoraConfig(**header["lora"]))
+        with warnings.catch_warnings():  # peft asks for a name that transformers is about to change
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            with_adapter = peft.get_peft_model(model, peft.LoraConfig(**header["lora"]))
         found = peft.set_peft_model_state_dict(model, tensors)
         if found.unexpected_keys:
             raise ValueError(f"the adapter has {found.unexpected_keys[0]}, which {type(model).__name__} has not")
