@@ -45,6 +45,7 @@ def cost(model, tokenizer, text: str) -> tuple[float, float]:
 def measure(name: str, files: list[int]) -> pd.DataFrame:
     """Rows of an arm: its checksum, file and its characters, bits and anchor_bits per character, device."""
     model, tokenizer = kvlib.load(name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows, sha256 = [], pd.read_csv(LISTED, dtype=str).set_index("arm").loc[name, "sha256"]
     with attention(model):
         for file in tqdm(files, name, disable=None):
