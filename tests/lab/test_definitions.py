@@ -181,7 +181,9 @@ def test_every_task_is_found():
     for name, family in tasks.CATALOGUE.items():
         assert definitions.closure([definitions.name_of(family.make)]), name
         reached = definitions.closure([definitions.name_of(family.draw)])
-        assert {"kvlib.lab.tasks.prompt:Prompt", "kvlib.lab.tasks.prompt:fitted"} <= set(reached), name
+        length = "cut" if name == "function" else "fitted"  # a function's prompt is as long as it is
+        assert {"kvlib.lab.tasks.prompt:Prompt", f"kvlib.lab.tasks.prompt:{length}"} <= set(reached), name
+    assert "kvlib.lab.functions.generating:problem" in definitions.closure(["kvlib.lab.tasks.written:function"])
 
 
 def test_a_constant_of_the_library_counts(tmp_path):
