@@ -105,7 +105,7 @@ class Writer:
         return [[token for _ in each for token in next(found)] for each in pieces]
 
     def cost(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, with its anchors."""
+        """Tokens of each text with its anchors, or a few more: lines are not looked at one by one."""
         return [len(ids) + text.count("\n") + len(ids) // LONGEST for ids, text in zip(self.lines(texts), texts)]
 
     def texts(self, documents: list[str], lengths: Iterator[int]) -> Iterator[Segments]:

@@ -89,8 +89,8 @@ def train(name: str, minutes: float, workers: int, device: str = "cuda") -> bool
     model, tokenizer, lora = prepare(arm, device)
     rows = Rows(arm, tokenizer, getattr(model.config, SETTINGS))
     trained, run = Trained(model), Run(BUILD / "runs" / name, schedule, rows.digest())
-    decay = schedule.weight_decay
-    adamw = torch.optim.AdamW(trained.values(), schedule.lr, (0.9, 0.95), weight_decay=decay, fused=cuda)
+    options = {"betas": (0.9, 0.95), "weight_decay": schedule.weight_decay, "fused": cuda}
+    adamw, per_step = torch.optim.AdamW(trained.values(), schedule.lr, **options), schedule.sequences * schedule.length
     step, spent = run.resume(trained, adamw)
     since, lap = step, time.monotonic()
     cost = losses
@@ -112,9 +112,9 @@ def train(name: str, minutes: float, workers: int, device: str = "cuda") -> bool
             adamw.zero_grad(set_to_none=True)
             step += 1
             if step % EVERY == 0 or step == schedule.steps:
-                row = {"step": step, "tokens": step * schedule.sequences * schedule.length, "loss": loss.item()}
+                row = {"step": step, "tokens": step * per_step, "loss": loss.item()}
                 row |= {"answer_loss": (answer_loss / answers.clamp(min=1)).item(), "lr": schedule.rate(step - 1)}
-                speed = (step - since) * schedule.sequences * schedule.length / (time.monotonic() - lap)
+                speed = (step - since) * per_step / (time.monotonic() - lap)
                 row |= {"tokens_per_second": round(speed)}
                 if step == schedule.steps:
                     with torch.compiler.set_stance("force_eager"):  # not worth compiling

@@ -159,13 +159,11 @@ def table(
     samples, rows, layers = list(samples), [], len(attention_modules(model))
     for numbers in progress([samples[i : i + block] for i in range(0, len(samples), block)]):
         drawn = [tasks.sample(task, length, number, tokenizer=tokenizer) for number in numbers]
-        asked = asked_of(model, tokenizer, drawn)
+        asked, per = asked_of(model, tokenizer, drawn), EQUAL.get(protocol)
+        entries = per and [stored_entries(prompt.text, tokenizer, layers, per) / layers for prompt in drawn]
         for configuration in configurations:
             method = configuration.make()
-            if protocol in EQUAL:
-                entries = [stored_entries(prompt.text, tokenizer, layers, EQUAL[protocol]) for prompt in drawn]
-                method = equalised(method, [each / layers for each in entries], asked)
-            columns = score(method, asked, tokenizer)
+            columns = score(equalised(method, entries, asked) if entries else method, asked, tokenizer)
             rows += [
                 {**asdict(configuration), "sample": number, **dict(zip(columns, cells))}
                 for number, *cells in zip(numbers, *columns.values())
