@@ -922,6 +922,95 @@ def test_needs_in_words(asked):
     ]
 
 
+def test_exact_lines_are_those_of_similarity_one(judged):
+    table = pd.concat(
+        [rows("h2o", 10).replace({"value": {0.0: 0.9}}), rows("random", 0).replace({"value": {0.0: 0.99}})]
+    )
+    one = {"models": ["minilm"], "tasks": ["needle"]}
+    assert judged(table, measure="exact", **one)["ours"].startswith("minilm: +0.250 [")
+    assert judged(table, **one)["ours"].startswith("minilm: -0.065 [")
+
+
+# Sides that are models
+
+
+def of_arm(model, right, method="anchorcoder", protocol="planted"):
+    return rows(method, right, model=model, budget=1.0, protocol=protocol)
+
+
+def side(model, method="anchorcoder", **more):
+    return {"method": method, "budget": 1.0, "model": model} | more
+
+
+ARM = {"models": ["minilm"], "tasks": ["needle"], "protocol": "planted"}
+
+
+def test_models_are_compared_with_each_other(judged):
+    table = pd.concat([of_arm("minilm-T-4", 10), of_arm("minilm-D2", 30), of_arm("minilm-TML-4", 20)])
+    row = judged(table, compare={"first": side("minilm-D2"), "second": side("minilm-T-4")}, **ARM)
+    assert row["verdict"] == "holds, on this family only" and row["ours"].startswith("minilm: +0.500 [")
+    assert "; minilm-D2 under anchorcoder 100% against minilm-T-4 under anchorcoder 100%" in row["scope"]
+    row = judged(table, compare={"first": side("minilm-TML-4"), "second": side("minilm-T-4")}, **ARM)
+    assert row["ours"].startswith("minilm: +0.250 [")
+    row = judged(table, compare={"first": side("minilm-T0"), "second": side("minilm-T-4")}, **ARM)
+    assert row["verdict"] == "not testable here"
+    assert row["reason"] == "no rows of minilm-T0, anchorcoder at 1, length 512"
+
+
+def test_sides_of_two_tables(judged, tmp_path, monkeypatch):
+    """With protocols of their own, which both have to name."""
+    monkeypatch.setattr("kvlib.lab.claims.registered.STUDIES", {"small": None, "other": None})
+    others = pd.concat([of_arm("minilm-D1", right, m, "bytes") for m, right in (("h2o", 5), ("full", 40))])
+    compare = {"first": side("minilm-T-4"), "second": side("minilm-D1", "h2o", table="other", protocol="bytes")}
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, **ARM)
+    assert row["reason"] == "there is no table other.parquet yet"
+    others.to_parquet(tmp_path / "other.parquet")
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, **ARM)
+    assert row["ours"].startswith("minilm: +0.500 [") and row["protocol"] == "planted and bytes"
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, equal_bytes="stored", **ARM)
+    assert plain(row["verdict"]) == "holds"
+    others.assign(stored_bytes=900).to_parquet(tmp_path / "other.parquet")
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, equal_bytes="stored", **ARM)
+    assert row["reason"].startswith("stored bytes are not equal")
+    del compare["second"]["protocol"]
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, **(ARM | {"protocol": ""}))
+    assert row["reason"] == "there are rows of several protocols, and the claim names none"
+    row = judged(of_arm("minilm-T-4", 25), compare=compare, **ARM)
+    assert row["reason"] == "rows of the protocol planted are not kept"
+
+
+def test_what_sides_need(tmp_path):
+    compare = {"first": side("minilm-T-4"), "second": side("minilm-D1", "h2o", table="small", protocol="bytes")}
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | ARM | {"compare": compare, "samples": 7}))
+    cells = needed.needed(read(tmp_path / "claims.yaml", tmp_path))
+    found = cells[["model", "method", "protocol", "samples"]].itertuples(index=False, name=None)
+    assert sorted(found) == [("minilm-D1", "h2o", "bytes", 7), ("minilm-T-4", "anchorcoder", "planted", 7)]
+
+
+def test_a_trained_model_is_no_other_model(tmp_path):
+    real = {"models": ["smollm2"], "tasks": ["needle"], "protocol": "planted"}
+    trained = CLAIM | real | {"id": "trained", "compare": dict.fromkeys(("first", "second"), side("smollm2-D2"))}
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | {"models": ["smollm2"]}, trained))
+    claims = read(tmp_path / "claims.yaml", tmp_path)
+    assert [(claim.id, claim.models) for claim in ledger.of_model(claims, "mine")] == [("one", ("mine",))]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", "minilm-T-5", "unknown model 'minilm-T-5'"),
+        ("table", "other", "unknown table 'other'"),
+        ("protocol", 3, "protocol is 3, not a text"),
+        ("share", 1, "unknown field 'share'"),
+    ],
+)
+def test_sides_that_are_refused(tmp_path, field, value, message):
+    compare = {"first": side("minilm-T-4"), "second": side("minilm-D1") | {field: value}}
+    (tmp_path / "claims.yaml").write_text(as_file(CLAIM | ARM | {"compare": compare}))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "claims.yaml", tmp_path)
+
+
 # What is registered
 
 

@@ -34,7 +34,7 @@ class Claim:
     reason: str = ""  # why it is not testable here
     table: str = ""
     models: tuple[str, ...] = ()
-    sides: tuple[dict, ...] = ()  # method, budget, arguments: first and second, or one alone
+    sides: tuple[dict, ...] = ()  # first and second, or one alone: fields of `Side`, with those of its configuration
     budgets: tuple = ()
     tasks: str | tuple[str, ...] = ()
     length: int = 0
@@ -60,28 +60,46 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Rows that a claim is about: of a configuration, and of the claim's table, models and protocol or of others.
+
+    Where models are trained for a method they are compared themselves, and need not stand in one table.
+    """
+
+    configuration: Configuration
+    table: str
+    protocol: str
+    model: str = ""  # "": one after the other, the claim's
+
+
+@dataclass(frozen=True)
 class Cell:
     """What one test looks at."""
 
     label: str
     tasks: tuple[str, ...]
-    configurations: tuple[Configuration, ...]
+    sides: tuple[Side, ...]
 
 
 def cells_of(claim: Claim, all_tasks: tuple[str, ...]) -> list[Cell]:
     """The cells that decide a claim; `all_tasks` are those that its table has."""
     names = all_tasks if claim.tasks == "all" else claim.tasks
     if claim.budgets:
-        return [Cell(f"at {budget:g}", names, configurations(claim, budget)) for budget in claim.budgets]
-    made = configurations(claim)
+        return [Cell(f"at {budget:g}", names, sides_of(claim, budget)) for budget in claim.budgets]
+    made = sides_of(claim)
     if claim.primary.endswith("task"):
         return [Cell(f"on {name}", (name,), made) for name in names] or [Cell("", (), made)]
     return [Cell("", names, made)]
 
 
-def configurations(claim: Claim, budget=None) -> tuple[Configuration, ...]:
+def sides_of(claim: Claim, budget=None) -> tuple[Side, ...]:
     return tuple(
-        Configuration(side["method"], side.get("budget", budget), json.dumps(side.get("arguments") or {}))
+        Side(
+            Configuration(side["method"], side.get("budget", budget), json.dumps(side.get("arguments") or {})),
+            side.get("table", claim.table),
+            side.get("protocol", claim.protocol),
+            side.get("model", ""),
+        )
         for side in claim.sides
     )
 

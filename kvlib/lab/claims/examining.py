@@ -1,6 +1,6 @@
 """What one cell says on one model: a statistic, its interval, and p-values for and against the claim."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,15 +42,16 @@ class Result:
     protocol: str = ""
 
 
-def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result:
+def examine(tables: Mapping[str, pd.DataFrame], claim: Claim, model: str, cell: Cell) -> Result:
     """The statistic of one cell on one model.
 
     Raises:
-        Missing: if rows are missing or wrong, or the sides differ in protocol, samples or bytes.
+        Missing: if rows are missing or wrong, or the sides differ in samples or bytes, or in a protocol that they do
+            not name.
     """
-    found = [rows_of(table, claim, model, cell, configuration) for configuration in cell.configurations]
-    protocols = sorted(set().union(*(side["protocol"] for side in found)))
-    if len(protocols) > 1:
+    found = [rows_of(tables[side.table], claim, model, cell, side) for side in cell.sides]
+    protocols = list(dict.fromkeys(protocol for side in found for protocol in side["protocol"].unique()))
+    if len(protocols) > 1 and not all(side.protocol for side in cell.sides):
         raise Missing("there are rows of several protocols, and the claim names none")
     found = [per_sample(side, claim) for side in found]
     if not all(side.index.equals(found[0].index) for side in found):
@@ -62,7 +63,9 @@ def examine(table: pd.DataFrame, claim: Claim, model: str, cell: Cell) -> Result
     groups = [[side["measured"].xs(name).to_numpy() for name in cell.tasks] for side in found]
     result = count_wins(claim, groups) if claim.statistic == "win_count" else estimated(claim, groups)
     clamped = max(float(side["clamped"].mean()) for side in found)
-    return replace(result, label=cell.label, families=len(cell.tasks), clamped=clamped, protocol=protocols[0])
+    return replace(
+        result, label=cell.label, families=len(cell.tasks), clamped=clamped, protocol=" and ".join(protocols)
+    )
 
 
 def estimated(claim: Claim, groups: list[list[np.ndarray]]) -> Result:

@@ -23,7 +23,7 @@ import pandas as pd
 from kvlib import paths
 from kvlib.lab import statistics
 from kvlib.lab.claims.attaining import obstacle
-from kvlib.lab.claims.claim import Claim, cells_of, configurations, named
+from kvlib.lab.claims.claim import Claim, Side, cells_of, named, sides_of
 from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
 from kvlib.lab.claims.examining import NO_EFFECT, Result, examine
 from kvlib.lab.claims.registered import EVIDENCE
@@ -47,12 +47,12 @@ COLUMNS = (
 
 
 class Tables(dict):
-    """Result tables by name, or what is wrong with them, read when asked for."""
+    """Result tables by name, read when asked for, which raises `Missing` if there is something wrong with one."""
 
     def __init__(self, results: Path):
         self.results = results
 
-    def __missing__(self, name: str) -> pd.DataFrame | Missing:
+    def __missing__(self, name: str) -> pd.DataFrame:
         self[name] = load(self.results, name)
         return self[name]
 
@@ -71,8 +71,9 @@ def ledger(claims: list[Claim], results: Path = paths.RESULTS) -> pd.DataFrame:
 
 
 def of_model(claims: list[Claim], model: str) -> list[Claim]:
-    """The claims about the real model, of another one."""
-    return [replace(claim, models=(model,)) for claim in claims if claim.models == (REAL,)]
+    """The claims about the real model, of another one; not those about models that were trained for them."""
+    own = [claim for claim in claims if claim.models == (REAL,) and not any("model" in side for side in claim.sides)]
+    return [replace(claim, models=(model,)) for claim in own]
 
 
 def row_of(claim: Claim, tables: Tables) -> dict:
@@ -93,15 +94,18 @@ def row_of(claim: Claim, tables: Tables) -> dict:
 def judge(claim: Claim, tables: Tables) -> dict:
     """What the tables say: ours, n, models, protocol, detectable, p-values, verdict and reason."""
     row = {"ours": "", "n": "", "detectable": "", "p": None, "p_across": None, "verdict": UNTESTABLE}
-    table = tables[claim.table] if claim.table else None
-    if claim.reason or isinstance(table, Missing):
-        return row | {"reason": claim.reason or str(table)}
+    if claim.reason:
+        return row | {"reason": claim.reason}
+    try:
+        table = tables[claim.table]
+    except Missing as lack:
+        return row | {"reason": str(lack)}
     at_length = table[table["length"] == claim.length]
     cells = cells_of(claim, tuple(sorted(at_length["task"].unique())))
     found, missing = {}, {}
     for model in claim.models:
         try:
-            found[model] = [examine(table, claim, model, cell) for cell in cells]
+            found[model] = [examine(tables, claim, model, cell) for cell in cells]
             for result in found[model]:
                 if why := obstacle(claim, result.families, result.n // result.families):
                     raise Missing(f"the rule cannot be met: {why}")
@@ -168,12 +172,17 @@ def scope(claim: Claim, protocol: str) -> str:
         tasks_in_words(claim.tasks),
         f"{claim.length} tokens",
         protocol and f"protocol {protocol}",
-        " against ".join(named(side) + share(side.budget) for side in configurations(claim)),
+        " against ".join(side_in_words(side) for side in sides_of(claim)),
         claim.budgets and f"at{' and'.join(share(budget) for budget in claim.budgets)}",
         claim.equal_bytes and f"equal {claim.equal_bytes} bytes",
         claim.authors and f"as the authors: {claim.authors}",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def side_in_words(side: Side) -> str:
+    words = named(side.configuration) + share(side.configuration.budget)
+    return f"{side.model} under {words}" if side.model else words
 
 
 def share(budget) -> str:

@@ -22,11 +22,11 @@ COLUMNS = ["table", *CELL, "samples"]
 def needed(claims: list[Claim]) -> pd.DataFrame:
     """Columns table, `CELL`, samples: every cell that decides a claim, with the most samples that one asks for."""
     rows = [
-        row(claim.table, model, configuration, task, claim.length, claim.protocol, claim.samples)
+        row(side.table, side.model or model, side.configuration, task, claim.length, side.protocol, claim.samples)
         for claim in claims
         for model in claim.models
         for cell in cells_of(claim, ())
-        for configuration, task in product(cell.configurations, cell.tasks)
+        for side, task in product(cell.sides, cell.tasks)
     ]
     found = pd.DataFrame(rows, columns=COLUMNS).groupby(COLUMNS[:-1], as_index=False, sort=True)
     return found["samples"].max()

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from kvlib import paths
+from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, Revision, cells_of
@@ -30,7 +31,7 @@ EVIDENCE = {  # what was read
 }
 INDEPENDENT = ("smollm2", "minilm")
 STATISTICS = ("mean", "mean_difference", "ratio", "win_count")
-MEASURES = ("value", "stored", "read", "prefill")
+MEASURES = ("value", "exact", "stored", "read", "prefill")
 PRIMARY = ("mean over tasks", "every task", "some task", "every budget", "some budget")
 REQUIRED = ("id", "paper", "claim", "evidence", "registered")
 DESCRIBING = (*REQUIRED, "arxiv", "published", "note", "front")
@@ -40,6 +41,7 @@ OPTIONAL = (
     "compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol", "authors", "expected",
     "samples",
 )  # fmt: skip
+SIDE = ("method", "budget", "arguments", "model", "table", "protocol")
 
 
 def read(path: Path = CLAIMS, results: Path = paths.RESULTS) -> list[Claim]:
@@ -134,7 +136,7 @@ def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
     budgets = entry.get("budgets", [])
     require(isinstance(budgets, list) and all(map(number, budgets)), f"budgets is a list of budgets, not {budgets!r}")
     require(bool(budgets) == primary.endswith("budget"), "`budgets` and a primary of every or some budget go together")
-    compared = sides(entry)
+    compared = sides(entry, known)
     require(not equal or len(compared) == 2, "equal_bytes compares two sides")
     if entry["statistic"] == "win_count":
         require(primary == "mean over tasks", "win_count counts over all tasks; primary is for the other statistics")
@@ -148,8 +150,8 @@ def parse_test(entry: dict, claim: Claim, known: set[str]) -> Claim:
         samples=samples, authors=entry.get("authors", ""),
     )  # fmt: skip
     for cell in cells_of(claim, ()):  # methods say themselves what can never work
-        for configuration in cell.configurations:
-            configuration.make()
+        for side in cell.sides:
+            side.configuration.make()
     return claim
 
 
@@ -180,8 +182,8 @@ def theirs(entry: dict) -> str:
     return f"{published['value']} ({published['source']})"
 
 
-def sides(entry: dict) -> tuple[dict, ...]:
-    """The configurations that a claim is about: one for a mean, two for everything else."""
+def sides(entry: dict, known: set[str]) -> tuple[dict, ...]:
+    """The sides that a claim is about: one for a mean, two for everything else."""
     compare, value = entry.get("compare"), entry.get("value")
     require((compare is None) != (value is None), "needs either `compare` (first and second) or `value`")
     alone = entry["statistic"] == "mean"
@@ -193,7 +195,10 @@ def sides(entry: dict) -> tuple[dict, ...]:
     for side in found:
         require(isinstance(side, dict) and "method" in side, f"a side needs a method: {side!r}")
         for field in side:
-            one_of("field", field, ("method", "budget", "arguments"))
+            one_of("field", field, SIDE)
+        one_of("model", side.get("model", "minilm-D1"), ARMS)
+        one_of("table", side.get("table", entry["table"]), known)
+        require(isinstance(side.get("protocol", ""), str), f"protocol is {side.get('protocol')!r}, not a text")
         require("budget" in side or open_budget, f"{side['method']} needs a budget")
     require(not open_budget or any("budget" not in side for side in found), "no side leaves its budget to `budgets`")
     return found

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kvlib.lab.claims.claim import Cell, Claim, named
-from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.claims.claim import Cell, Claim, Side, named
 
 MEASURES = {  # what is measured -> columns it needs, and how it follows from them
     "value": (["value"], lambda rows: rows["value"]),
+    "exact": (["value"], lambda rows: (rows["value"] == 1).astype(float)),  # of lines judged by their similarity
     "stored": (["stored_bytes", "full_bytes"], lambda rows: rows["stored_bytes"] / rows["full_bytes"]),
     "read": (["read_bytes", "full_bytes"], lambda rows: rows["read_bytes"] / rows["full_bytes"]),
     "prefill": (["prefill_flops"], lambda rows: rows["prefill_flops"]),
@@ -21,50 +21,55 @@ class Missing(Exception):
     """What a table lacks to decide a claim."""
 
 
-def load(results: Path, name: str) -> pd.DataFrame | Missing:
-    """A result table, or what is wrong with it."""
+def load(results: Path, name: str) -> pd.DataFrame:
+    """A result table. Raises `Missing`, saying what is wrong with it."""
     file = results / f"{name}.parquet"
     if not file.is_file():
-        return Missing(f"there is no table {file.name} yet")
+        raise Missing(f"there is no table {file.name} yet")
     try:
         table = pd.read_parquet(file)
     except (OSError, ValueError):  # pyarrow's errors are of these kinds
-        return Missing(f"{file.name} is not a readable table")
+        raise Missing(f"{file.name} is not a readable table") from None
     texts = ["model", "method", "arguments", "task", "protocol"]
     needed = [*texts, "budget", "length", "sample", "value", "clamped"]
     if absent := [column for column in needed if column not in table]:
-        return Missing(f"{file.name} has no column {', '.join(absent)}")
+        raise Missing(f"{file.name} has no column {', '.join(absent)}")
     try:
         for text in table["arguments"].unique():
             json.loads(text)
         numbers = {"budget": float, "value": float, "clamped": bool}
         return table.astype(numbers | dict.fromkeys(texts, "category"))  # a million texts take seconds to compare
     except (TypeError, ValueError):
-        return Missing(f"{file.name} holds values of another type than results have")
+        raise Missing(f"{file.name} holds values of another type than results have") from None
 
 
-def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, configuration: Configuration) -> pd.DataFrame:
-    """The rows of one configuration on the tasks of a cell.
+def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, side: Side) -> pd.DataFrame:
+    """The rows of one side on the tasks of a cell; `model` is the claim's, if the side has none of its own.
 
     Raises:
-        Missing: if a task has none, naming the budgets that there are; if the table has none of the protocol.
+        Missing: if a task has none, naming the budgets that there are; if the table has none of the protocol, or of
+            several where neither the side nor the claim names one.
     """
+    configuration, model = side.configuration, side.model or model
     rows = table[
         (table["model"] == model) & (table["method"] == configuration.method) & (table["length"] == claim.length)
     ]
     wanted = json.loads(configuration.arguments)
     same = [text for text in rows["arguments"].unique() if json.loads(text) == wanted]
     rows = rows[rows["arguments"].isin(same) & rows["task"].isin(cell.tasks)]
-    if claim.protocol:
-        if claim.protocol not in set(table["protocol"]):
-            raise Missing(f"rows of the protocol {claim.protocol} are not kept")
-        rows = rows[rows["protocol"] == claim.protocol]
+    if side.protocol:
+        if side.protocol not in set(table["protocol"]):
+            raise Missing(f"rows of the protocol {side.protocol} are not kept")
+        rows = rows[rows["protocol"] == side.protocol]
     found = rows[rows["budget"] == configuration.budget]
     lacking = sorted(set(cell.tasks) - set(found["task"]))
     if lacking or not cell.tasks:
         budgets = ", ".join(f"{budget:g}" for budget in sorted(rows["budget"].unique()))
         where = f" on {', '.join(lacking)}" if len(found) else f" (budgets there: {budgets})" if budgets else ""
-        raise Missing(f"no rows of {named(configuration)} at {configuration.budget:g}, length {claim.length}{where}")
+        of = f"{side.model}, {named(configuration)}" if side.model else named(configuration)
+        raise Missing(f"no rows of {of} at {configuration.budget:g}, length {claim.length}{where}")
+    if found["protocol"].nunique() > 1:
+        raise Missing("there are rows of several protocols, and the claim names none")
     return found
 
 
