@@ -15,12 +15,10 @@ import sys
 
 import torch
 
-from kvlib.anchored import ADAPTERS, bits, rows
+from kvlib.anchored import bits, here, rows
 from kvlib.anchored.arms import ARMS, BASES
 from kvlib.anchored.side_by_side import train_all
 from kvlib.anchored.train import gather
-from kvlib.core.adapters import FILE
-from kvlib.paths import MODELS
 
 STEPS = ("text", "rows", "train", "list", "bits")
 
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         elif step == "list":
             gather()
         else:
-            bits.main([n for n in names if any((folder / n / FILE).is_file() for folder in (ADAPTERS, MODELS))])
+            bits.main(here(names))
 
 
 if __name__ == "__main__":

@@ -65,22 +65,25 @@ def evaluate(
 @torch.no_grad()
 def score(method, asked: Asked, tokenizer) -> dict[str, list]:
     """Columns of `evaluate` with one entry per prompt, for one method."""
-    drawn, none = asked.drawn, [math.nan] * len(asked.drawn)
+    drawn, none, metric = asked.drawn, [math.nan] * len(asked.drawn), tasks.find(asked.drawn[0].task).metric
     with compressed(asked.prompts, method) as read:
-        logits = read.logits if asked.rest is None else read.follow(*asked.rest)
+        logits = asked.logits(read)
         found = costs(method, asked, read)
-        if tasks.find(drawn[0].task).metric == "similarity":
+        if metric == "similarity":
             texts = written(read, logits, asked, NEW_TOKENS, tokenizer, is_decided)
             judged = {"value": [tasks.score(*pair) for pair in zip(drawn, texts)], **dict.fromkeys(EXTRA, none)}
         else:
-            judged = fed(method, read, logits, asked, tokenizer)
+            judged = fed(method, read, logits, asked, tokenizer, metric == "bits")
     return {"divergence": none, "agreement": none, **judged, **found}
 
 
-def fed(method, read: Compressed, logits: torch.Tensor, asked: Asked, tokenizer) -> dict[str, list]:
-    """Value and `EXTRA` where the right answers are fed. logits: `(batch, vocabulary)` before them."""
-    anchor, bits = asked.anchor, tasks.find(asked.drawn[0].task).metric == "bits"
-    answers = asked.answers(tokenizer)
+def fed(method, read: Compressed, logits: torch.Tensor, asked: Asked, tokenizer, bits: bool) -> dict[str, list]:
+    """Value and `EXTRA` where the right answers are fed.
+
+    Args:
+        logits: `(batch, vocabulary)` before them. bits: is the value what they cost, or whether they are chosen?
+    """
+    anchor, answers = asked.anchor, asked.answers(tokenizer)
     targets = filled([[*answer, 0] for answer in answers], logits.device)  # what comes behind is asked for, too
     stepwise = anchor is None and one_by_one(method)  # with anchors one pass has the mask of many
     stepwise |= targets.shape[1] - 1 > min(asked.room)  # it would count what fills up shorter answers

@@ -67,6 +67,10 @@ class Asked:
         window = window_of(self.prompts.model)
         return [math.inf if window is None else window - count for count in self.counts]
 
+    def logits(self, read: Compressed) -> torch.Tensor:
+        """`(batch, vocabulary)`, when all of the prompts has been read; inside the block of `read`, once."""
+        return read.logits if self.rest is None else read.follow(*self.rest)
+
     def answers(self, tokenizer) -> list[list[int]]:
         """Ids of the right answers, with their anchors.
 

@@ -19,6 +19,7 @@ from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK
 from kvlib.lab.evaluation.prompts import Compressed, compressed, stored_per_row
 from kvlib.lab.functions import cut, run_all
+from kvlib.lab.functions.problems import Problem
 from kvlib.lab.tasks import Prompt
 
 EXTRA = ("outcome", "peak_bytes", "end_bytes")
@@ -58,18 +59,20 @@ def evaluate(
 @torch.no_grad()
 def score(method, asked: Asked, tokenizer) -> dict[str, list]:
     """Columns of `evaluate` with one entry per prompt, for one method."""
-    none = [math.nan] * len(asked.drawn)
+    none, problems = [math.nan] * len(asked.drawn), [problem_of(prompt) for prompt in asked.drawn]
+    return {"divergence": none, "agreement": none, **run_written(method, asked, problems, tokenizer)}
+
+
+def run_written(method, asked: Asked, problems: Sequence[Problem], tokenizer) -> dict[str, list]:
+    """Value, what it costs, and `EXTRA`, of what a model writes for problems with these prompts."""
     with compressed(asked.prompts, method) as read:
-        logits = read.logits if asked.rest is None else read.follow(*asked.rest)
+        logits = asked.logits(read)
         found, metered = costs(method, asked, read), Metered(read)
         texts = written(metered, logits, asked, NEW_TOKENS, tokenizer, is_complete)
         metered.note()
-    problems = [problem_of(prompt) for prompt in asked.drawn]
     outcomes = run_all(problems, [completion(text) for text in texts])
     return {
         "value": [float(outcome.passed) for outcome in outcomes],
-        "divergence": none,
-        "agreement": none,
         **found,
         "outcome": [outcome.kind for outcome in outcomes],
         "peak_bytes": metered.peak,
@@ -77,10 +80,14 @@ def score(method, asked: Asked, tokenizer) -> dict[str, list]:
     }
 
 
-def problem_of(prompt: Prompt):
-    """The problem of a prompt, which leaves out the newline behind the docstring."""
-    made = tasks.find(prompt.task).make(prompt.seed)
-    return replace(made, prompt=made.prompt.removesuffix("\n"))
+def problem_of(prompt: Prompt) -> Problem:
+    """The problem of a prompt."""
+    return without_newline(tasks.find(prompt.task).make(prompt.seed))
+
+
+def without_newline(problem: Problem) -> Problem:
+    """A problem whose prompt leaves out the newline behind the docstring: `kvlib.lab.tasks.written` says why."""
+    return replace(problem, prompt=problem.prompt.removesuffix("\n"))
 
 
 def completion(text: str) -> str:
