@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlib import checksums, paths
+from kvlib.anchored import LISTED
+from kvlib.anchored.arms import ARMS
 from kvlib.core import method as registry
 from kvlib.lab import statistics, tasks
 from kvlib.lab.claims import __main__ as command
@@ -1029,9 +1031,10 @@ def test_registered_claims(monkeypatch):
 
 
 def test_studies_have_the_cells_of_registered_claims(monkeypatch):
-    """Or a claim waits for rows that nobody makes."""
+    """Or a claim waits for rows that nobody makes; those of an arm are made when it has been trained."""
     monkeypatch.undo()
-    claims = read()
+    claims, trained = read(), pd.read_csv(LISTED)["arm"]
     assert all(claim.protocol and claim.samples and claim.tasks for claim in claims if claim.table)
     lacking = needed.lacking(needed.needed(claims), needed.held(STUDIES))
+    lacking = lacking[~lacking["model"].isin(set(ARMS) - set(trained))]
     assert lacking.empty, "\n".join(needed.listed(lacking))

@@ -1,5 +1,11 @@
-"""What the tables of the third lesson hold: arms of AnchorCoder, and a dense model at as many bytes."""
+"""What the tables of the third lesson hold: arms of AnchorCoder, and a dense model at as many bytes.
 
+Arms are those that `data/models/arms.csv` lists; of one that is trained later the tables get rows.
+"""
+
+import pandas as pd
+
+from kvlib.anchored import LISTED
 from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
@@ -16,13 +22,14 @@ CODE = ("code_bits", "next_line", "cross_file_line")
 LOOKED_UP = ("needle", "dict_lookup", "two_hop", *tasks.DISTANT)
 LENGTHS = {512: CODE, 1024: CODE, 2048: (*CODE, *LOOKED_UP), 3584: CODE}  # 3 584 tokens and anchors fit into 4 096
 SMOLLM2_LENGTHS = dict.fromkeys((1024, 2048, 4096), ("code_bits", "next_line"))
+TRAINED = [name for name in pd.read_csv(LISTED)["arm"] if ARMS[name].anchors != "none"]
 SAMPLES, FUNCTIONS = 200, 400
 WRITTEN = {512: ("function",)}  # the longest prompt and its reference have 433 of minilm's tokens
 
 
 def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
     """By length, models trained with anchors. tasks_of: by length."""
-    models = {name: samples for name, arm in ARMS.items() if arm.base == base and arm.anchors != "none"}
+    models = {name: samples for name in TRAINED if ARMS[name].base == base}
     return {
         length: Study(chosen, length, PLANTED, models, protocol="planted", measure=measure)
         for length, chosen in tasks_of.items()
