@@ -334,6 +334,17 @@ def write_solution(path: Path, source: str, name: str = "x-solution") -> None:
     file.write_text(files.to_text(files.normalise(files.read(file))))
 
 
+def test_a_lesson_that_is_too_large(lesson, monkeypatch):
+    root = lesson.parents[1]
+    running.run(lesson, "default")
+    outputs.publish(root)
+    monkeypatch.setattr(outputs, "MAX_BYTES", lesson.stat().st_size)
+    outputs.check(root)
+    monkeypatch.setattr(outputs, "MAX_BYTES", lesson.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"notebooks/77_toy.ipynb has \d+ bytes, more than \d+"):
+        outputs.check(root)
+
+
 def test_a_lesson_runs_with_its_solutions_and_is_stored_apart_from_them(lesson):
     root = lesson.parents[1]
     running.run(lesson, "default")
