@@ -12,7 +12,7 @@ import kvlib
 from kvlib.core.rotary import rotaries, rotate
 from kvlib.core.support import kv_heads
 from kvlib.lab.checks import tiny_model
-from kvlib.lab.lessons.exercises import lesson_03, lesson_03b
+from kvlib.lab.lessons.exercises import lesson_03, lesson_03b, lesson_03c
 from kvlib.methods.anchors import offsets
 
 # 03_anchorcoder
@@ -338,3 +338,47 @@ def test_right_rates_pass(capsys):
 )  # fmt: skip
 def test_wrong_rates(answer, message):
     refused(lesson_03b.check_emission, message, answer)
+
+
+# 03c_anchors_against_eviction
+
+
+def mcnemar(first, second, **wrong):
+    return tossed(*(sum(x > y for x, y in zip(*pair)) for pair in ((first, second), (second, first))), **wrong)
+
+
+def tossed(a, b, *, terms=None, factor=2, most=1.0):
+    terms = min(a, b) + 1 if terms is None else terms(a, b)
+    return a, b, min(most, factor * sum(math.comb(a + b, k) for k in range(terms)) / 2 ** (a + b))
+
+
+def of_all(first, second):
+    a, b, _ = mcnemar(first, second)
+    return a, b, tossed(a, len(first) - a)[2]
+
+
+def test_right_mcnemar_passes(capsys):
+    lesson_03c.check_mcnemar(mcnemar)
+    assert "mcnemar is right" in capsys.readouterr().out
+    assert mcnemar([1, 0, 0, 0, 0], [0, 1, 1, 1, 1]) == (1, 4, 0.375)  # as with a pencil
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda first, second: None, "mcnemar returned None: is there a `return`?"),
+        (lambda first, second: 0.5, "three values are expected, found 0.5"),
+        (lambda first, second: first.clear() or (0, 0, 1.0), "mcnemar changes its arguments, work on copies"),
+        (lambda first, second: mcnemar(second, first), "the first comes first"),
+        (lambda first, second: tossed(sum(first), sum(second)), "what both solve counts for neither"),
+        (lambda first, second: tossed(first.count(0), second.count(0)), "these are failures of each"),
+        (lambda first, second: mcnemar(first, second, factor=1), "both sides count: twice the tail"),
+        (lambda first, second: mcnemar(first, second, most=9.0), "p is at most 1"),
+        (lambda first, second: mcnemar(first, second, terms=min), "the tail goes up to the smaller count and has it"),
+        (lambda first, second: mcnemar(first, second, terms=max), "p = 0.45312 is expected, found 1.00000"),
+        (of_all, "problems that both or neither solve are left out"),
+        (lambda first, second: (*mcnemar(first, second)[:2], 2 - mcnemar(first, second)[2]), "not the larger"),
+    ],
+)
+def test_wrong_mcnemar_is_told_why(answer, message):
+    refused(lesson_03c.check_mcnemar, message, answer)
