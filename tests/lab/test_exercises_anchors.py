@@ -340,6 +340,40 @@ def test_wrong_rates(answer, message):
     refused(lesson_03b.check_emission, message, answer)
 
 
+def recall(scores, wanted):
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[: sum(wanted)]
+    return sum(wanted[i] for i in best) / sum(wanted)
+
+
+def best_of(count=sum, sign=-1):
+    """Another number of words, or the worst of them."""
+    return lambda s, w: sum(w[i] for i in sorted(range(len(s)), key=lambda i: sign * s[i])[: count(w)]) / sum(w)
+
+
+def test_right_recall_passes(capsys):
+    lesson_03b.check_recall(recall)
+    assert capsys.readouterr().out == "recall is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "recall returned None"),
+        (best_of(count=lambda wanted: 1), "not the best one alone"),
+        (best_of(sign=1), "the best words have the highest scores"),
+        (best_of(count=len), "is expected, found 1.000"),
+        (lambda s, w: recall(s, w) * sum(w) / len(w), "not of all words"),
+        (lambda s, w: recall(s, w) * sum(w), "a share, not a count"),
+        (lambda s, w: sum(x for x, score in zip(w, s) if score > 0.5) / sum(w), "not all that score above one half"),
+        (lambda s, w: sum(w[: sum(w)]) / sum(w), "these are the first words, not the best"),
+        (lambda s, w: float(recall(s, w) == 1), "that is 1 if all of them are found"),
+        (lambda s, w: recall([s.pop(), *s], w), "recall changes its arguments"),
+    ],
+)
+def test_wrong_recall(answer, message):
+    refused(lesson_03b.check_recall, message, answer)
+
+
 # 03c_anchors_against_eviction
 
 

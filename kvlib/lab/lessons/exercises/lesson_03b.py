@@ -2,7 +2,7 @@
 
 import math
 
-from kvlib.lab.checks import expect
+from kvlib.lab.checks import expect, number
 from kvlib.methods.anchors import offsets
 
 LINES = ((1, 8), (2, 8), (5, 8), (12, 8), (20, 3), (12, 32), (100, 8))  # tokens, heads
@@ -112,3 +112,39 @@ def check_emission(function) -> None:
 
 def close(one, other) -> bool:
     return all(math.isclose(x, y, abs_tol=1e-9) for x, y in zip(one, other))
+
+
+SCORED = (  # scores of words, and which of them stand in the line; the first tells all wrong ways apart
+    ([0.8, 0.0, 0.5, 0.2, 0.9, 0.4, 0.1], [1, 1, 1, 1, 1, 0, 0]),
+    ([0.9, 0.1, 0.8, 0.3], [1, 0, 0, 1]),
+    ([0.1, 0.7, 0.2, 0.6, 0.5], [0, 1, 0, 0, 0]),
+    ([-2.0, -0.1, -1.0, -3.0, -0.5, -0.2], [1, 1, 0, 0, 0, 0]),
+)
+
+
+def check_recall(function) -> None:
+    """`function(scores, wanted)`: the share of the wanted words among as many words as are wanted, the best first."""
+    for scores, wanted in SCORED:
+        given = [*scores], [*wanted]
+        found = number(function(*given), "recall")
+        expect(given == ([*scores], [*wanted]), "recall changes its arguments, work on copies")
+        ranked, count = sorted(range(len(scores)), key=lambda i, s=scores: -s[i]), sum(wanted)
+
+        def share(places, of=count, wanted=wanted):
+            return sum(wanted[place] for place in places) / of
+
+        expected = share(ranked[:count])
+        above = [place for place, score in enumerate(scores) if score > 0.5]
+        hints = {
+            "; of the wanted words that is a share, not of all words": share(ranked[:count], len(scores)),
+            "; as many words as the line has, not the best one alone": share(ranked[:1]),
+            "; the best words have the highest scores": share(ranked[::-1][:count]),
+            "; a share, not a count": share(ranked[:count], 1),
+            "; as many words as the line has, not all that score above one half": share(above),
+            "; these are the first words, not the best": share(range(count)),
+            "; that is 1 if all of them are found": float(share(ranked[:count]) == 1),
+        }
+        near = [hint for hint, other in hints.items() if abs(other - expected) > 1e-9 and abs(found - other) < 1e-9]
+        message = f"scores {scores}, wanted {wanted}: {expected:.3f} is expected, found {found:.3f}"
+        expect(abs(found - expected) < 1e-9, message + "".join(near[:1]))
+    print("recall is right")
