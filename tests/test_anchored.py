@@ -2,7 +2,10 @@
 
 import json
 import lzma
+import os
 import shutil
+import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache
 
@@ -213,6 +216,31 @@ def test_rows_depend_on_nothing_else(short, tmp_path, monkeypatch):
     rows.build("minilm", SCHEDULE, 1)
     for file in (short / "rows/minilm").iterdir():
         assert file.read_bytes() == (tmp_path / "rows/minilm" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_base_that_cannot_be_loaded(short, monkeypatch, everywhere):
+    """Rows are not waited for: it says why, or, where only the processes beside it fail, that they did."""
+    here, load = os.getpid(), kvlib.load
+
+    def broken(name):
+        if everywhere or os.getpid() != here:
+            raise OSError("no such weights")
+        return load(name)
+
+    def too_long(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(kvlib, "load", broken)
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        with pytest.raises(OSError if everywhere else BrokenProcessPool) as found:
+            rows.build("minilm", SCHEDULE, 2)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert str(found.value) == "no such weights" or not everywhere
 
 
 def test_text_that_is_missing(tmp_path, monkeypatch):

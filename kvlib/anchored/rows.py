@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import random
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -66,13 +67,16 @@ def build(base: str, schedule: Schedule, processes: int) -> None:
     if not TEXT.is_file():
         raise FileNotFoundError(f"{TEXT.name} is missing; make it with: python -m kvlib.anchored text")
     count, folder = schedule.first(schedule.steps), BUILD / "rows" / base
-    with multiprocessing.get_context("fork").Pool(processes, start, (base, schedule)) as pool:
+    context = multiprocessing.get_context("fork")
+    # Not `multiprocessing.Pool`, which starts processes for ever if `start` fails in them.
+    with ProcessPoolExecutor(processes, context, start, (base, schedule)) as pool:
         tables = [g for g in range(count) if KINDS[g % len(KINDS)] != "text"]
-        made = dict(zip(tables, tqdm(pool.imap(row, tables, chunksize=16), desc="rows", total=len(tables))))
-        writer = Writer(base)
+        drawn = pool.map(row, tables, chunksize=16)
+        writer = Writer(base)  # behind the fork, but before rows are waited for: here an error says what is wrong
+        made = dict(zip(tables, tqdm(drawn, desc="rows", total=len(tables))))
         texts = writer.texts(load_text(), (length_of(g, schedule) for g in range(count) if g not in made))
         made |= dict(zip((g for g in range(count) if g not in made), texts))
-        rows = pool.imap(both, (made[g] for g in range(count)), chunksize=64)
+        rows = pool.map(both, (made[g] for g in range(count)), chunksize=64)
         found = list(tqdm(rows, desc="tokens", total=count))
     folder.mkdir(parents=True, exist_ok=True)
     for name, each in zip(("lines", "plain"), zip(*found)):

@@ -250,7 +250,7 @@ def test_right_and_wrong_by_hand(tokenizer):
     assert anchored.text_of([one, newline, one], tokenizer, newline) == "11"  # an anchor that is no special token
 
 
-@pytest.mark.parametrize("task", ["code_bits", "needle"])
+@pytest.mark.parametrize("task", ["code_bits", "code_bits_unbroken", "needle"])
 def test_what_anchors_cost(tokenizer, planting, task):
     """Against one pass over text and answer."""
     table = anchored.evaluate(planting, tokenizer, PLANTED, task, LENGTH, range(3), name="", block=3)
@@ -276,7 +276,7 @@ def test_what_anchors_cost(tokenizer, planting, task):
                 others += 1
         assert row["missed"] == sum(missed) / len(missed) and row["spurious"] == sum(spurious) / others
         assert row["anchor_nats"] == pytest.approx(due)
-        if task == "code_bits":
+        if task != "needle":
             bit = math.log(2) * len(prompt.answer)
             assert row["value"] == pytest.approx(own / bit) and row["free_bits"] == pytest.approx(free / bit)
         else:
@@ -299,8 +299,9 @@ def test_choices_that_are_missed_and_invented():
     assert found["anchor_nats"] == pytest.approx([0.5, math.nan, 0.25], nan_ok=True)
 
 
-def test_every_model_reads_the_same_text(tokenizer, dense, planting):
-    drawn = [tasks.sample("cross_file_line", LENGTH, n, tokenizer=tokenizer) for n in range(2)]
+@pytest.mark.parametrize("task", ["cross_file_line", *tasks.UNBROKEN])
+def test_every_model_reads_the_same_text(tokenizer, dense, planting, task):
+    drawn = [tasks.sample(task, LENGTH, n, tokenizer=tokenizer) for n in range(2)]
     texts = []
     for model in (dense, planting):
         asked = arms.asked_of(model, tokenizer, drawn)

@@ -255,7 +255,7 @@ def test_rows_of_a_batch_are_written_as_alone(method, ends):
     assert len({*lengths}) > 3, "rows that end together test nothing"
 
 
-@pytest.mark.parametrize("task", ["next_line", "cross_file_line"])
+@pytest.mark.parametrize("task", ["next_line", "cross_file_line", "next_line_unbroken"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_lines_are_judged_by_what_is_generated(small, task, protocol):
     model, tokenizer = small
@@ -273,7 +273,7 @@ def test_lines_are_judged_by_what_is_generated(small, task, protocol):
 READERS = [Configuration("h2o", 0.3), Configuration("snapkv", 0.3), Configuration("full", 1.0)]
 
 
-@pytest.mark.parametrize("task", ["code_bits", "prose_bits", "summary"])
+@pytest.mark.parametrize("task", ["code_bits", "code_bits_unbroken", "prose_bits", "summary"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_needs_no_label_token_by_token(small, task, protocol):
     """Bits of the text that follows, and how far a method is from the full cache along it or along its own answer."""

@@ -6,15 +6,21 @@ import json
 import re
 import token
 import tokenize
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvlib.lab.tasks import COMPLETIONS, Prompt, lines, sample
-from kvlib.lab.tasks.prompt import boundary
+import kvlib
+from kvlib.anchored.arms import line_ends
+from kvlib.lab.evaluation import arms
+from kvlib.lab.evaluation.metrics import is_decided
+from kvlib.lab.tasks import COMPLETIONS, UNBROKEN, Prompt, completions, lines, sample, score
+from kvlib.lab.tasks.prompt import begin, boundary
+from kvlib.methods.anchors import anchored
 from kvlib.paths import DATA, MODELS
 
 FILES = [json.loads(line) for line in (DATA / "heldout" / "code.jsonl").open()]
@@ -235,7 +241,7 @@ def test_enough_lines_for_the_longest_prompts():
 def merging(words: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose tokens may span lines, or only blank space: what is met with other people's models."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=words)
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False, use_regex=words), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
     source = FILES[0]["text"] + FILES[40]["text"]
@@ -276,3 +282,116 @@ def test_as_many_lines_as_hold_64_tokens_are_foretold():
         *but_last, last = drawn.answer.splitlines(keepends=True)
         assert drawn.answer.endswith("\n") and last
         assert count("".join(but_last)) < 64 <= count(drawn.answer)
+
+
+# Behind prompts that end before a newline
+
+
+def real():
+    return kvlib.load("smollm2")[1]
+
+
+TOKENIZERS = {"minilm": tokenizer, "merging": lambda: merging(words=True), "smollm2": real}
+JOINED = [("minilm", 512), ("minilm", 2048), ("merging", 512), ("merging", 1024), ("smollm2", 1024)]
+
+
+@pytest.fixture(scope="module", params=JOINED, ids=lambda given: "{} {}".format(*given))
+def unbroken(request) -> tuple:
+    """A tokenizer, a length, and the prompts of both families by seed."""
+    name, tokens = request.param
+    made = TOKENIZERS[name]()
+    seeds = (*range(20), 500)  # so many lines later the two families ask for others
+    return made, tokens, {seed: [sample(task, tokens, seed, tokenizer=made) for task in UNBROKEN] for seed in seeds}
+
+
+def own(drawn: Prompt, tokenizer) -> str:
+    """The prompt without the text of its first token."""
+    return drawn.text.removeprefix(begin(tokenizer))
+
+
+def fed(drawn: Prompt) -> Prompt:
+    """With all that a model writes up to the end of the line as its answer, the newlines before it too."""
+    if drawn.task == "code_bits_unbroken":
+        return drawn
+    before, _ = completions.cut(next(line for line in lines.next_lines() if ends_at(drawn, line)))
+    return replace(drawn, answers=(before[len(before.rstrip()) :] + drawn.answer,))
+
+
+def ends_at(drawn: Prompt, line: lines.Line) -> bool:
+    """Whether it is this line that a prompt asks for."""
+    text = FILES[line.file]["text"]
+    return text[: line.at].rstrip().endswith(drawn.text[-200:]) and text[line.at :].startswith(drawn.answer + "\n")
+
+
+def test_the_same_lines_as_behind_a_newline(unbroken):
+    """By seed; all is text of a file, without a gap; neither prompt nor answer ends in whitespace."""
+    tokenizer, tokens, samples = unbroken
+    for seed, both in samples.items():
+        for drawn in both:
+            broken = sample(drawn.task.removesuffix("_unbroken"), tokens, seed, tokenizer=tokenizer)
+            text, answer = own(drawn, tokenizer), fed(drawn).answer
+            assert text == text.rstrip() and not drawn.answer[-1].isspace() and answer.startswith("\n")
+            assert any(text + answer + "\n" in each for each in TEXTS.values())
+            assert (broken.text + broken.answer).rstrip().endswith(text[-500:] + answer)
+            assert drawn.answer.strip().endswith(broken.answer.strip())
+            assert drawn.answer == broken.answer or drawn.task == "code_bits_unbroken"
+            assert 0 <= tokens - drawn.length <= 8 + tokens // 50
+
+
+def test_no_token_spans_an_end_whether_lines_are_joined_or_not(unbroken):
+    """Not that of the prompt and not that of the answer; with anchors and without the same text is asked for."""
+    tokenizer, _, samples = unbroken
+    settings = {"anchor": len(tokenizer), "ends": line_ends(tokenizer), "longest": 96}
+    for drawn in map(fed, chain(*samples.values())):
+        answer = drawn.answer_ids(tokenizer)
+        whole = tokenizer(drawn.text + drawn.answer, add_special_tokens=False).input_ids
+        assert [*chain(*drawn.ids(tokenizer)), *answer] == whole
+        more = tokenizer(drawn.text + drawn.answer + "\n    x", add_special_tokens=False).input_ids
+        assert more[: len(whole)] == whole
+        prompt, behind = anchored(drawn.text, tokenizer, settings), arms.behind(drawn, tokenizer, settings)
+        assert prompt + behind == anchored(drawn.text + drawn.answer, tokenizer, settings)
+        assert tokenizer.decode(answer) == drawn.answer == without(settings["anchor"], behind, tokenizer)
+        assert tokenizer.decode([*chain(*drawn.ids(tokenizer))]) == without(settings["anchor"], prompt, tokenizer)
+        assert behind.count(settings["anchor"]) >= drawn.answer.count("\n")
+
+
+def without(anchor: int, ids: list[int], tokenizer) -> str:
+    return tokenizer.decode([each for each in ids if each != anchor])
+
+
+def test_newlines_before_the_line_are_not_judged():
+    """And decide nothing: what is written goes on to the end of the line."""
+    for seed in range(30):
+        drawn = sample("next_line_unbroken", 512, seed, tokenizer=tokenizer())
+        text = fed(drawn).answer
+        assert text != drawn.answer
+        for written in (text, "\n\n\n" + text, drawn.answer):
+            assert score(drawn, written) == score(drawn, written + "\n") == score(drawn, written + "\nx = 1") == 1
+            assert not any(is_decided((written + "\n")[:end]) for end in range(len(written) + 1))
+            assert is_decided(written + "\n")
+        assert 0 < score(drawn, text[:-2]) < 1 and score(drawn, "\n") == 0
+        assert score(drawn, "\n    # x\n" + drawn.answer) == 1  # a comment is passed over, here as everywhere
+        assert score(drawn, "~\n" + drawn.answer) < 1  # but not what goes on in the prompt's line
+
+
+def test_tokenizers_that_join_the_end_of_a_line_are_refused():
+    """Of which a token spans an end of the prompt or of the answer; nothing else is."""
+    alphabet = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE({**alphabet, ")Ċ": len(alphabet)}, [(")", "Ċ")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(False, use_regex=False)
+    joining = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    assert joining.tokenize("f(x)\n")[-2:] == ["x", ")Ċ"]
+    seen, choices = set(), (completions.fitting, completions.continued)
+    for seed in range(40):
+        for task, choose in zip(("next_line_unbroken", "code_bits_unbroken"), choices):
+            line = choose(1024, joining)[seed]
+            text = FILES[line.file]["text"]
+            asked = text[line.at : completions.end_of_answer(line, joining)].rstrip()
+            ends = text[: line.at].rstrip()[-1] == ")", task == "code_bits_unbroken" and asked[-1] == ")"
+            seen.add((task, *ends))
+            if any(ends):
+                with pytest.raises(ValueError, match="a token spans the beginning of '.n"):
+                    sample(task, 1024, seed, tokenizer=joining)
+            else:
+                sample(task, 1024, seed, tokenizer=joining)
+    assert len(seen) == 6

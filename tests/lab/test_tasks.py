@@ -29,6 +29,7 @@ from kvlib.lab.tasks import (
     FAMILIES,
     PROBES,
     SHORTEST,
+    UNBROKEN,
     Draw,
     Filler,
     Prompt,
@@ -45,7 +46,7 @@ from kvlib.minilm.tokenizer import encode
 from kvlib.paths import DATA, MODELS
 
 CODE = [name for name, family in FAMILIES.items() if family.group == "code"]
-REAL = [*CODE, *COMPLETIONS, "code_bits"]
+REAL = [*CODE, *COMPLETIONS, "code_bits", *UNBROKEN]
 PLANTED = [name for name in (*FAMILIES, *DROPPED, *PROBES) if name not in CODE]
 TRAINED = [name for name in PLANTED if tasks.find(name).trained]
 FITTING = 192  # tokens in which there is a place for the facts of every task
@@ -113,8 +114,9 @@ def test_the_families_and_what_stands_beside_them():
     assert set(COMPLETIONS) == {"next_line", "cross_file_line"}
     assert set(tasks.LABEL_FREE) == {"code_bits", "prose_bits", "summary"}
     assert set(tasks.DISTANT) == {f"distance_{lines}" for lines in DISTANCES}
-    assert set(tasks.WRITTEN) == {"function"}
-    kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, tasks.DISTANT, tasks.WRITTEN, tasks.LABEL_FREE, natural.FAMILIES)
+    assert set(tasks.WRITTEN) == {"function"} and set(UNBROKEN) == {"next_line_unbroken", "code_bits_unbroken"}
+    beside = (tasks.DISTANT, tasks.WRITTEN, tasks.LABEL_FREE, UNBROKEN)
+    kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, *beside, natural.FAMILIES)
     assert sum(map(len, kinds)) == len(tasks.CATALOGUE) and set().union(*kinds) == set(tasks.CATALOGUE)
     for name, family in tasks.CATALOGUE.items():
         assert tasks.find(name) is family and family.name == name
@@ -658,7 +660,7 @@ def test_facts_of_tests_stand_at_no_end():
     assert min(depths) > 0 and max(depths) < 1
 
 
-@pytest.mark.parametrize("task", [*PLANTED, *CODE, *COMPLETIONS])
+@pytest.mark.parametrize("task", [*PLANTED, *CODE, *COMPLETIONS, "next_line_unbroken"])
 def test_the_question_is_the_last_line(task):
     """All of it but its last token, which is fed when a cache has been compressed."""
     drawn = sample(task, 600, 3, tokenizer=tokenizer())

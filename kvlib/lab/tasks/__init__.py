@@ -11,11 +11,12 @@ a right answer was read from the prompt. Two of them complete identifiers of rea
 of `count` is a digit, chosen before anything is evicted; `override` the models answer worse than somebody who guesses.
 
 `PROBES` and `COMPLETIONS` (of whole lines) stand beside the families, `LABEL_FREE` has no answer that is right;
-`DISTANT` is one probe at each of its distances, `WRITTEN` functions that are run.
+`DISTANT` is one probe at each of its distances, `WRITTEN` functions that are run. `UNBROKEN` are lines and bits behind
+prompts that end before the newline.
 """
 
 from kvlib.lab.tasks import single_document, multi_document, aggregation, few_shot, synthetic, code, probes, completions  # noqa: F401, I001
-from kvlib.lab.tasks import natural, written  # noqa: F401
+from kvlib.lab.tasks import natural, unbroken, written  # noqa: F401
 from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS, Family, find
 from kvlib.lab.tasks.composing import Draft, Filler, compose, filler
 from kvlib.lab.tasks.natural.passed import PASSED
@@ -34,10 +35,10 @@ DROPPED = {name: find(name) for name in ("count", "override")}
 FAMILIES = {name: family for name, family in of_group(*GROUPS).items() if name not in {*natural.FAMILIES, *DROPPED}}
 NATURAL = {name: find(name) for name in PASSED}
 PROBES, COMPLETIONS, LABEL_FREE = of_group("probe"), of_group("completion"), of_group("label-free")
-DISTANT, WRITTEN = of_group("distance"), of_group("function")
+DISTANT, WRITTEN, UNBROKEN = of_group("distance"), of_group("function"), of_group("unbroken")
 
 __all__ = [
     "CATALOGUE", "COMPLETIONS", "DISTANT", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES",
-    "SHORTEST", "WRITTEN", "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler", "find",
-    "judge", "new_tokens", "sample", "score",
+    "SHORTEST", "UNBROKEN", "WRITTEN", "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft", "filler",
+    "find", "judge", "new_tokens", "sample", "score",
 ]  # fmt: skip
