@@ -977,6 +977,8 @@ def test_sides_of_two_tables(judged, tmp_path, monkeypatch):
     del compare["second"]["protocol"]
     row = judged(of_arm("minilm-T-4", 25), compare=compare, **(ARM | {"protocol": ""}))
     assert row["reason"] == "there are rows of several protocols, and the claim names none"
+    compare["first"]["protocol"] = "planted"  # one side is not enough
+    assert judged(of_arm("minilm-T-4", 25), compare=compare, **(ARM | {"protocol": ""}))["reason"] == row["reason"]
     row = judged(of_arm("minilm-T-4", 25), compare=compare, **ARM)
     assert row["reason"] == "rows of the protocol planted are not kept"
 

@@ -47,8 +47,7 @@ def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, side: Sid
     """The rows of one side on the tasks of a cell; `model` is the claim's, if the side has none of its own.
 
     Raises:
-        Missing: if a task has none, naming the budgets that there are; if the table has none of the protocol, or of
-            several where neither the side nor the claim names one.
+        Missing: if a task has none, naming the budgets that there are; if the table has none of the protocol.
     """
     configuration, model = side.configuration, side.model or model
     rows = table[
@@ -68,8 +67,6 @@ def rows_of(table: pd.DataFrame, claim: Claim, model: str, cell: Cell, side: Sid
         where = f" on {', '.join(lacking)}" if len(found) else f" (budgets there: {budgets})" if budgets else ""
         of = f"{side.model}, {named(configuration)}" if side.model else named(configuration)
         raise Missing(f"no rows of {of} at {configuration.budget:g}, length {claim.length}{where}")
-    if found["protocol"].nunique() > 1:
-        raise Missing("there are rows of several protocols, and the claim names none")
     return found
 
 
