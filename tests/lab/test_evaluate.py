@@ -186,11 +186,9 @@ def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
     for (model, *cell, _, _, _), rows in table.groupby(evaluate.CELL):
         configuration = next(each for each in study.everything if each == Configuration(*cell))  # 128 and not 128.0
         assert sorted(rows["sample"]) == [*range(study.samples(model, configuration))]
-        if study.measure == "anchored":
-            assert (
-                rows["stored_bytes"] <= 1.15 * rows["full_bytes"]
-            ).all()  # an anchor for every seventh token or less
-        elif isinstance(configuration.make(), kvlib.Reader):
+        if study.measure in ("anchored", "functions"):
+            continue  # test_arms_tables.py
+        if isinstance(configuration.make(), kvlib.Reader):
             assert (rows["stored_bytes"] == rows["full_bytes"]).all()
             most = smollm2_most(configuration, rows["full_bytes"])
             if model == "smollm2" and most is not None:

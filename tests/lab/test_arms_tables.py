@@ -1,0 +1,43 @@
+"""The shipped tables of AnchorCoder's arms: what is stored follows from schedules and texts, to the byte."""
+
+import pandas as pd
+import pytest
+
+from kvlib import paths
+from kvlib.lab.lessons import arms
+from kvlib.lab.results.anchored_studies import LENGTHS
+
+TOKEN_BYTES = 16 * 8 * 2 * 32 * 4  # of minilm: layers, KV heads, keys and values, head_dim, float32
+ARMS = [f"03_arms_{length}" for length in LENGTHS] + ["03_functions_arms"]
+
+
+def stored(*names: str) -> pd.DataFrame:
+    """Bytes at the end of the prompts, one row per task and prompt, one column per contender, and those of the text."""
+    rows = arms.contenders(pd.read_parquet(paths.RESULTS / f"{name}.parquet") for name in names)
+    table = rows.pivot_table(index=["task", "length", "sample"], columns="contender", values="stored_bytes")
+    return table.assign(text=rows.groupby(["task", "length", "sample"])["full_bytes"].first())
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_arms_of_a_schedule_store_the_same_and_fewer_full_layers_less(name):
+    table = stored(name)
+    for other in ("T-4", "TM-4", "TL-4", "TML-4-seed1"):
+        assert table[other].equals(table["TML-4"].rename(other))
+    assert table["AnLLM"].equals(table["T0"].rename("AnLLM"))
+    ordered = table[["D2", "text", "TML-4", "TML-6", "TML-8", "T0"]]
+    assert (ordered.diff(axis=1).iloc[:, 1:] < 0).all(axis=None)
+    anchors = (table["D2"] - table["text"]) / TOKEN_BYTES  # every layer of D2 keeps them and the text
+    assert (anchors == anchors.round()).all()
+    own = table["T0"] / TOKEN_BYTES - anchors  # BOS, and the tokens of a line that has not ended
+    for full, arm in ((4, "TML-4"), (3, "TML-6"), (2, "TML-8")):
+        expected = (full * (table["text"] / TOKEN_BYTES + anchors) + (16 - full) * (anchors + own)) / 16
+        assert (expected * TOKEN_BYTES == table[arm]).all()
+
+
+@pytest.mark.parametrize("per", [4, 6])
+@pytest.mark.parametrize("name", ARMS)
+def test_other_methods_store_as_much_but_for_less_than_a_token(name, per):
+    table = stored(name, name.replace("arms", f"dense_per{per}")).dropna()
+    less = table[[f"TML-{per}"]].to_numpy() - table[["h2o", "vatp (host=h2o)", "snapkv", "random", "streaming_llm"]]
+    assert len(table) and (less >= 0).all(axis=None) and (less < TOKEN_BYTES).all(axis=None)
+    assert (table["full"] == table["text"]).all()
