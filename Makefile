@@ -59,7 +59,7 @@ check: $(INSTALLED)  ## see in seconds whether tables, means, claims and verdict
 	@$(PYTHON) -m kvlib.lab.results --check
 	@$(PYTHON) -m kvlib.lab.claims --check
 
-test: $(INSTALLED) $(FETCHED)  ## run the tests, the first notebook of every subject in the smoke profile included
+test: $(INSTALLED) $(FETCHED)  ## run the tests, three notebooks in the smoke profile included
 	$(PYTHON) -m pytest -n 2
 
 test-deep: $(INSTALLED)  ## run what takes long: thousands of random cases a method, later notebooks; keeps tests/test-deep.log
