@@ -16,6 +16,7 @@ from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, Revision, cells_of
+from kvlib.lab.claims.samples import MEASURES
 from kvlib.lab.results.studies import STUDIES
 from kvlib.nearest import unknown
 
@@ -31,7 +32,6 @@ EVIDENCE = {  # what was read
 }
 INDEPENDENT = ("smollm2", "minilm")
 STATISTICS = ("mean", "mean_difference", "ratio", "win_count")
-MEASURES = ("value", "exact", "stored", "read", "prefill")
 PRIMARY = ("mean over tasks", "every task", "some task", "every budget", "some budget")
 REQUIRED = ("id", "paper", "claim", "evidence", "registered")
 DESCRIBING = (*REQUIRED, "arxiv", "published", "note", "front")
@@ -196,8 +196,10 @@ def sides(entry: dict, known: set[str]) -> tuple[dict, ...]:
         require(isinstance(side, dict) and "method" in side, f"a side needs a method: {side!r}")
         for field in side:
             one_of("field", field, SIDE)
-        one_of("model", side.get("model", "minilm-D1"), ARMS)
-        one_of("table", side.get("table", entry["table"]), known)
+        if "model" in side:
+            one_of("model", side["model"], ARMS)
+        if "table" in side:
+            one_of("table", side["table"], known)
         require(isinstance(side.get("protocol", ""), str), f"protocol is {side.get('protocol')!r}, not a text")
         require("budget" in side or open_budget, f"{side['method']} needs a budget")
     require(not open_budget or any("budget" not in side for side in found), "no side leaves its budget to `budgets`")
