@@ -19,10 +19,12 @@ AS_MANY_BYTES = (
     *with_arguments("vatp", (1.0,), host="h2o"),
 )
 CODE = ("code_bits", "next_line", "cross_file_line")
-LOOKED_UP = ("needle", "dict_lookup", "two_hop", *tasks.DISTANT)
-LENGTHS = {512: CODE, 1024: CODE, 2048: (*CODE, *LOOKED_UP), 3584: CODE}  # 3 584 tokens and anchors fit into 4 096
+LOOKED_UP = ("needle", "dict_lookup", "two_hop")
+# 3 584 tokens and anchors fit into 4 096.
+LENGTHS = {512: CODE, 1024: CODE, 2048: (*CODE, *LOOKED_UP, *tasks.DISTANT), 3584: CODE}
 # SmolLM2's tokenizer joins newlines and indentation, for arms without anchors only: no prompt may end there.
-SMOLLM2_LENGTHS = dict.fromkeys((1024, 2048, 4096), ("code_bits_unbroken", "next_line_unbroken"))
+UNBROKEN = ("code_bits_unbroken", "next_line_unbroken")
+SMOLLM2_LENGTHS = {1024: UNBROKEN, 2048: (*UNBROKEN, *LOOKED_UP), 4096: UNBROKEN}
 TRAINED = [name for name in pd.read_csv(LISTED)["arm"] if ARMS[name].anchors != "none"]
 SAMPLES, FUNCTIONS = 200, 400
 WRITTEN = {512: ("function",)}  # the longest prompt and its reference have 433 of minilm's tokens
