@@ -466,21 +466,26 @@ def test_a_table_of_bits_grows(finished, small, monkeypatch):
 # What is shipped
 
 
+SHIPPED = [pytest.param("minilm-TML-4", 12, id="minilm-TML-4"), pytest.param("smollm2-TML-6", 5, id="smollm2-TML-6")]
+
+
 @cache
-def shipped():
-    model, tokenizer = kvlib.load("minilm-TML-4")
+def shipped(name: str):
+    model, tokenizer = kvlib.load(name)
     return model.double(), tokenizer
 
 
-def prompt(lines: int) -> torch.Tensor:
-    model, tokenizer = shipped()
+def prompt(name: str, lines: int) -> torch.Tensor:
+    model, tokenizer = shipped(name)
     text = "".join(split(heldout_files()[2]["text"])[40 : 40 + lines])
     return torch.tensor([tokenizer("").input_ids + anchored(text[:-3], tokenizer, model.config.anchorcoder)])
 
 
-def test_the_shipped_model_decodes_as_it_was_trained():
+@pytest.mark.parametrize(("name", "lines"), SHIPPED)
+def test_shipped_models_decode_as_they_were_trained(name, lines):
     """Logits of the training's masks = prompt at once = in chunks = token by token, with what was freed gone."""
-    (model, _), ids = shipped(), prompt(12)
+    (model, _), ids = shipped(name), prompt(name, lines)
+    config, per = model.config, model.config.anchorcoder["per"]
     with torch.no_grad(), training(model, kvlib.method("anchorcoder")):
         expected = model(ids, use_cache=False).logits
     for sizes in ([ids.shape[1]], [30, 1, 25, ids.shape[1] - 56], [1] * ids.shape[1]):
@@ -491,27 +496,35 @@ def test_the_shipped_model_decodes_as_it_was_trained():
                 cache = out.past_key_values
                 logits.append(out.logits)
             torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-9)
-            marked = [0, *(ids[0] == ANCHOR).nonzero()[:, 0].tolist()]
-            kept = [*marked, *range(marked[-1] + 1, ids.shape[1])]
-            for layer in range(16):
-                found = kept if layer % 4 else [*range(ids.shape[1])]
-                assert run.kept(layer)[0][0].tolist() == found
-            assert run.stored_bytes() == (4 * ids.shape[1] + 12 * len(kept)) * 2 * 8 * 32 * 8
+            anchors = (ids[0] == config.anchorcoder["anchor"]).nonzero()[:, 0].tolist()
+            kept = [*({0} - {*anchors} if begins(name) else ()), *anchors, *range(anchors[-1] + 1, ids.shape[1])]
+            full = len(range(0, config.num_hidden_layers, per))
+            for layer in range(config.num_hidden_layers):
+                assert run.kept(layer)[0][0].tolist() == (kept if layer % per else [*range(ids.shape[1])])
+            entries = full * ids.shape[1] + (config.num_hidden_layers - full) * len(kept)
+            assert run.stored_bytes() == entries * 2 * config.num_key_value_heads * config.head_dim * 8
 
 
-def test_the_shipped_model_writes_anchors_where_lines_end():
-    (model, _), ids = shipped(), prompt(4)
+def begins(name: str) -> bool:
+    """Whether a model's texts begin with a token that stays."""
+    return bool(shipped(name)[1]("").input_ids)
+
+
+@pytest.mark.parametrize("name", ["minilm-TML-4", "smollm2-TML-6"])
+def test_shipped_models_write_anchors_where_lines_end(name):
+    (model, _), ids = shipped(name), prompt(name, 4)
     with kvlib.method("anchorcoder")(model):
         written = model.generate(ids, max_new_tokens=40, do_sample=False)[0]
-    ends = set(model.config.anchorcoder["ends"])
-    behind = [b == ANCHOR for a, b in zip(written[:-1].tolist(), written[1:].tolist()) if a in ends]
+    anchor, ends = model.config.anchorcoder["anchor"], set(model.config.anchorcoder["ends"])
+    behind = [b == anchor for a, b in zip(written[:-1].tolist(), written[1:].tolist()) if a in ends]
     assert len(behind) >= 4 and all(behind)
-    assert sum(written == ANCHOR) == len(behind)
+    assert sum(written == anchor) == len(behind)
 
 
-def test_what_the_shipped_model_is():
-    (model, tokenizer), listed = shipped(), pd.read_csv(kvlib.paths.MODELS / "arms.csv").set_index("arm")
-    assert model.config.anchorcoder == arms.settings(ARMS["minilm-TML-4"], tokenizer, 16)
+@pytest.mark.parametrize("name", ["minilm-TML-4", "smollm2-TML-6"])
+def test_what_shipped_models_are(name):
+    (model, tokenizer), listed = shipped(name), pd.read_csv(kvlib.paths.MODELS / "arms.csv").set_index("arm")
+    assert model.config.anchorcoder == arms.settings(ARMS[name], tokenizer, model.config.num_hidden_layers)
     assert model.config.anchorcoder["longest"] == LONGEST
-    file = kvlib.paths.MODELS / "minilm-TML-4" / adapters.FILE
-    assert listed.loc["minilm-TML-4", "sha256"] == kvlib.checksums.digest(file)
+    file = kvlib.paths.MODELS / name / adapters.FILE
+    assert listed.loc[name, "sha256"] == kvlib.checksums.digest(file)

@@ -42,6 +42,7 @@ HELD_OUT = ("attrs", "beautifulsoup4", "click", "jinja2", "requests")  # permiss
 CODE_BYTES = 285_000_000  # 94 M tokens with the prose: 47 MiB compressed, and 50 is the most that may travel
 PACKAGE_BYTES = 3_000_000  # of code, a hundredth; uncapped, a few large packages would crowd out the many ordinary ones
 PROSE_SHARE = 0.05  # of the code, in bytes
+LATER = ("peft",)  # in the lock since texts were drawn from it; with them, whatever is drawn again would be others
 LONGEST_LINE = 400  # characters; longer lines are data, not code
 LARGEST_FILE = 262_144  # bytes
 SMALLEST_FILE = 3_000  # characters, in training: smaller ones are 5 % of the text, mostly imports, in 38 % of the files
@@ -122,9 +123,9 @@ def wheel(name: str, version: str) -> Path | None:
 
 
 def distributions() -> Iterator[tuple[str, Distribution]]:
-    """Every distribution in the lock that is installed, then every downloaded one."""
+    """Every distribution in the lock that is installed, but for `LATER`, then every downloaded one."""
     lock = (ROOT / "requirements.lock").read_text()
-    for name in sorted(set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE))):
+    for name in sorted({*re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)} - {*LATER}):
         with contextlib.suppress(PackageNotFoundError):  # pinned for another platform
             yield name, importlib.metadata.distribution(name)
     for name, path in wheels().items():

@@ -5,10 +5,12 @@ import pytest
 
 from kvlib import paths
 from kvlib.lab.lessons import arms
-from kvlib.lab.results.anchored_studies import LENGTHS
+from kvlib.lab.results.anchored_studies import LENGTHS, SMOLLM2_LENGTHS
 
 TOKEN_BYTES = 16 * 8 * 2 * 32 * 4  # of minilm: layers, KV heads, keys and values, head_dim, float32
 ARMS = [f"03_arms_{length}" for length in LENGTHS] + ["03_functions_arms"]
+REAL_TOKEN_BYTES = 30 * 3 * 2 * 64 * 4  # of SmolLM2
+REAL_ARMS = [f"03_real_arms_{length}" for length in SMOLLM2_LENGTHS] + ["03_real_functions_arms"]
 
 
 def stored(*names: str) -> pd.DataFrame:
@@ -41,3 +43,22 @@ def test_other_methods_store_as_much_but_for_less_than_a_token(name, per):
     less = table[[f"TML-{per}"]].to_numpy() - table[["h2o", "vatp (host=h2o)", "snapkv", "random", "streaming_llm"]]
     assert len(table) and (less >= 0).all(axis=None) and (less < TOKEN_BYTES).all(axis=None)
     assert (table["full"] == table["text"]).all()
+
+
+@pytest.mark.parametrize("name", REAL_ARMS)
+def test_arms_of_smollm2_store_five_of_thirty_layers_whole(name):
+    table = stored(name)
+    assert table["T-6"].equals(table["TML-6"].rename("T-6")) and (table["TML-6"] < table["text"]).all()
+    tokens = table["D2"] / REAL_TOKEN_BYTES  # with anchors, read line by line
+    kept = (table["TML-6"] / REAL_TOKEN_BYTES - 5 / 30 * tokens) * 30 / 25  # in the others: anchors, the last line
+    assert ((kept - kept.round()).abs() < 1e-6).all() and (kept < tokens / 2).all() and (kept >= 1).all()
+
+
+@pytest.mark.parametrize("name", REAL_ARMS)
+def test_other_methods_on_smollm2_store_as_much_and_a_token_at_most(name):
+    """Their budget counts a first token that stays in 25 layers of 30, which SmolLM2, that begins without BOS, frees."""
+    table = stored(name, name.replace("arms", "dense"))
+    assert len(table) == len(stored(name)) and (table["full"] == table["text"]).all()
+    less = table[["TML-6"]].to_numpy() - table[["h2o", "vatp (host=h2o)", "snapkv", "random", "streaming_llm"]]
+    less = less / REAL_TOKEN_BYTES + 25 / 30
+    assert (less > -1e-6).all(axis=None) and (less < 1).all(axis=None)

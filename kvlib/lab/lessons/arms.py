@@ -28,6 +28,7 @@ LOOKS = {  # of arms: colour, marker, dash; greens, that of AnchorCoder for the 
     "TM-4": ("#5cbd9d", "<", "--"),
     "TL-4": ("#3fa98a", ">", "--"),
     "TML-4": (COLORS[ARM], "P", "-"),
+    "T-6": ("#66b39b", "^", "--"),
     "TML-6": ("#02704f", "X", "-"),
     "TML-8": ("#014a34", "d", "-"),
     "T0": ("#8aa800", "D", "-."),
@@ -139,3 +140,17 @@ def lines(axes, table: pd.DataFrame, contenders: Sequence[str], scale: float = 1
     axes.set(xscale="log", xlabel="tokens of the prompt")
     axes.set_xticks(lengths, [f"{length:,}".replace(",", " ") for length in lengths])
     axes.minorticks_off()
+
+
+def points(axes, table: pd.DataFrame) -> None:
+    """A value with its interval per contender, the first one on top.
+
+    Args:
+        table: of `changes`; its labels are contenders.
+    """
+    for place, (contender, row) in enumerate(table.iterrows()):
+        errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        axes.errorbar(row["value"], place, xerr=errors, capsize=3, **look(contender) | {"linestyle": ""})
+    axes.axvline(0, color="black", linewidth=1, linestyle=":")
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_yticks(range(len(table)), [look(name)["label"] for name in table.index])
