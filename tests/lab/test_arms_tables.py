@@ -55,10 +55,8 @@ def test_arms_of_smollm2_store_five_of_thirty_layers_whole(name):
 
 
 @pytest.mark.parametrize("name", REAL_ARMS)
-def test_other_methods_on_smollm2_store_as_much_and_a_token_at_most(name):
-    """Their budget counts a first token that stays in 25 layers of 30, which SmolLM2, that begins without BOS, frees."""
+def test_other_methods_on_smollm2_store_as_much_but_for_less_than_a_token(name):
     table = stored(name, name.replace("arms", "dense"))
     assert len(table) == len(stored(name)) and (table["full"] == table["text"]).all()
     less = table[["TML-6"]].to_numpy() - table[["h2o", "vatp (host=h2o)", "snapkv", "random", "streaming_llm"]]
-    less = less / REAL_TOKEN_BYTES + 25 / 30
-    assert (less > -1e-6).all(axis=None) and (less < 1).all(axis=None)
+    assert (less >= 0).all(axis=None) and (less < REAL_TOKEN_BYTES).all(axis=None)
