@@ -30,11 +30,17 @@ SAMPLES, FUNCTIONS = 200, 400
 WRITTEN = {512: ("function",)}  # the longest prompt and its reference have 433 of minilm's tokens
 
 
-def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
-    """By length, models trained with anchors. tasks_of: by length."""
-    models = {name: samples for name in TRAINED if ARMS[name].base == base}
+def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored", compared=(2048,)) -> dict:
+    """By length, models trained with anchors.
+
+    Args:
+        tasks_of: by length. compared: lengths at which other seeds, and arms whose weights were all trained, read, too.
+    """
+    of_base = {name: ARMS[name] for name in TRAINED if ARMS[name].base == base}
+    first = [name for name, arm in of_base.items() if not (arm.seed or arm.whole)]
+    models = {length: dict.fromkeys(of_base if length in compared else first, samples) for length in tasks_of}
     return {
-        length: Study(chosen, length, PLANTED, models, protocol="planted", measure=measure)
+        length: Study(chosen, length, PLANTED, models[length], protocol="planted", measure=measure)
         for length, chosen in tasks_of.items()
     }
 
@@ -53,7 +59,7 @@ ANCHORED = {
     **{f"03_arms_{length}": study for length, study in arms("minilm", LENGTHS).items()},
     **{f"03_dense_per4_{length}": study for length, study in dense("minilm", 4, LENGTHS).items()},
     **{f"03_dense_per6_{n}": study for n, study in dense("minilm", 6, dict.fromkeys(LENGTHS, CODE)).items()},
-    "03_functions_arms": arms("minilm", **RUN)[512],
+    "03_functions_arms": arms("minilm", **RUN, compared=(512,))[512],
     "03_functions_dense_per4": dense("minilm", 4, **RUN)[512],
     "03_functions_dense_per6": dense("minilm", 6, **RUN)[512],
     **{f"03_real_arms_{length}": study for length, study in arms("smollm2", SMOLLM2_LENGTHS).items()},
