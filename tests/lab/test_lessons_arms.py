@@ -105,3 +105,35 @@ def test_lines_show_means_and_intervals(rows):
     assert ends == [pytest.approx(pair) for pair in expected]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 024", "2 048"]
     plt.close("all")
+
+
+def test_outcomes_and_bars_by_hand():
+    """Shares of a contender sum to 100 and stand behind each other; the interval is that of those that pass."""
+    fates = {"TML-4": ["passed", "wrong value", "wrong value", "syntax"], "D2": ["passed", "passed"]}
+    rows = pd.DataFrame(
+        [(name, fate) for name, each in fates.items() for fate in each], columns=["contender", "outcome"]
+    )
+    kinds = arms.outcomes(rows).loc[["TML-4", "D2"]]
+    assert kinds.loc["TML-4", ["passed", "wrong value", "syntax"]].tolist() == [25, 50, 25]
+    assert kinds.loc["D2", "passed"] == 100 and (kinds.sum(axis=1) == 100).all()
+    passed = pd.DataFrame({"mean": [25.0, 100.0], "low": [10.0, 90.0], "high": [60.0, 100.0]}, kinds.index)
+    _, axes = plt.subplots()
+    arms.bars(axes, kinds, passed)
+    *parts, (_, _, (intervals,)) = axes.containers
+    ends = [[part[place].get_x() + part[place].get_width() for part in parts] for place in (0, 1)]
+    assert ends == [[25, 50, 100], [100, 100, 100]]
+    assert [segment[:, 0].tolist() for segment in intervals.get_segments()] == [[10, 60], [90, 100]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["TML-4", "D2"]
+    plt.close("all")
+
+
+def test_points_show_values_and_intervals():
+    table = pd.DataFrame({"value": [-5.0, 2.0], "low": [-7.0, 1.0], "high": [-4.0, 4.0]}, ["TML-4", "h2o"])
+    _, axes = plt.subplots()
+    arms.points(axes, table)
+    found = [
+        (line.get_xydata().tolist(), bars[0].get_segments()[0][:, 0].tolist()) for line, _, bars in axes.containers
+    ]
+    assert found == [([[-5, 0]], [-7, -4]), ([[2, 1]], [1, 4])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["TML-4", "H2O"] and axes.get_ylim() == (1.5, -0.5)
+    plt.close("all")

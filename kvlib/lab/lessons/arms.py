@@ -7,8 +7,9 @@ of them have read the same prompts.
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+import seaborn as sns
 
-from kvlib.lab import statistics, tasks
+from kvlib.lab import functions, statistics, tasks
 from kvlib.lab.plotting import COLORS, series
 from kvlib.lab.results import summaries
 
@@ -154,3 +155,26 @@ def points(axes, table: pd.DataFrame) -> None:
     axes.axvline(0, color="black", linewidth=1, linestyle=":")
     axes.set_ylim(len(table) - 0.5, -0.5)
     axes.set_yticks(range(len(table)), [look(name)["label"] for name in table.index])
+
+
+def outcomes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Percent of functions that fared in each way, one row per contender, columns `kvlib.lab.functions.KINDS`."""
+    shares = pd.crosstab(rows["contender"], rows["outcome"], normalize="index")
+    return 100 * shares.reindex(columns=functions.KINDS, fill_value=0.0)
+
+
+def bars(axes, kinds: pd.DataFrame, passed: pd.DataFrame) -> None:
+    """A bar per contender, the first one on top, with how functions fared, and intervals of the share that passes.
+
+    Args:
+        kinds: of `outcomes`. passed: columns mean, low, high, in percent.
+    """
+    left, places = pd.Series(0.0, kinds.index), range(len(kinds))
+    met = [kind for kind in kinds if kinds[kind].any()]
+    for kind, color in zip(met, ["#e6c229", *sns.color_palette("Greys", len(met) - 1)]):
+        axes.barh(places, kinds[kind], left=left, color=color, label=kind)
+        left = left + kinds[kind]
+    errors = [passed["mean"] - passed["low"], passed["high"] - passed["mean"]]
+    axes.errorbar(passed["mean"], places, xerr=errors, linestyle="", color="black", capsize=3)
+    axes.set_yticks(places, [look(name)["label"] for name in kinds.index])
+    axes.set(xlabel="functions, %", xlim=(0, 100), ylim=(len(kinds) - 0.5, -0.5))
