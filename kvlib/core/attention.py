@@ -16,8 +16,8 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     """Dense attention of the view's queries over its rectangle: `(batch, new, query_heads, head_dim)`.
 
     The stock SDPA function does the work, with the very arguments that it gets in an unmodified model as long as no
-    row is padded and nothing has been evicted, so that results are bit-equal. What its kernel finds for a whole prompt
-    on a GPU is left in `view.lse`.
+    row is padded and nothing has been evicted, so that results are bit-equal. On a GPU `view.lse` gets what it finds
+    and sums over queries need.
 
     Args:
         seen: `(batch or 1, query_heads or 1, new, slots)` bool, in place of `visible(view)`.
@@ -35,7 +35,7 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     heads = view.module
     if view.groups != getattr(heads, "num_key_value_groups", 1):  # keys were chosen for every query head
         heads = SimpleNamespace(num_key_value_groups=view.groups)
-    keeping = LogSumExps() if view.query.is_cuda and seen is None and view.query.shape[2] > 1 else nullcontext()
+    keeping = LogSumExps() if view.summing and view.query.is_cuda and seen is None else nullcontext()
     with keeping:
         output, _ = sdpa_attention_forward(
             heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling

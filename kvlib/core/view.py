@@ -31,6 +31,7 @@ class View:
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
         weighing: something was evicted, and scores of this decode step are made of attention weights, from which
             attention is computed then.
+        summing: the method declares that it sums over queries, and this pass brings several.
         lse: log-sum-exp of each query's logits `(batch, query_heads, new)`, if `attention.attend` has found it.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
@@ -43,6 +44,7 @@ class View:
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
         self._open(layer)
+        self.summing = (run.method.weighs or run.method.window > 0) and query.shape[2] > 1
         self.weighing = run.method.weighs and run.step.decoding and self.incomplete
 
     def _open(self, layer: Layer) -> None:
