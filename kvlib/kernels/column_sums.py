@@ -82,7 +82,7 @@ def _attended(
     return higher, total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk", "slots", "heads", "group"])  # fewer kernels to compile
 def _norms(
     Q, K, QP, KP, PARTIAL, chunk, q_row, q_head, q_stride, k_row, k_head, k_stride, scale, new, slots, heads, group,
     DIM: tl.constexpr, PAD: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
@@ -134,7 +134,7 @@ def _received(
     return tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "heads", "group"])
 def _sums(
     Q, K, QP, KP, L, S, q_row, q_head, q_stride, k_row, k_head, k_stride, scale, new, slots, heads, group,
     DIM: tl.constexpr, PAD: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
