@@ -86,9 +86,10 @@ class Case:
     def on_device(self):
         return [x.to(DEVICE) for x in (self.query, self.key, *self.places)]
 
-    def check(self, tiling=None, scaling=None):
+    def check(self, tiling=None, scaling=None, programs=kernel.PROGRAMS):
+        """programs: into so many the first pass is split, if it can be."""
         sums, norms = self.expected(scaling)
-        with mock.patch("torch.empty", poisoned):
+        with mock.patch("torch.empty", poisoned), mock.patch.object(kernel, "PROGRAMS", programs):
             lse = kernel.log_sum_exps(*self.on_device(), scaling=scaling, tiling=tiling)
             got = kernel.column_sums(*self.on_device(), scaling=scaling, lse=lse, tiling=tiling)
         assert lse.dtype == got.dtype == torch.float32
@@ -112,9 +113,10 @@ DTYPES = torch.float32, torch.float16, torch.bfloat16
     kept=st.sampled_from([32, 64]),
     block=st.sampled_from([32, 64]),
     scaling=st.sampled_from([None, 0.3]),
+    programs=st.sampled_from([1, 20, 1000]),
 )
-def test_any_shapes_and_tilings(batch, kv_heads, group, old, new, dim, dtype, hiding, kept, block, scaling):
-    Case(batch, kv_heads, group, old, new, dim, dtype, hiding).check(Tiling(kept, block, 4, 2), scaling)
+def test_any_shapes_and_tilings(batch, kv_heads, group, old, new, dim, dtype, hiding, kept, block, scaling, programs):
+    Case(batch, kv_heads, group, old, new, dim, dtype, hiding).check(Tiling(kept, block, 4, 2), scaling, programs)
 
 
 @pytest.mark.parametrize("hiding", [False, True])
@@ -126,7 +128,11 @@ def test_dimensions_of_heads_with_the_tiling_that_is_used(dim, dtype, hiding):
 @pytest.mark.parametrize("old", [14, 15, 16])
 def test_where_masks_begin_and_end(old):
     for new in (30, 31, 32, 33):
-        Case(1, 1, 1, old, new, 8).check(Tiling(16, 16, 4, 2))
+        Case(1, 1, 1, old, new, 8).check(Tiling(16, 16, 4, 2), programs=1)
+
+
+def test_blocks_of_which_nothing_is_seen():
+    Case(1, 1, 1, 60, 90, 8, hiding=True).check(Tiling(16, 16, 4, 2), programs=1)
 
 
 def test_many_keys_of_few_queries_are_split():

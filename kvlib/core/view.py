@@ -32,7 +32,8 @@ class View:
         weighing: something was evicted, and scores of this decode step are made of attention weights, from which
             attention is computed then.
         summing: the method declares that it sums over queries, and this pass brings several.
-        lse: log-sum-exp of each query's logits `(batch, query_heads, new)`, if `attention.attend` has found it.
+        lse: log-sum-exp of each query's logits `(batch, query_heads, new)` over the keys as they are stored, if
+            `attention.attend` has found it.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
@@ -152,7 +153,6 @@ class View:
         """
         view = copy.copy(self)
         view.__dict__.pop("weights", None)
-        view.lse = None
         view.query = self.query if query is None else query
         view.key, view.value = self.key if key is None else key, self.value if value is None else value
         if positions is not None:

@@ -196,8 +196,7 @@ def column_sums(
     (batch, heads, _, _), (_, kv_heads, slots, _) = query.shape, key.shape
     if lse is None:
         lse = log_sum_exps(query, key, query_positions, key_positions, scaling)
-    # a query that sees nothing: +inf makes its share of every column 0
-    norms = lse.float().masked_fill(lse == -torch.inf, torch.inf).div_(math.log(2)).contiguous()
+    norms = (lse / math.log(2)).contiguous()
     sums = torch.empty(batch, kv_heads, heads // kv_heads, slots, device=query.device)
     tiling = tiling or standard(query.dtype)
     tensors, sizes = _arguments(query, key, query_positions, key_positions, scaling, tiling)
