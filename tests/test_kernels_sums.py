@@ -1,6 +1,10 @@
 """Column sums of attention by the kernels against the blocked pass: in Triton's interpreter where there is no GPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -188,6 +192,14 @@ def test_memory_on_a_gpu_is_linear_in_tokens():
     before = torch.cuda.memory_allocated()
     kernel.column_sums(query, key)
     assert torch.cuda.max_memory_allocated() - before < 5 * 32 * 8192 * 4
+
+
+@pytest.mark.deep
+def test_the_compiler_takes_them_and_nothing_is_spilled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compiled.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"] * 12
 
 
 # Where log-sum-exps come from
