@@ -140,8 +140,8 @@ class Case:
 class Contestant:
     """Work on a case, done by `call(tilings)`.
 
-    queries: how many there are. products: matrix products for each logit. expected: gives what is right, where that is
-    looked at. tuned: whose tiling is found here.
+    queries: how many there are. products: matrix products for each logit. expected: what is right, where that is looked
+    at. tuned: whose tiling is found here.
     """
 
     work: str
@@ -149,7 +149,7 @@ class Contestant:
     call: Callable[[dict[str, Tiling]], torch.Tensor]
     queries: int
     products: int
-    expected: Callable[[], torch.Tensor] | None = None
+    expected: torch.Tensor | None = None
     tuned: str | None = None
 
 
@@ -177,9 +177,9 @@ def contestants(case: Case) -> Iterator[Contestant]:
     for name in BACKENDS:
         yield Contestant("forward", name, lambda _, name=name: forward(name), rows, 2)
     for name in ("cudnn", "flash"):
-        yield Contestant("forward, lse", name, lambda _, name=name: keeping(name), rows, 2, lambda: lse)
-    whole, end = (lambda: case.sums(query)), (lambda: case.sums(window))
-    yield Contestant("log-sum-exps", KERNEL, norms, rows, 1, lambda: lse, "log-sum-exps")
+        yield Contestant("forward, lse", name, lambda _, name=name: keeping(name), rows, 2, lse)
+    whole, end = case.sums(query), case.sums(window)
+    yield Contestant("log-sum-exps", KERNEL, norms, rows, 1, lse, "log-sum-exps")
     yield Contestant("sums, lse", KERNEL, lambda tilings: sums(tilings, lse=lse), rows, 1, whole, "sums")
     yield Contestant("sums", KERNEL, sums, rows, 2, whole)
     yield Contestant("sums, positions", KERNEL, lambda _: sums({}, query, *places), rows, 2, whole)
@@ -229,9 +229,9 @@ def measure(case: Case) -> list[dict]:
             continue
         block()
         error = None
-        if contestant.expected:
-            expected = contestant.expected()
-            error = float(((output - expected).abs() / (1 + expected.abs())).max())
+        if contestant.expected is not None:
+            right = contestant.expected
+            error = float(((output - right).abs() / (1 + right.abs())).max())
             if not error < WRONG:
                 print(f"  {', '.join(name)} is WRONG: error {error:.3g}", flush=True)
                 continue
