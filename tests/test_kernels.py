@@ -10,7 +10,7 @@ from kvlib.core.method import budgeted
 
 pytest.importorskip("triton")
 
-from kvlib.kernels import column_sums, rows, weakest
+from kvlib.kernels import rows, weakest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -18,27 +18,6 @@ on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
 
 
 # Kernels
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of rows of padding, whose sum is not used
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)],  # the interpreter knows no bfloat16 dot
-)
-@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (6, 2, 24)])
-@pytest.mark.parametrize("new, slots", [(2, 2), (63, 63), (64, 130), (70, 70)])
-def test_the_kernel_s_column_sums_are_those_of_the_blocked_pass(new, slots, heads, kv_heads, dim, dtype):
-    torch.manual_seed(new + slots)
-    query = (2 * torch.randn(2, heads, new, dim, device=DEVICE)).to(dtype)
-    key = (2 * torch.randn(2, kv_heads, slots, dim, device=DEVICE)).to(dtype)
-    query_positions = torch.arange(slots - new, slots, device=DEVICE).expand(2, new).clone()
-    query_positions[1, : new // 3] = -1  # padding comes first
-    key_positions = torch.arange(slots, device=DEVICE).expand(2, kv_heads, slots).clone()
-    key_positions[0, -1, : slots // 4] = -1  # and one head has evicted
-    places = query_positions, key_positions
-    exact = attention.column_sums(query.double(), key.double(), *places, 0.3)
-    got = column_sums.column_sums(query, key, *places, 0.3)
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])

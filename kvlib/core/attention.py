@@ -3,10 +3,12 @@
 Pure mathematics: nothing here stores, evicts or knows of a model.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
@@ -14,7 +16,8 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     """Dense attention of the view's queries over its rectangle: `(batch, new, query_heads, head_dim)`.
 
     The stock SDPA function does the work, with the very arguments that it gets in an unmodified model as long as no
-    row is padded and nothing has been evicted, so that results are bit-equal.
+    row is padded and nothing has been evicted, so that results are bit-equal. On a GPU `view.lse` gets what it finds
+    and sums over queries need.
 
     Args:
         seen: `(batch or 1, query_heads or 1, new, slots)` bool, in place of `visible(view)`.
@@ -32,9 +35,36 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     heads = view.module
     if view.groups != getattr(heads, "num_key_value_groups", 1):  # keys were chosen for every query head
         heads = SimpleNamespace(num_key_value_groups=view.groups)
-    return sdpa_attention_forward(
-        heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
-    )[0]
+    keeping = LogSumExps() if view.summing and view.query.is_cuda and seen is None else nullcontext()
+    with keeping:
+        output, _ = sdpa_attention_forward(
+            heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
+        )
+    view.lse = getattr(keeping, "found", None)
+    return output
+
+
+class LogSumExps(TorchDispatchMode):
+    """Inside the block: keep in `found` what SDPA's kernels know of each query's logits, and SDPA does not tell.
+
+    `found` is the log-sum-exp `(batch, query_heads, new)` in float32, natural, where a flash kernel or cuDNN's runs;
+    else None. SDPA does what it always does; only cuDNN's is asked to write it.
+    """
+
+    found: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it comes as a whole
+            with self:
+                return function.decompose(*arguments, **options)
+        if function is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+            arguments = (*arguments[:4], True, *arguments[5:])  # compute_log_sumexp
+        output = function(*arguments, **options)
+        returns = function._schema.returns
+        if len(returns) > 1 and returns[1].name == "logsumexp":
+            self.found = output[1].view(arguments[0].shape[:3])
+        return output
 
 
 def weighted(view) -> torch.Tensor:
@@ -87,7 +117,9 @@ def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, dtype=dtype, device=device)
 
 
-def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:
+def column_sums(
+    query, key, query_positions=None, key_positions=None, scaling=None, block=None, lse=None
+) -> torch.Tensor:
     """Sum over queries of the softmax attention that each key receives, without the N x N matrix.
 
     On a CPU one pass over blocks of query rows: a block's rows are complete, so each can be normalised at once. On a
@@ -101,6 +133,8 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
         scaling: factor on the logits, default `head_dim ** -0.5`.
         block: query rows at a time; default: as many as 16 MiB of float32 logits hold (256 MiB on a GPU). Given: always
             the blocked pass.
+        lse: log-sum-exp of each query's logits `(batch, query_heads, new)`, if it is known: that leaves out the first
+            of the two passes. Infinite where a query sees nothing. The blocked pass finds its own.
 
     Returns:
         `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
@@ -113,10 +147,7 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
     if query.is_cuda and new > 1 and block is None and dtype == torch.float32:
         from kvlib.kernels import column_sums as kernel  # Triton is there with CUDA builds of torch only
 
-        if query_positions is None:
-            query_positions = torch.arange(slots - new, slots, device=query.device).expand(batch, new)
-            key_positions = torch.arange(slots, device=query.device).expand(batch, kv_heads, slots)
-        return kernel.column_sums(query, key, query_positions, key_positions, scaling)
+        return kernel.column_sums(query, key, query_positions, key_positions, scaling, lse)
     total = torch.zeros(batch, kv_heads, query_heads // kv_heads, slots, dtype=dtype, device=query.device)
     for logits in blocks(query, key, query_positions, key_positions, scaling, block):
         weights = logits.softmax(-1)

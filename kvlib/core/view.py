@@ -31,6 +31,9 @@ class View:
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
         weighing: something was evicted, and scores of this decode step are made of attention weights, from which
             attention is computed then.
+        summing: the method declares that it sums over queries, and this pass brings several.
+        lse: log-sum-exp of each query's logits `(batch, query_heads, new)` over the keys as they are stored, if
+            `attention.attend` has found it.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
@@ -42,11 +45,12 @@ class View:
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
         self._open(layer)
+        self.summing = (run.method.weighs or run.method.window > 0) and query.shape[2] > 1
         self.weighing = run.method.weighs and run.step.decoding and self.incomplete
 
     def _open(self, layer: Layer) -> None:
         self.layer, self.layer_idx = layer, layer.index
-        self.waiting = layer.queries
+        self.waiting, self.lse = layer.queries, None
         self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
         dense = layer.tail.dense and (layer.body is None or layer.body.dense)
         self.uniform = self.intact and self.step.complete and dense
@@ -194,7 +198,7 @@ class View:
             found = self.weights
             self.__dict__.pop("weights")  # it is the caller's now
             return found
-        return self.over_queries(attention.column_sums, last)
+        return self.over_queries(attention.column_sums, last, norms=True)
 
     def eviction_errors(self, last=None) -> torch.Tensor:
         """How far a query's output moves if one stored token alone is evicted, summed as `column_sums` sums."""
@@ -204,10 +208,11 @@ class View:
         """What the run's method reads in place of attention (`Evictor.importance`); arguments of `column_sums`."""
         return self.run.method.importance(self, last)
 
-    def over_queries(self, function, last=None, values: bool = False) -> torch.Tensor:
+    def over_queries(self, function, last=None, values: bool = False, norms: bool = False) -> torch.Tensor:
         """`function(query, key, query_positions, key_positions, scaling)` over the queries that `last` means.
 
-        Both positions are None where nothing is padded or empty. With `values` they come behind the keys.
+        Both positions are None where nothing is padded or empty. With `values` they come behind the keys, with `norms`
+        there is `lse`, too, None where it is not known.
         """
         if not (self.intact or self._moved):
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
@@ -232,7 +237,9 @@ class View:
                 positions = positions.where(positions >= start, -1)
         where = (None, None) if uniform else (positions, self.positions)
         stored = (self.key, self.value) if values else (self.key,)
-        sums = function(query, *stored, *where, self.scaling)
+        known = self.lse is not None and self.as_stored and uniform
+        more = {"lse": self.lse[:, :, -query.shape[2] :] if known else None} if norms else {}
+        sums = function(query, *stored, *where, self.scaling, **more)
         if kept:
             self.step.sums[place] = sums.clone()
         return sums
