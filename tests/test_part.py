@@ -222,6 +222,16 @@ def test_the_device_counts_tokens_as_they_come(lengths):
         assert torch.equal(part.ends, part.lengths) and part.lengths[0, 0] == lengths[0][0] + position - 4
 
 
+@pytest.mark.parametrize("lengths", [[[5, 5], [5, 5]], [[2, 5], [4, 0]]], ids=["equal", "ragged"])
+def test_room_holds_zeros(lengths, monkeypatch):
+    """A weight of 0 does not hide what is not a number."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, 7))
+    part = filled(lengths)
+    part.reserve(3)
+    unused = part.positions < 0
+    assert unused.sum() == 12 and not part.fields["key"][unused].any()
+
+
 def test_two_cannot_go_at_once():
     part = filled([[3]])
     part.retire(torch.tensor([[1]]))

@@ -284,7 +284,7 @@ class Part:
         if self.vacant:
             self.ordered = False
             return self.hole
-        if not self.static and bool((self.lengths == self.capacity).any()):
+        if bool((self.lengths == self.capacity).any()):
             self._grow()
         return self._flat(self.ends)
 
