@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from kvlib import kernels
 from kvlib.core.layout import places, segments, slots, sources, starts, take
 
 ROOM = 64  # entries; the most that a segment has beyond those that it holds, once tokens come one at a time
@@ -243,8 +244,7 @@ class Part:
             return
         self.intact = True
         if self.vacant or self.static or not self.uniform:
-            self._last = self._next()
-            self._write_at(self._last, chunk, positions)
+            self._last = self._write_next(chunk, positions)
         else:
             self._last = None
             if self._held == self._size:
@@ -256,7 +256,6 @@ class Part:
             for flat in self.state.values():
                 self._slots(flat, self._held, 1).zero_()
             self._slots(self.positions, self._held, 1).copy_(positions[:, None])
-        if not self.vacant:
             self._advance()
         self.vacant = False
         self.count(1)
@@ -279,23 +278,34 @@ class Part:
         self._coming = {name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()}
         self._ahead = self._size
 
-    def _next(self) -> torch.Tensor:
-        """Where in the flat tensors the next entry of each segment goes, `(segments,)`."""
+    def _write_next(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Write an entry for each segment where its next one goes, and tell where that is in the flat tensors."""
         if self.vacant:
             self.ordered = False
-            return self.hole
-        if bool((self.lengths == self.capacity).any()):
+        elif bool((self.lengths == self.capacity).any()):
             self._grow()
-        return self._flat(self.ends)
+        index = self._written(chunk, positions)
+        for flat in self.state.values():
+            flat.index_fill_(0, index, 0)
+        return index
 
-    def _write_at(self, index: torch.Tensor, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+    def _written(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        if kernels.decodes(self.positions.device):
+            from kvlib.kernels import newest  # Triton is there with CUDA builds of torch only
+
+            if newest.serves(self.fields, chunk, positions):
+                hole = self.hole if self.vacant else None
+                with torch.cuda.device_of(self.positions):
+                    return newest.write(self.fields, self.positions, chunk, positions, self.starts, self.ends, hole)
+        index = self.hole if self.vacant else self._flat(self.ends)
         for name, x in chunk.items():
             self.fields[name].index_copy_(0, index, x.flatten(0, 2))
         positions = positions.to(self.positions.device, torch.int32)[:, None]
         positions = positions.expand(*self.shape, *positions.shape[2:])
         self.positions.index_copy_(0, index, positions.flatten(0, 2))
-        for flat in self.state.values():
-            flat.index_fill_(0, index, 0)
+        if not self.vacant:
+            self._advance()
+        return index
 
     def count(self, change: int) -> None:
         """Every segment holds so many entries more."""

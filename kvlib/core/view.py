@@ -183,7 +183,10 @@ class View:
 
         Keys, values and positions are copied when they are looked at, and not before.
         """
-        self.note_read((slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes)
+        place = slots, self.layer.tail.entry_bytes
+        if place not in self.step.listed:
+            self.step.listed[place] = (slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes
+        self.note_read(self.step.listed[place])
         view = self._anew("key", "value", "positions", "arrived", "weights", "_decoded")
         view.whole, view.slots, view.stored = self, slots, self.stored and self.slots is None
         view.groups, view._moved, view.uniform, view.intact = self.query.shape[1] // slots.shape[1], True, False, False

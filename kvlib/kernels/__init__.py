@@ -2,8 +2,8 @@
 
 Attributes:
     decoding: does `kvlib.kernels.decode` read packed segments and lists of slots where a decoded token would otherwise
-        attend to copies of them (`kvlib.core.packed`)? None: on a CUDA GPU with Triton. False: never. True: on any
-        device; a CPU needs Triton's interpreter.
+        attend to copies of them (`kvlib.core.packed`), and `kvlib.kernels.newest` write to them? None: on a CUDA GPU
+        with Triton. False: never. True: on any device; a CPU needs Triton's interpreter.
 """
 
 from importlib.util import find_spec
