@@ -281,9 +281,9 @@ def test_what_is_gathered_is_copied_when_it_is_looked_at(heads, lengths):
         def attend(self, view):
             if view.step.decoding:
                 slots = torch.arange(4 * heads).view(1, heads, 4).flip(-1).repeat(2, 1, 1) % 9
-                slots[:, 1, 2] = slots[1, 0, 0] = -1
+                slots[:, 1, 2] = slots[1, 0, : 1 + view.layer_idx] = -1
                 found.append((view, view.gathered(slots)))
-                assert view.layer.reads.tolist() == [(4 * heads - 1) * 64, (4 * heads - 2) * 64]
+                assert view.layer.reads.tolist() == [(4 * heads - 1) * 64, (4 * heads - 2 - view.layer_idx) * 64]
             return super().attend(view)
 
     model = tiny.model("llama-gqa", torch.float32)
