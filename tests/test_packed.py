@@ -280,13 +280,13 @@ def test_what_is_gathered_is_copied_when_it_is_looked_at(heads, lengths):
     class Looking(kvlib.Method):
         def attend(self, view):
             if view.step.decoding:
-                slots = torch.arange(4 * heads).view(1, heads, 4).flip(-1).repeat(2, 1, 1) % 9
+                slots = torch.arange(4 * heads, device=view.device).view(1, heads, 4).flip(-1).repeat(2, 1, 1) % 9
                 slots[:, 1, 2] = slots[1, 0, : 1 + view.layer_idx] = -1
                 found.append((view, view.gathered(slots)))
                 assert view.layer.reads.tolist() == [(4 * heads - 1) * 64, (4 * heads - 2 - view.layer_idx) * 64]
             return super().attend(view)
 
-    model = tiny.model("llama-gqa", torch.float32)
+    model = tiny.build("llama-gqa", torch.float32).to(DEVICE)
     with Looking()(model) as run:
         tiny.generate(model, run, rows(lengths), new=2)
     assert len(found) == 2

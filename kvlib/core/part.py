@@ -110,7 +110,11 @@ class Part:
     def starts(self) -> torch.Tensor:
         """Where in the flat tensors each segment begins, `(batch, kv_heads)` on the device."""
         if self._starts is None:
-            self._starts = starts(self.capacity).to(self.positions.device)
+            if self.uniform:
+                number = torch.arange(self.capacity.numel(), device=self.positions.device)
+                self._starts = (number * self._size).view(self.shape)
+            else:
+                self._starts = starts(self.capacity).to(self.positions.device)
         return self._starts
 
     @property
