@@ -211,7 +211,7 @@ def test_decode_steps_of_methods(method, monkeypatch):
         if view.step.decoding:
             stored, slots = waiting.pop("of", (view, None))
             tail = stored.layer.tail
-            starts, lengths = tail._flat_starts(), tail.extent.to(view.device)
+            starts, lengths = tail.starts, tail.ends
             fields = tail.fields["key"], tail.fields["value"]
             more = {"slots": slots, "positions": tail.positions, "scaling": view.scaling, "scoring": True}
             got = decode.attend(view.query[:, :, 0], *fields, starts, lengths, int(tail.extent.max()), **more)
