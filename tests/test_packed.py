@@ -100,6 +100,12 @@ def test_a_conversation_with_the_kernel(architecture, method, lengths, calls, mo
     assert len(calls) == 4  # once for each turn's decoded token and layer: weights cost no second pass
 
 
+def test_equal_segments_without_gaps_where_that_is_decided(calls, monkeypatch):
+    monkeypatch.setattr(packed, "UNIFORM", True)
+    compare("llama-gqa", kvlib.method("full"), (9,), monkeypatch)
+    assert len(calls) == 4
+
+
 @pytest.mark.deep
 @on(MORE)
 def test_any_conversation_with_the_kernel(architecture, method, lengths, calls, monkeypatch):

@@ -192,7 +192,8 @@ class View:
             self.step.listed[place] = (slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes
         self.note_read(self.step.listed[place])
         view = self._anew("key", "value", "positions", "arrived", "weights", "_decoded")
-        view.whole, view.slots, view.stored = self, slots, self.stored and self.slots is None
+        view.whole, view.slots = self, slots.to(self.device)  # layers that share a list may lie on several
+        view.stored = self.stored and self.slots is None
         view.groups, view._moved, view.uniform, view.intact = self.query.shape[1] // slots.shape[1], True, False, False
         return view
 
