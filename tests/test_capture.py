@@ -90,7 +90,7 @@ def same(method, architecture, device, steps, lengths=(40, 40)):
     assert run_again.cache.steps == steps
 
 
-@pytest.mark.parametrize("name", ["full", "h2o"])
+@pytest.mark.parametrize("name", ["full", "h2o", "adakv"])
 def test_after_captured_steps_others_may_follow(name):
     model, method = tiny.model(), kvlib.method(name, budget=1.0 if name == "full" else 0.5)
     more, kept = tiny.tokens(2, 7, seed=9), []
