@@ -16,7 +16,7 @@ from test_attention import peak_memory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kvlib
-from kvlib.core import attention
+from kvlib.core import attention, packed
 
 pytest.importorskip("triton")
 
@@ -216,11 +216,11 @@ def test_sdpa_does_what_it_always_does_and_tells_its_log_sum_exps(mode, group):
         return torch.nn.functional.scaled_dot_product_attention(case.query, case.key, value, **more)
 
     with mode():
-        with attention.LogSumExps() as kept:
+        with packed.LogSumExps() as kept:
             output = sdpa()
         assert torch.equal(output, sdpa())
         torch.testing.assert_close(kept.found.double(), case.expected()[1], **CLOSE)
-        with sdpa_kernel(SDPBackend.MATH), attention.LogSumExps() as kept:
+        with sdpa_kernel(SDPBackend.MATH), packed.LogSumExps() as kept:
             sdpa()
         assert kept.found is None
 
@@ -238,7 +238,7 @@ def test_the_gpu_s_kernels_tell_log_sum_exps_and_give_the_same_output(backend, g
 
     with torch.no_grad(), sdpa_kernel(backend or [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
         expected = sdpa()
-        with attention.LogSumExps() as kept:
+        with packed.LogSumExps() as kept:
             assert torch.equal(sdpa(), expected)
     torch.testing.assert_close(kept.found, kernel.log_sum_exps(query, key), rtol=1e-5, atol=1e-4)
 
@@ -250,7 +250,7 @@ class Summing(kvlib.Evictor):
     window = 4
 
     def attend(self, view):
-        with attention.LogSumExps() as kept:
+        with packed.LogSumExps() as kept:
             output = super().attend(view)
         view.lse = kept.found if view.lse is None else view.lse
         return output

@@ -3,12 +3,10 @@
 Pure mathematics: nothing here stores, evicts or knows of a model.
 """
 
-from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
@@ -16,8 +14,7 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     """Dense attention of the view's queries over its rectangle: `(batch, new, query_heads, head_dim)`.
 
     The stock SDPA function does the work, with the very arguments that it gets in an unmodified model as long as no
-    row is padded and nothing has been evicted, so that results are bit-equal. On a GPU `view.lse` gets what it finds
-    and sums over queries need.
+    row is padded and nothing has been evicted, so that results are bit-equal.
 
     Args:
         seen: `(batch or 1, query_heads or 1, new, slots)` bool, in place of `visible(view)`.
@@ -35,36 +32,9 @@ def attend(view, seen: torch.Tensor | None = None, bias: torch.Tensor | None = N
     heads = view.module
     if view.groups != getattr(heads, "num_key_value_groups", 1):  # keys were chosen for every query head
         heads = SimpleNamespace(num_key_value_groups=view.groups)
-    keeping = LogSumExps() if view.summing and view.query.is_cuda and seen is None else nullcontext()
-    with keeping:
-        output, _ = sdpa_attention_forward(
-            heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
-        )
-    view.lse = getattr(keeping, "found", None)
-    return output
-
-
-class LogSumExps(TorchDispatchMode):
-    """Inside the block: keep in `found` what SDPA's kernels know of each query's logits, and SDPA does not tell.
-
-    `found` is the log-sum-exp `(batch, query_heads, new)` in float32, natural, where a flash kernel or cuDNN's runs;
-    else None. SDPA does what it always does; only cuDNN's is asked to write it.
-    """
-
-    found: torch.Tensor | None = None
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        options = options or {}
-        if function is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it comes as a whole
-            with self:
-                return function.decompose(*arguments, **options)
-        if function is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
-            arguments = (*arguments[:4], True, *arguments[5:])  # compute_log_sumexp
-        output = function(*arguments, **options)
-        returns = function._schema.returns
-        if len(returns) > 1 and returns[1].name == "logsumexp":
-            self.found = output[1].view(arguments[0].shape[:3])
-        return output
+    return sdpa_attention_forward(
+        heads, view.query, view.key, view.value, seen, dropout=view.dropout, scaling=view.scaling
+    )[0]
 
 
 def weighted(view) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 Segments of different lengths need a padded copy of all that is stored, lists of slots a copy of what they name, room
 behind the tokens a mask: `kvlib.kernels.decode` reads them where they are. `kvlib.core.attention` is the reference, and
-serves everything else.
+serves everything else; what it finds of a prompt's logits on a GPU is kept for sums over queries.
 """
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlib import kernels
 from kvlib.core import attention
@@ -16,10 +17,18 @@ WIDEST = 512  # bytes of a key; blocks of wider ones do not fit into a GPU's sha
 
 
 def attend(view) -> torch.Tensor:
-    """`kvlib.core.attention.attend(view)`, by the kernel where it serves: `(batch, new, query_heads, head_dim)`."""
+    """`kvlib.core.attention.attend(view)`, by the kernel where it serves: `(batch, new, query_heads, head_dim)`.
+
+    On a GPU `view.lse` gets what it finds and sums over the queries need.
+    """
     if serves(view):
         return attended(view, scoring=view.run.method.weighs).output[:, None]
-    return attention.attend(view)
+    if not (view.summing and view.query.is_cuda and view.uniform and view.query.shape[2] == view.key.shape[2]):
+        return attention.attend(view)
+    with LogSumExps() as kept:
+        output = attention.attend(view)
+    view.lse = kept.found
+    return output
 
 
 def weights(view) -> torch.Tensor:
@@ -67,3 +76,26 @@ def attended(view, scoring: bool):
                 scoring=scoring,
             )
     return view.attended
+
+
+class LogSumExps(TorchDispatchMode):
+    """Inside the block: keep in `found` what SDPA's kernels know of each query's logits, and SDPA does not tell.
+
+    `found` is the log-sum-exp `(batch, query_heads, new)` in float32, natural, where a flash kernel or cuDNN's runs;
+    else None. SDPA does what it always does; only cuDNN's is asked to write it.
+    """
+
+    found: torch.Tensor | None = None
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is torch.ops.aten.scaled_dot_product_attention.default:  # in inference mode it comes as a whole
+            with self:
+                return function.decompose(*arguments, **options)
+        if function is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+            arguments = (*arguments[:4], True, *arguments[5:])  # compute_log_sumexp
+        output = function(*arguments, **options)
+        returns = function._schema.returns
+        if len(returns) > 1 and returns[1].name == "logsumexp":
+            self.found = output[1].view(arguments[0].shape[:3])
+        return output

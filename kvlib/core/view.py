@@ -35,7 +35,7 @@ class View:
             attention is computed then.
         summing: the method declares that it sums over queries, and this pass brings several.
         lse: log-sum-exp of each query's logits `(batch, query_heads, new)` over the keys as they are stored, if
-            `attention.attend` has found it.
+            `packed.attend` has found it.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 

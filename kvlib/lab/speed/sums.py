@@ -9,7 +9,7 @@ Queries, keys and values are random, in bfloat16 (float32 on a CPU), in the shap
 model makes them: tokens before heads. Works are:
 
     forward           causal attention by each of SDPA's backends; the fastest one is the baseline
-    forward, lse      the same, which also keeps log-sum-exps (`kvlib.core.attention.LogSumExps`)
+    forward, lse      the same, which also keeps log-sum-exps (`kvlib.core.packed.LogSumExps`)
     log-sum-exps      the first pass alone
     sums, lse         column sums, the second pass, with log-sum-exps given
     sums              both passes
@@ -42,7 +42,7 @@ import triton
 from torch.nn.attention import sdpa_kernel
 from triton.runtime.errors import OutOfResources
 
-from kvlib.core import attention
+from kvlib.core import attention, packed
 from kvlib.kernels import column_sums as kernel
 from kvlib.kernels.column_sums import Tiling
 from kvlib.lab.speed.attention import BACKENDS, captured, readable, spread
@@ -163,7 +163,7 @@ def contestants(case: Case) -> Iterator[Contestant]:
             return F.scaled_dot_product_attention(query, key, case.value, is_causal=True, **group)
 
     def keeping(backend: str) -> torch.Tensor:
-        with attention.LogSumExps() as kept:
+        with packed.LogSumExps() as kept:
             forward(backend)
         return kept.found
 
