@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvlib
+from kvlib.core.capture import Brought
 
 UNIFORM = [
     kvlib.method("full"),
@@ -140,6 +141,61 @@ def test_what_a_captured_step_works_out_lasts_as_long_as_it_does():
         assert not run.cache.memo
         model(token, past_key_values=run.cache)
         assert not run.cache.memo
+
+
+class Counts(torch.Tensor):
+    """Stands for what lies on a CPU beside a GPU, with all that is made of it, until it is brought to a device."""
+
+    brought = 0
+    device = torch.device("cpu", 0)  # equals no other, not even "cpu"
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        made = super().__torch_function__(function, types, args, kwargs)
+        if function is not torch.Tensor.to or not any(isinstance(x, torch.device) for x in args):
+            return made
+        Counts.brought += 1
+        return made.as_subclass(torch.Tensor)
+
+
+def brings(method) -> list[int]:
+    """How often each of four captured steps brings numbers to the device that follow from prompts of two lengths."""
+    model, found = tiny.model(), []
+    ids, mask = tiny.pad([tiny.tokens(40), tiny.tokens(27, seed=1)])
+    with method(model) as run, torch.no_grad():
+        token = model(ids, mask.as_subclass(Counts)).logits[:, -1:].argmax(-1)
+        with run.capture(12) as step:
+            while not step.cache.memo.lasting:
+                step(token)
+            for _ in range(4):
+                before = Counts.brought
+                with Brought(run.cache.memo):
+                    step(token)
+                found.append(Counts.brought - before)
+    return found
+
+
+@pytest.mark.parametrize("method", RAGGED, ids=lambda m: f"{m.name}-{m.budget}")
+def test_what_follows_from_prompts_is_brought_to_the_device_once(method):
+    assert brings(method)[1:] == [0, 0, 0]
+
+
+def test_what_changes_from_step_to_step_is_brought_each_time():
+    class Counting(kvlib.Method):
+        def attend(self, view):
+            assert (view.tokens.to(view.device) == view.step.ends).all()
+            return super().attend(view)
+
+    assert brings(Counting()) == [1] * 4  # for both layers
+
+
+def test_who_brings_counts_may_change_them():
+    with Brought({}):
+        for dtype in (torch.int64, torch.int32):
+            for count in (torch.tensor([3, 2]), torch.tensor([2, 3]), torch.tensor([[2], [3]])) * 2:
+                there = count.to("cpu", dtype)
+                assert torch.equal(there, count.type(dtype))
+                there += 1
 
 
 class Shapes(TorchDispatchMode):

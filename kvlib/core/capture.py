@@ -7,6 +7,7 @@ kernels, and launching them costs nothing. Without a GPU the same steps run one 
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class CapturedStep:
@@ -57,7 +58,7 @@ class CapturedStep:
             self.logits = self._step()
         elif self._ids.is_cuda and self._warm:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # which does the bookkeeping, but no work
+            with torch.cuda.graph(self.graph), Brought(self.cache.memo):  # which does the bookkeeping, but no work
                 self.logits = self._step()
             self.graph.replay()
         else:
@@ -77,7 +78,7 @@ class CapturedStep:
         """A step that makes ready what must not be made while capturing: workspaces, compiled kernels."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), Brought(self.cache.memo):
             logits = self._step()
         torch.cuda.current_stream().wait_stream(stream)
         return logits
@@ -107,3 +108,25 @@ class CapturedStep:
         for tail in self._tails():
             if not tail.vacant:
                 tail.count(1)
+
+
+class Brought(TorchFunctionMode):
+    """Inside the block: counts that are brought from the CPU to a device are kept in `memo` and not brought again.
+
+    A graph cannot bring them. Those that follow from the prompt, as numbers of tokens to choose do, were brought by the
+    step before; others would not change from step to step, and it is right that CUDA refuses them.
+    """
+
+    def __init__(self, memo: dict):
+        super().__init__()
+        self.memo = memo
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        x, *where = arguments or (None,)
+        if function is not torch.Tensor.to or x.device.type != "cpu" or x.is_floating_point():
+            return function(*arguments, **options)
+        place = (function, x.dtype, x.shape, x.numpy().tobytes(), *where, *options.items())
+        if place not in self.memo:
+            self.memo[place] = function(*arguments, **options)
+        return self.memo[place].clone()  # it is the caller's
