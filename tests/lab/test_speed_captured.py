@@ -15,6 +15,12 @@ from kvlib.lab.speed.settings import STOCK, build
 IDS = torch.tensor([[5], [9]])
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_collect(monkeypatch):
+    """Looking through all objects of a test run takes longer than the runs here."""
+    monkeypatch.setattr(captured, "collect", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def model():
     return build("tiny", "cpu", "float32")
