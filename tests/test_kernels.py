@@ -5,12 +5,13 @@ import tiny
 import torch
 
 import kvlib
+from kvlib import kernels
 from kvlib.core import attention, layout, part
 from kvlib.core.method import budgeted
 
 pytest.importorskip("triton")
 
-from kvlib.kernels import column_sums, rows, weakest
+from kvlib.kernels import newest, rows, weakest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -18,27 +19,6 @@ on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU")
 
 
 # Kernels
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of rows of padding, whose sum is not used
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)],  # the interpreter knows no bfloat16 dot
-)
-@pytest.mark.parametrize("heads, kv_heads, dim", [(4, 4, 32), (6, 2, 24)])
-@pytest.mark.parametrize("new, slots", [(2, 2), (63, 63), (64, 130), (70, 70)])
-def test_the_kernel_s_column_sums_are_those_of_the_blocked_pass(new, slots, heads, kv_heads, dim, dtype):
-    torch.manual_seed(new + slots)
-    query = (2 * torch.randn(2, heads, new, dim, device=DEVICE)).to(dtype)
-    key = (2 * torch.randn(2, kv_heads, slots, dim, device=DEVICE)).to(dtype)
-    query_positions = torch.arange(slots - new, slots, device=DEVICE).expand(2, new).clone()
-    query_positions[1, : new // 3] = -1  # padding comes first
-    key_positions = torch.arange(slots, device=DEVICE).expand(2, kv_heads, slots).clone()
-    key_positions[0, -1, : slots // 4] = -1  # and one head has evicted
-    places = query_positions, key_positions
-    exact = attention.column_sums(query.double(), key.double(), *places, 0.3)
-    got = column_sums.column_sums(query, key, *places, 0.3)
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
@@ -49,6 +29,46 @@ def test_the_kernel_takes_rows_as_indexing_does(count, taken, dim, dtype):
     index = torch.randint(count, (2 * taken,), device=DEVICE)[::2]
     for source in (flat[:, :dim].clone(), flat[:, dim:]):  # the second is not contiguous
         assert torch.equal(rows.take(source, index), source[index])
+
+
+@pytest.mark.parametrize("filling", [False, True], ids=["behind the last", "in a hole"])
+@pytest.mark.parametrize("dtype, dim", [(torch.float64, 24), (torch.bfloat16, 16), (torch.int8, 5)])
+def test_the_kernel_writes_what_the_reference_does(dtype, dim, filling, monkeypatch):
+    parts = []
+    for decoding in (True, False):
+        monkeypatch.setattr(kernels, "decoding", decoding)
+        random = torch.Generator().manual_seed(dim)
+        made, counts = part.Part(2, 3, DEVICE), torch.tensor([[4, 1, 3], [2, 5, 5]])
+
+        def chunk(new, random=random):
+            pair = (100 * torch.randn(2, 2, new, 3, dim, generator=random)).to(dtype).transpose(2, 3)
+            return dict(zip(("key", "value"), pair.to(DEVICE)))  # not contiguous
+
+        at = torch.arange(5).where(torch.arange(5) < counts[..., None], -1).to(DEVICE)
+        made.append(chunk(5), at, counts, skip=torch.zeros_like(counts))
+        for position in (6, 7):
+            if filling and position == 7:
+                made.retire(torch.tensor([[1, 0, 3], [2, 4, 0]], device=DEVICE))
+            made.append_one(chunk(1), torch.tensor([[position], [position + 1]], device=DEVICE))
+        parts.append(made)
+    one, other = parts
+    assert torch.equal(one.positions, other.positions) and torch.equal(one._last, other._last)
+    assert torch.equal(one.ends, other.ends) and torch.equal(one.ends.cpu(), one.lengths)
+    written = one.positions >= 0
+    assert written.sum() == counts.sum() + (6 if filling else 12)
+    for name in ("key", "value"):
+        assert torch.equal(one.fields[name][written], other.fields[name][written])
+
+
+def test_the_kernel_writes_keys_and_values_of_one_form_alone():
+    key, at = torch.zeros(4, 8), torch.zeros(2, 1)
+    whole = {"key": key, "value": key}
+    assert newest.serves(whole, whole, at)
+    for other in ({"key": key}, whole | {"value": key[:, :4]}, whole | {"value": key.double()}, whole | {"scale": key}):
+        assert not newest.serves(other, other, at)
+    assert not newest.serves(whole, whole | {"key": key.double()}, at) and not newest.serves(
+        whole, whole, at[..., None]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

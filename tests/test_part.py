@@ -45,6 +45,8 @@ def check(part: Part, lists: Lists) -> None:
     held = part.lengths == part.lengths[0, 0], part.capacity == part.capacity[0, 0]
     assert part.uniform == all(bool(x.all()) for x in held)
     assert int((part.position_rectangle() >= 0).sum()) == int(part.lengths.sum())
+    assert torch.equal(part.ends, part.lengths + part.vacant) and part.width == int(part.ends.max())
+    assert torch.equal(part.starts.flatten(), part.capacity.flatten().cumsum(0) - part.capacity.flatten())
     key, value, state = (part.rectangle(flat) for flat in (*flats[:2], flats[3]))
     at = part.position_rectangle()
     if part.uniform and key.numel():
@@ -210,6 +212,24 @@ def test_what_was_laid_out_gives_way():
     part.append_one({"key": 3 * key.float()}, torch.tensor([[13]]))
     assert part.position_rectangle().tolist() == [[[0, 1, 2, 3, 4, 9, 10, 11, 12, 13]] * 2]
     assert part.rectangle(part.fields["key"])[0, 1, :, 0].tolist() == [0, 1, 2, 1, 1, 1, 2, 1, 1, 3]
+
+
+@pytest.mark.parametrize("lengths", [[[5, 5], [5, 5]], [[2, 5], [4, 0]]], ids=["equal", "ragged"])
+def test_the_device_counts_tokens_as_they_come(lengths):
+    part, key = filled(lengths), torch.ones(2, 2, 1, DIM).double()
+    for position in range(5, 15):  # there is room for one, then for four more, then for sixteen
+        part.append_one({"key": key}, torch.tensor([[position]] * 2))
+        assert torch.equal(part.ends, part.lengths) and part.lengths[0, 0] == lengths[0][0] + position - 4
+
+
+@pytest.mark.parametrize("lengths", [[[5, 5], [5, 5]], [[2, 5], [4, 0]]], ids=["equal", "ragged"])
+def test_room_holds_zeros(lengths, monkeypatch):
+    """A weight of 0 does not hide what is not a number."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, 7))
+    part = filled(lengths)
+    part.reserve(3)
+    unused = part.positions < 0
+    assert unused.sum() == 12 and not part.fields["key"][unused].any()
 
 
 def test_two_cannot_go_at_once():

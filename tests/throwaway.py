@@ -142,20 +142,23 @@ class TwoBits(kvlib.Method):
         chunk = {name: x[:, :, : n * self.group].unflatten(2, (n, -1)) for name, x in view.fields(tail).items()}
         key, at = chunk["key"], tail.position_rectangle()
         low, step = key.amin(3, keepdim=True), (key.amax(3, keepdim=True) - key.amin(3, keepdim=True)) / 3
-        code = ((key - low) / step).round().to(torch.uint8).unflatten(-1, (-1, 4)) * torch.tensor([1, 4, 16, 64])
+        code = ((key - low) / step).round().to(torch.uint8).unflatten(-1, (-1, 4)) * self.digits(view)
         layer.body = layer.body or Part(*tail.lengths.shape, key.device, self.group, layer.memo)
         encoded = {"key": code.sum(-1).to(torch.uint8), "low": low, "step": step, "value": chunk["value"]}
         places = at[:, :, : n * self.group].unflatten(2, (n, -1))
         layer.body.append(encoded, places, full, skip=torch.zeros_like(full))
-        rest = torch.arange(at.shape[-1]) >= full[..., None] * self.group
+        rest = torch.arange(at.shape[-1], device=at.device) >= full[..., None].to(at.device) * self.group
         layer.keep(rest & (at >= 0), tail.lengths - full * self.group)
 
     def decode(self, view, part):
         stored = view.fields(part)
         if part.size == 1:
             return stored["key"], stored["value"]
-        code = stored["key"][..., None] // torch.tensor([1, 4, 16, 64]) % 4
+        code = stored["key"][..., None] // self.digits(view) % 4
         return (code.flatten(-2) * stored["step"] + stored["low"]).flatten(2, 3), stored["value"].flatten(2, 3)
+
+    def digits(self, view):
+        return torch.tensor([1, 4, 16, 64], device=view.device)
 
 
 @dataclass(frozen=True)

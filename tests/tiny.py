@@ -100,7 +100,7 @@ def pad(rows: list[torch.Tensor], extra: int = 0) -> tuple[torch.Tensor, torch.T
     width = max(len(row) for row in rows) + extra
     ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+    return ids, (torch.arange(width) >= width - lengths[:, None]).long().to(ids.device)
 
 
 def kept(run) -> list[list[list[list[int]]]]:

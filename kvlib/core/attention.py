@@ -87,7 +87,9 @@ def nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, dtype=dtype, device=device)
 
 
-def column_sums(query, key, query_positions=None, key_positions=None, scaling=None, block=None) -> torch.Tensor:
+def column_sums(
+    query, key, query_positions=None, key_positions=None, scaling=None, block=None, lse=None
+) -> torch.Tensor:
     """Sum over queries of the softmax attention that each key receives, without the N x N matrix.
 
     On a CPU one pass over blocks of query rows: a block's rows are complete, so each can be normalised at once. On a
@@ -101,6 +103,8 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
         scaling: factor on the logits, default `head_dim ** -0.5`.
         block: query rows at a time; default: as many as 16 MiB of float32 logits hold (256 MiB on a GPU). Given: always
             the blocked pass.
+        lse: log-sum-exp of each query's logits `(batch, query_heads, new)`, if it is known: that leaves out the first
+            of the two passes. Infinite where a query sees nothing. The blocked pass finds its own.
 
     Returns:
         `(batch, kv_heads, group, slots)` in float32 (float64 for float64 inputs), one sum per query head: how a group
@@ -113,10 +117,7 @@ def column_sums(query, key, query_positions=None, key_positions=None, scaling=No
     if query.is_cuda and new > 1 and block is None and dtype == torch.float32:
         from kvlib.kernels import column_sums as kernel  # Triton is there with CUDA builds of torch only
 
-        if query_positions is None:
-            query_positions = torch.arange(slots - new, slots, device=query.device).expand(batch, new)
-            key_positions = torch.arange(slots, device=query.device).expand(batch, kv_heads, slots)
-        return kernel.column_sums(query, key, query_positions, key_positions, scaling)
+        return kernel.column_sums(query, key, query_positions, key_positions, scaling, lse)
     total = torch.zeros(batch, kv_heads, query_heads // kv_heads, slots, dtype=dtype, device=query.device)
     for logits in blocks(query, key, query_positions, key_positions, scaling, block):
         weights = logits.softmax(-1)

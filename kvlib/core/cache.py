@@ -105,11 +105,7 @@ class KVCache(Cache):
         if bool(((count < 0) | (count > since)).any()):
             raise ValueError(f"count={count.tolist()}: since the prompt {since.tolist()} tokens have come")
         for layer in self.layers:
-            if (
-                layer.body is not None
-                or layer.tail.slot is not None
-                or bool((layer.lengths != self.tokens[:, None]).any())
-            ):
+            if layer.body is not None or layer.tail.static or bool((layer.lengths != self.tokens[:, None]).any()):
                 raise ValueError(
                     f"layer {layer.index} does not hold all tokens as they came, so none can be taken back"
                 )

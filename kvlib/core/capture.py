@@ -1,12 +1,13 @@
 """Decoding with static shapes: one step, captured as a CUDA graph and replayed.
 
 In eager mode a step attends to exactly what is stored, and the CPU knows how much that is. Here the device counts: the
-next token is written to a slot whose number lies on the device, attention runs over all slots there is memory for, and
-positions of -1 hide those that are empty. So every step is the same sequence of kernels, and launching them costs
-nothing. Without a GPU the same steps run one by one, which is how they are tested.
+next token is written to a slot whose number lies on the device, shapes are those of all slots there is memory for, and
+those that are empty are hidden by lengths on the device or by positions of -1. So every step is the same sequence of
+kernels, and launching them costs nothing. Without a GPU the same steps run one by one, which is how they are tested.
 """
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class CapturedStep:
@@ -19,7 +20,7 @@ class CapturedStep:
         room: the most tokens that will be decoded here.
 
     Raises:
-        ValueError: if segments of a layer differ in length, or a layer has more than one part.
+        ValueError: if a layer has more than one part, or its slots are to stay in text order while tokens are evicted.
         RuntimeError: if more than `room` tokens are asked for.
     """
 
@@ -28,17 +29,21 @@ class CapturedStep:
         self.graph = self.logits = None
         self._warm = 0
         self._ids = self.cache.ends.clone()  # (batch, 1) on the device
+        if run.method.text_order and self._evicts:
+            raise ValueError(f"{run.method!r} moves what is stored after every token, to keep it in text order")
         for layer in self.cache.layers:
-            if layer.body is not None or not layer.tail.uniform:
-                raise ValueError(f"layer {layer.index} has segments of different lengths: its steps differ in shape")
+            if layer.body is not None:
+                raise ValueError(f"layer {layer.index} stores tokens in more than one form: its steps differ in shape")
 
     def __enter__(self) -> "CapturedStep":
         return self
 
     def __exit__(self, *exception) -> None:
-        for tail in self._tails():
-            tail.slot = None
         self.graph = None
+        for tail in self._tails():
+            tail.static = False
+        self.cache.memo.lasting = False
+        self.cache.memo.close()
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits `(batch, vocabulary)` after the tokens `ids` `(batch, 1)`; overwritten by the next call."""
@@ -53,7 +58,7 @@ class CapturedStep:
             self.logits = self._step()
         elif self._ids.is_cuda and self._warm:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # which does the bookkeeping, but no work
+            with torch.cuda.graph(self.graph), Brought(self.cache.memo):  # which does the bookkeeping, but no work
                 self.logits = self._step()
             self.graph.replay()
         else:
@@ -73,24 +78,28 @@ class CapturedStep:
         """A step that makes ready what must not be made while capturing: workspaces, compiled kernels."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), Brought(self.cache.memo):
             logits = self._step()
         torch.cuda.current_stream().wait_stream(stream)
         return logits
 
     def _steady(self) -> bool:
         """Will all steps from now on do the same?"""
-        method = self.run.method
-        return all(tail.vacant for tail in self._tails()) if method.evicts and method.evicts_in_decode else True
+        return all(tail.vacant for tail in self._tails()) if self._evicts else True
+
+    @property
+    def _evicts(self) -> bool:
+        """Does a token go for each that comes?"""
+        return self.run.method.evicts and self.run.method.evicts_in_decode
 
     def _make_static(self) -> None:
-        """Layers that grow and token ids get their room, and all layers a slot that is counted on the device."""
+        """Layers that grow and token ids get their room; what follows from lengths alone is worked out once."""
         self.cache.reserve_ids(int(self.cache.tokens.max()) + self.room + 1)
+        self.cache.memo.lasting = True
         for tail in self._tails():
-            if tail.slot is None:
-                if not tail.vacant:
-                    tail.reserve(self.room + 1)
-                tail.slot = torch.full((1,), int(tail.lengths[0, 0]), device=tail.positions.device)
+            if not (tail.static or tail.vacant):
+                tail.reserve(self.room + 1)
+            tail.static = True
 
     def _count(self) -> None:
         """What a pass notes on the CPU."""
@@ -99,3 +108,25 @@ class CapturedStep:
         for tail in self._tails():
             if not tail.vacant:
                 tail.count(1)
+
+
+class Brought(TorchFunctionMode):
+    """Inside the block: counts that are brought from the CPU to a device are kept in `memo` and not brought again.
+
+    A graph cannot bring them. Those that follow from the prompt, as numbers of tokens to choose do, were brought by the
+    step before; others would not change from step to step, and it is right that CUDA refuses them.
+    """
+
+    def __init__(self, memo: dict):
+        super().__init__()
+        self.memo = memo
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        x, *where = arguments or (None,)
+        if function is not torch.Tensor.to or x.device.type != "cpu" or x.is_floating_point():
+            return function(*arguments, **options)
+        place = (function, x.dtype, x.shape, x.numpy().tobytes(), *where, *options.items())
+        if place not in self.memo:
+            self.memo[place] = function(*arguments, **options)
+        return self.memo[place].clone()  # it is the caller's

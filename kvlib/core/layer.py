@@ -119,6 +119,6 @@ class Layer(DynamicLayer):
     def tensors(self) -> list[torch.Tensor]:
         """Everything held beside keys and values."""
         inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.capacity)]
-        more = (x for part in self.parts for x in (part._lengths, part.hole, part.slot, part._starts, part._last))
+        more = (x for part in self.parts for x in (part._lengths, part.hole, part._starts, part._ends, part._last))
         inside += [x for x in more if x is not None]
         return [*inside, *self.rows.values(), *(self.queries or ()), *([] if self.reads is None else [self.reads])]

@@ -11,10 +11,6 @@ def starts(lengths: torch.Tensor) -> torch.Tensor:
     return (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
 
 
-def on_device(lengths: torch.Tensor, device) -> torch.Tensor:
-    return lengths.to(device)
-
-
 def segments(lengths: torch.Tensor, device) -> tuple[torch.Tensor, torch.Tensor]:
     """For a flat tensor without room: each entry's segment, and its place within it, both `(stored,)`."""
     total, counts = int(lengths.sum()), lengths.flatten().to(device)

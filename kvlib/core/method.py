@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvlib.core import attention
+from kvlib.core import packed
 from kvlib.core.layer import Layer
 from kvlib.core.part import Part
 from kvlib.core.run import Run
@@ -104,7 +104,7 @@ class Method:
 
     def attend(self, view: View) -> torch.Tensor:
         """The attention output `(batch, new, query_heads, head_dim)`; replace it to read less, or another layer too."""
-        return attention.attend(view)
+        return packed.attend(view)
 
     def observe(self, view: View) -> None:
         """Look at every forward pass of every layer after its attention: the place to accumulate `view.state`."""
@@ -233,7 +233,7 @@ class Reader(Budgeted):
     def attend(self, view: View) -> torch.Tensor:
         """Attention over what `select` says, for decoded tokens; prompts are read densely."""
         slots = self.select(view) if view.step.decoding and not self.everything else None
-        return attention.attend(view if slots is None else view.gathered(slots))
+        return packed.attend(view if slots is None else view.gathered(slots))
 
 
 def strongest(score: torch.Tensor, positions: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

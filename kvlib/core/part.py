@@ -12,26 +12,29 @@ Three shapes occur throughout:
   ones filled with arbitrary entries whose position is -1. With equal segments it is a view of the flat tensor;
 - *chunk* `(batch, kv_heads, new, ...)`: entries on their way in.
 
-Lengths live on the CPU. They follow from budgets and masks, so no step waits for a device to know them.
+Lengths live on the CPU. They follow from budgets and masks, so no step waits for a device to know them. Where kernels
+read them, the device counts for itself (`ends`).
 """
 
 from collections.abc import Callable, Iterable
 
 import torch
 
-from kvlib.core.layout import on_device, places, segments, slots, sources, starts, take
+from kvlib import kernels
+from kvlib.core.layout import places, segments, slots, sources, starts, take
 
 ROOM = 64  # entries; the most that a segment has beyond those that it holds, once tokens come one at a time
 
 
 class Memo(dict):
-    """What was worked out in a pass; between passes nothing is kept."""
+    """What was worked out in a pass; between passes nothing is kept, but for captured steps, which do not change."""
 
-    open = False
+    open = lasting = False
 
     def close(self) -> None:
-        self.clear()
         self.open = False
+        if not self.lasting:
+            self.clear()
 
 
 class Part:
@@ -49,8 +52,7 @@ class Part:
             empty, and the next entry will be written there.
         ordered: slots are in text order, without a hole.
         intact: nothing has been evicted since the latest entries were added.
-        slot: `(1,)` on the device, where the next entry goes unless there is a hole, while steps are captured
-            (`kvlib.core.capture`): rectangles then include all room, and shapes do not change.
+        static: steps are captured (`kvlib.core.capture`): rectangles include all room, and shapes do not change.
         memo: what follows from lengths and capacities alone, shared by all parts of a cache.
     """
 
@@ -59,8 +61,8 @@ class Part:
         self.fields: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
         self.positions = torch.empty((0, size) if size > 1 else 0, dtype=torch.int32, device=device)
-        self.hole = self.slot = None
-        self.vacant, self.ordered, self.intact = False, True, True
+        self.hole = None
+        self.vacant, self.ordered, self.intact, self.static = False, True, True, False
         self._room = self._ahead = 0
         self._resize(torch.zeros(batch, kv_heads, dtype=torch.int64))
 
@@ -69,7 +71,7 @@ class Part:
         self._lengths = lengths
         self.capacity = lengths if capacity is None else capacity
         self.shape = tuple(lengths.shape)
-        self._starts, self._last, self._ahead, self._coming = None, None, 0, {}
+        self._starts, self._ends, self._last, self._ahead, self._coming = None, None, None, 0, {}
         # as numbers, because looking into tensors takes longer than a small step allows
         self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
         self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
@@ -90,14 +92,40 @@ class Part:
     @property
     def dense(self) -> bool:
         """Are the slots of a rectangle all filled?"""
-        return self.uniform and (self.slot is None or self._held == self._size)
+        return self.uniform and (not self.static or self._held == self._size)
 
     @property
     def extent(self) -> torch.Tensor:
         """`(batch, kv_heads)` on the CPU, slots that a rectangle shows: entries held, and a hole among them."""
-        if self.slot is not None:
+        if self.static:
             return self.capacity
         return self.lengths + 1 if self.vacant else self.lengths
+
+    @property
+    def width(self) -> int:
+        """Slots of a rectangle."""
+        return self._used if self.uniform else int(self.extent.max())
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """Where in the flat tensors each segment begins, `(batch, kv_heads)` on the device."""
+        if self._starts is None:
+            if self.uniform:
+                number = torch.arange(self.capacity.numel(), device=self.positions.device)
+                self._starts = (number * self._size).view(self.shape)
+            else:
+                self._starts = starts(self.capacity).to(self.positions.device)
+        return self._starts
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """Slots of each segment in use, a hole among them, `(batch, kv_heads)` on the device; counted there."""
+        if self._ends is None:
+            if self.uniform:
+                self._ends = torch.full(self.shape, self._held + self.vacant, device=self.positions.device)
+            else:
+                self._ends = (self.lengths + self.vacant).to(self.positions.device)
+        return self._ends
 
     def rectangle(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor as a rectangle; no copy if segments are equal."""
@@ -123,7 +151,7 @@ class Part:
     @property
     def _used(self) -> int:
         """`extent` of equal segments."""
-        return self._size if self.slot is not None else self._held + self.vacant
+        return self._size if self.static else self._held + self.vacant
 
     def position_rectangle(self) -> torch.Tensor:
         """Positions `(batch, kv_heads, slots)` or, of groups, `(batch, kv_heads, slots, size)`; -1 in empty slots."""
@@ -209,6 +237,7 @@ class Part:
         for name, x in chunk.items():
             self._coming[name][at].copy_(x)
         self.intact = True
+        self._advance()
         self.count(1)
 
     def _add(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, follows: bool) -> None:
@@ -218,9 +247,8 @@ class Part:
             self._append(chunk, positions[:, None], torch.ones(self.shape, dtype=torch.int64))
             return
         self.intact = True
-        if self.vacant or self.slot is not None or not self.uniform:
-            self._last = self._next()
-            self._write_at(self._last, chunk, positions)
+        if self.vacant or self.static or not self.uniform:
+            self._last = self._write_next(chunk, positions)
         else:
             self._last = None
             if self._held == self._size:
@@ -232,10 +260,14 @@ class Part:
             for flat in self.state.values():
                 self._slots(flat, self._held, 1).zero_()
             self._slots(self.positions, self._held, 1).copy_(positions[:, None])
-        if self.slot is not None and not self.vacant:
-            self.slot.add_(1)
+            self._advance()
         self.vacant = False
         self.count(1)
+
+    def _advance(self) -> None:
+        """One slot more is in use; on the device it is counted if it was asked for."""
+        if self._ends is not None:
+            self._ends.add_(1)
 
     def _grow(self) -> None:
         """Room for tokens that come one at a time: one entry, then four times as many, up to `ROOM`."""
@@ -250,25 +282,34 @@ class Part:
         self._coming = {name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()}
         self._ahead = self._size
 
-    def _next(self) -> torch.Tensor:
-        """Where in the flat tensors the next entry of each segment goes, `(segments,)`."""
+    def _write_next(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        """Write an entry for each segment where its next one goes, and tell where that is in the flat tensors."""
         if self.vacant:
             self.ordered = False
-            return self.hole
-        if self.slot is not None:
-            return self._flat(self.slot)
-        if bool((self.lengths == self.capacity).any()):
+        elif bool((self.lengths == self.capacity).any()):
             self._grow()
-        return self._flat(self._plan(on_device, self.lengths))
+        index = self._written(chunk, positions)
+        for flat in self.state.values():
+            flat.index_fill_(0, index, 0)
+        return index
 
-    def _write_at(self, index: torch.Tensor, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> None:
+    def _written(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        if kernels.decodes(self.positions.device):
+            from kvlib.kernels import newest  # Triton is there with CUDA builds of torch only
+
+            if newest.serves(self.fields, chunk, positions):
+                hole = self.hole if self.vacant else None
+                with torch.cuda.device_of(self.positions):
+                    return newest.write(self.fields, self.positions, chunk, positions, self.starts, self.ends, hole)
+        index = self.hole if self.vacant else self._flat(self.ends)
         for name, x in chunk.items():
             self.fields[name].index_copy_(0, index, x.flatten(0, 2))
         positions = positions.to(self.positions.device, torch.int32)[:, None]
         positions = positions.expand(*self.shape, *positions.shape[2:])
         self.positions.index_copy_(0, index, positions.flatten(0, 2))
-        for flat in self.state.values():
-            flat.index_fill_(0, index, 0)
+        if not self.vacant:
+            self._advance()
+        return index
 
     def count(self, change: int) -> None:
         """Every segment holds so many entries more."""
@@ -276,14 +317,8 @@ class Part:
         self._lengths = None if self.uniform else self._lengths + change
 
     def _flat(self, place: torch.Tensor) -> torch.Tensor:
-        """Where `place`, `(batch, kv_heads)` or `(1,)`, of each segment is in the flat tensors, `(segments,)`."""
-        return (self._flat_starts() + place).flatten()
-
-    def _flat_starts(self) -> torch.Tensor:
-        """Where each segment begins, `(batch, kv_heads)` on the device."""
-        if self._starts is None:
-            self._starts = starts(self.capacity).to(self.positions.device)
-        return self._starts
+        """Where `place` `(batch, kv_heads)` of each segment is in the flat tensors, `(segments,)`."""
+        return (self.starts + place).flatten()
 
     def _merge(self, new: int, counts: torch.Tensor, skip: torch.Tensor) -> Callable:
         """A function (flat, chunk) -> flat without room that puts each segment's new entries behind its old ones."""
@@ -307,8 +342,8 @@ class Part:
             old, there = (self._plan(places, extent, size) for size in (self.capacity, capacity))
             total = int(capacity.sum())
 
-            def wider(flat):
-                return flat.new_empty(total, *flat.shape[1:]).index_copy_(0, there, take(flat, old))
+            def wider(flat):  # 0 in the room, as above
+                return flat.new_zeros(total, *flat.shape[1:]).index_copy_(0, there, take(flat, old))
 
         self._change(wider)
         self._resize(self.lengths, capacity)
@@ -396,7 +431,7 @@ class Part:
 
     def _leave(self, index: torch.Tensor) -> None:
         """The entries at `index` `(segments,)` in the flat tensors have gone."""
-        self.hole = index if self.slot is None else self.hole.copy_(index)  # captured, it stays where it is
+        self.hole = self.hole.copy_(index) if self.static else index  # captured, it stays where it is
         self.vacant, self.intact, self.ordered, self._ahead = True, False, False, 0
         self.count(-1)
 
@@ -431,7 +466,7 @@ class Part:
         index = starts(self.capacity)[rows].flatten().to(place.device)[segment] + place
         place = None
         if self.vacant:
-            place = (self.hole.view(self.capacity.shape) - self._flat_starts())[rows.to(self.hole.device)]
+            place = (self.hole.view(self.capacity.shape) - self.starts)[rows.to(self.hole.device)]
         self._change(lambda flat: take(flat, index))
         self._resize(self.lengths[rows], self.capacity[rows])
         self.hole = None if place is None else self._flat(place)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvlib.core import support
+from kvlib.core import packed, support
 from kvlib.core.blocks import NAME, Blocks
 from kvlib.core.cache import KVCache
 from kvlib.core.capture import CapturedStep
@@ -40,7 +40,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.longest)
-    if run.step.decoding and run.idle:
+    if run.step.decoding and run.idle and not packed.UNIFORM:
         layer = run.cache.layers[module.layer_idx]
         if layer.tail.dense and layer.body is None:
             return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None

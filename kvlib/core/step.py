@@ -35,6 +35,7 @@ class Step:
             unless both store the same tokens in the same order; positions do.
         sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
         starts: where the last tokens of each row begin, by their number.
+        listed: bytes that a list of slots names, `(batch,)`, by (list, bytes of an entry): layers share lists.
         view: the latest layer's view.
     """
 
@@ -54,6 +55,7 @@ class Step:
     shared: dict = field(default_factory=dict)
     sums: dict = field(default_factory=dict)
     starts: dict = field(default_factory=dict)
+    listed: dict = field(default_factory=dict)
     view: "object | None" = None
 
     @cached_property

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from kvlib.core import attention
+from kvlib.core import attention, packed
 from kvlib.core.layer import Layer
 from kvlib.core.part import Part
 
@@ -28,9 +28,14 @@ class View:
             tokens: it is evicted with them and starts at 0 for new ones.
         layer, layer_idx: the layer that stores what is seen here.
         intact: nothing has been evicted since the latest tokens were added.
+        whole, slots: of a gathered view the one it was made from, and the slots of that; else None.
+        stored: keys, values and positions are not others than those of the layer, or of `whole`.
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
         weighing: something was evicted, and scores of this decode step are made of attention weights, from which
             attention is computed then.
+        summing: the method declares that it sums over queries, and this pass brings several.
+        lse: log-sum-exp of each query's logits `(batch, query_heads, new)` over the keys as they are stored, if
+            `packed.attend` has found it.
         groups (query heads per KV head), scaling, step, run, module (the attention module).
     """
 
@@ -41,12 +46,14 @@ class View:
         self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
         self.groups = query.shape[1] // key.shape[1]
         self._asked, self._moved = query, False
+        self.whole = self.slots = self.attended = None
         self._open(layer)
+        self.summing = (run.method.weighs or run.method.window > 0) and query.shape[2] > 1
         self.weighing = run.method.weighs and run.step.decoding and self.incomplete
 
     def _open(self, layer: Layer) -> None:
-        self.layer, self.layer_idx = layer, layer.index
-        self.waiting = layer.queries
+        self.layer, self.layer_idx, self.stored = layer, layer.index, True
+        self.waiting, self.lse = layer.queries, None
         self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
         dense = layer.tail.dense and (layer.body is None or layer.body.dense)
         self.uniform = self.intact and self.step.complete and dense
@@ -72,6 +79,8 @@ class View:
 
     @cached_property
     def positions(self) -> torch.Tensor:
+        if self.slots is not None:
+            return self._listed(self.whole.positions).where(self.slots >= 0, -1)
         return self.layer.position_rectangle()
 
     @cached_property
@@ -93,6 +102,8 @@ class View:
 
     @cached_property
     def _decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.slots is not None:
+            return self._listed(self.whole.key), self._listed(self.whole.value)
         if self.layer.body is None:
             return self.run.method.decode(self, self.layer.tail)
         pairs = [self.run.method.decode(self, part) for part in self.layer.parts]
@@ -109,7 +120,14 @@ class View:
     @cached_property
     def weights(self) -> torch.Tensor:
         """While decoding: softmax attention of the query, `(batch, kv_heads, group, slots)`, float32 or better."""
+        if packed.serves(self):
+            return packed.weights(self)
         return attention.weights(self.query, self.key, None if self.uniform else self.positions, self.scaling)
+
+    @property
+    def copied(self) -> bool:
+        """Were keys or values looked at, and are they copies of what is stored?"""
+        return "_decoded" in self.__dict__ and not (self.slots is None and self.layer.tail.uniform)
 
     def fields(self, part: Part) -> dict[str, torch.Tensor]:
         """What a part stores: field -> rectangle."""
@@ -136,10 +154,17 @@ class View:
 
     def other(self, layer_idx: int) -> "View":
         """This view with what another layer stores, which has already run in this pass."""
-        view = copy.copy(self)
-        for name in ("lengths", "key", "value", "positions", "state", "arrived", "weights", "_decoded"):
-            view.__dict__.pop(name, None)
+        view = self._anew("lengths", "key", "value", "positions", "state", "arrived", "weights", "_decoded")
+        view.whole = view.slots = None
         view._open(self.run.cache.layers[layer_idx])
+        return view
+
+    def _anew(self, *names: str) -> "View":
+        """A copy that has not looked at `names`."""
+        view = copy.copy(self)
+        view.attended = None
+        for name in names:
+            view.__dict__.pop(name, None)
         return view
 
     def replaced(self, query=None, key=None, value=None, positions=None) -> "View":
@@ -147,8 +172,8 @@ class View:
 
         Keys, values and positions of several layers may stand behind each other.
         """
-        view = copy.copy(self)
-        view.__dict__.pop("weights", None)
+        view = self._anew("weights")
+        view.stored = False
         view.query = self.query if query is None else query
         view.key, view.value = self.key if key is None else key, self.value if value is None else value
         if positions is not None:
@@ -158,15 +183,26 @@ class View:
         return view
 
     def gathered(self, slots: torch.Tensor) -> "View":
-        """This view with these slots only, `(batch, kv_heads or query_heads, k)`, -1 = none; what is read counts."""
-        at = slots.where(slots >= 0, slots.amax(-1, keepdim=True))  # nothing else is touched, not even to be hidden
-        heads = torch.arange(slots.shape[1], device=slots.device)[:, None]
-        if slots.shape[1] != self.key.shape[1]:
-            heads = heads // self.groups
-        rows = torch.arange(len(slots), device=slots.device)[:, None, None]
-        self.note_read((slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes)
-        positions = self.positions[rows, heads, at].where(slots >= 0, -1)
-        return self.replaced(key=self.key[rows, heads, at], value=self.value[rows, heads, at], positions=positions)
+        """This view with these slots only, `(batch, kv_heads or query_heads, k)`, -1 = none; what is read counts.
+
+        Keys, values and positions are copied when they are looked at, and not before.
+        """
+        place = slots, self.layer.tail.entry_bytes
+        if place not in self.step.listed:
+            self.step.listed[place] = (slots >= 0).sum((1, 2)) * self.layer.tail.entry_bytes
+        self.note_read(self.step.listed[place])
+        view = self._anew("key", "value", "positions", "arrived", "weights", "_decoded")
+        view.whole, view.slots = self, slots.to(self.device)  # layers that share a list may lie on several
+        view.stored = self.stored and self.slots is None
+        view.groups, view._moved, view.uniform, view.intact = self.query.shape[1] // slots.shape[1], True, False, False
+        return view
+
+    def _listed(self, rectangle: torch.Tensor) -> torch.Tensor:
+        """The entries of `slots`, `(batch, kv_heads or query_heads, k, ...)`, from a rectangle of `whole`."""
+        at = self.slots.where(self.slots >= 0, self.slots.amax(-1, keepdim=True))  # nothing else is touched
+        heads = torch.arange(at.shape[1], device=at.device)[:, None] // (at.shape[1] // rectangle.shape[1])
+        rows = torch.arange(len(at), device=at.device)[:, None, None]
+        return rectangle[rows, heads, at]
 
     def note_read(self, count: torch.Tensor) -> None:
         """Add `(batch,)` bytes to what this layer has read in this pass. A layer that says nothing reads all it has."""
@@ -175,8 +211,9 @@ class View:
     @property
     def as_stored(self) -> bool:
         """False once queries, keys, values or positions were replaced by others."""
-        pair = self.key is self._decoded[0] and self.value is self._decoded[1]
-        return self.query is self._asked and pair and not self._moved
+        if self._moved or self.query is not self._asked:
+            return False
+        return self.key is self._decoded[0] and self.value is self._decoded[1]
 
     # Sums over queries
 
@@ -194,7 +231,7 @@ class View:
             found = self.weights
             self.__dict__.pop("weights")  # it is the caller's now
             return found
-        return self.over_queries(attention.column_sums, last)
+        return self.over_queries(attention.column_sums, last, norms=True)
 
     def eviction_errors(self, last=None) -> torch.Tensor:
         """How far a query's output moves if one stored token alone is evicted, summed as `column_sums` sums."""
@@ -204,10 +241,11 @@ class View:
         """What the run's method reads in place of attention (`Evictor.importance`); arguments of `column_sums`."""
         return self.run.method.importance(self, last)
 
-    def over_queries(self, function, last=None, values: bool = False) -> torch.Tensor:
+    def over_queries(self, function, last=None, values: bool = False, norms: bool = False) -> torch.Tensor:
         """`function(query, key, query_positions, key_positions, scaling)` over the queries that `last` means.
 
-        Both positions are None where nothing is padded or empty. With `values` they come behind the keys.
+        Both positions are None where nothing is padded or empty. With `values` they come behind the keys, with `norms`
+        there is `lse`, too, None where it is not known.
         """
         if not (self.intact or self._moved):
             raise ValueError(f"layer {self.layer_idx} has already evicted; its column sums are known before that only")
@@ -232,7 +270,9 @@ class View:
                 positions = positions.where(positions >= start, -1)
         where = (None, None) if uniform else (positions, self.positions)
         stored = (self.key, self.value) if values else (self.key,)
-        sums = function(query, *stored, *where, self.scaling)
+        known = self.lse is not None and self.as_stored and uniform
+        more = {"lse": self.lse[:, :, -query.shape[2] :] if known else None} if norms else {}
+        sums = function(query, *stored, *where, self.scaling, **more)
         if kept:
             self.step.sums[place] = sums.clone()
         return sums

@@ -4,9 +4,8 @@ Each segment, or list, is split; a program works through one split for all query
 combines the splits by their log-sum-exps. Lengths are read on the device and all shapes follow from a bound on them, so
 that a captured step (`kvlib.core.capture`) can replay it.
 
-Written to serve `kvlib.core.attention.attend`, `weighted` and `weights` for the query of a decode step, and
-`View.gathered`, whose copies it makes unnecessary; nothing there calls it yet. The reference is
-`kvlib.core.attention.weights` of the rectangle, or of what was gathered, and their product with the values.
+It serves the core through `kvlib.core.packed`. The reference is `kvlib.core.attention.weights` of the rectangle, or of
+what `View.gathered` gathers, and their product with the values.
 """
 
 import math

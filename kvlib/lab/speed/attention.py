@@ -68,6 +68,7 @@ TRIES = 3  # replays of each tiling
 LIMIT = 20.0  # no new turn after so many seconds, and two turns
 WRONG = 0.02  # relative error of an output
 MEMORY = 0.7  # of what is free, for keys and values
+TITLE = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}, copy {copy_gb_per_s} GB/s"
 SHOWN = "read kernel us us_q1 us_q3 ratio gb_per_s of_ideal error block programs warps stages"
 
 
@@ -364,13 +365,12 @@ def spread(name: str, values: list[float]) -> dict:
     return {name: middle, f"{name}_q1": low, f"{name}_q3": high}
 
 
-def readable(rows: list[dict]) -> str:
-    """The rows of a case as a table for people."""
-    table = [SHOWN.split(), *([str("" if row[x] is None else row[x]) for x in SHOWN.split()] for row in rows)]
+def readable(rows: list[dict], shown: str, title: str) -> str:
+    """The rows of a case as a table for people: some columns below a title, which is made of others."""
+    table = [shown.split(), *([str("" if row[x] is None else row[x]) for x in shown.split()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
-    head = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}, copy {copy_gb_per_s} GB/s"
-    return "\n".join([head.format(**rows[0]), *lines, ""])
+    return "\n".join([title.format(**rows[0]), *lines, ""])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -402,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
             begin = now()
             rows = [rounded(row | facts) for row in measure(case)]
             write(rows, given.out, IDENTITY)
-            print(f"{readable(rows)}in {now() - begin:.0f} s\n", flush=True)
+            print(f"{readable(rows, SHOWN, TITLE)}in {now() - begin:.0f} s\n", flush=True)
         del case  # its memory is needed
         torch.cuda.empty_cache()
 

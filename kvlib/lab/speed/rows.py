@@ -22,7 +22,7 @@ def write(rows: list[dict], out: Path, identity: tuple[str, ...]) -> None:
     with out.open("w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]), extrasaction="ignore", lineterminator="\n")
         table.writeheader()
-        table.writerows(sorted(rows, key=lambda row: [str(row[key]) for key in (*identity, "budget", "baseline")]))
+        table.writerows(sorted(rows, key=lambda row: [str(row.get(key)) for key in (*identity, "budget", "baseline")]))
 
 
 def command(parser: argparse.ArgumentParser, argv: list[str] | None) -> str:

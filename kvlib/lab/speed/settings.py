@@ -34,6 +34,8 @@ WANTED = {  # (method, budget, baseline) -> the largest ratio hoped for
 FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 SHAPES = {  # FIELDS; are embeddings tied; base of the rotary embedding
     "SmolLM2-135M": ((576, 1536, 30, 9, 3, 49_152), True, 1e5),
+    "Llama-2-7B": ((4096, 11_008, 32, 32, 32, 32_000), False, 1e4),
+    "Llama-3.1-8B": ((4096, 14_336, 32, 32, 8, 128_256), False, 5e5),
     "Llama-3.1-8B, 8 layers": ((4096, 14_336, 8, 32, 8, 128_256), False, 5e5),
     "tiny": ((32, 48, 2, 4, 2, 64), True, 1e4),
 }

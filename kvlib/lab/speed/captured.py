@@ -1,0 +1,374 @@
+"""Milliseconds per decoded token where steps are captured as CUDA graphs, with long contexts and whole models.
+
+    python -m kvlib.lab.speed.captured --out FILE.csv            what is not yet in the file; needs a CUDA GPU
+    python -m kvlib.lab.speed.captured --out FILE.csv --small    does everything run? In seconds, on a CPU too
+
+No prompt is read: weights are random, and so are the queries, keys and values that methods compress in place of a
+prompt's. Keys of later heads are larger, so that heads differ in how spread their attention is, and Ada-KV gives them
+different lengths; lists of slots are as scattered as can be. The time of a step follows from how much is read, and from
+how scattered it is, not from what it says.
+
+The baseline is stock transformers with a cache of fixed length: each step writes its token into the last slot and reads
+all of them, without a mask, by the fastest of SDPA's backends that can be captured. `stock, no context` is what is left
+of it where next to nothing is attended to. A token costs what it costs in use: a replay, and the choice of the next id.
+Contestants are timed one after the other, since two caches do not fit.
+
+Beside the time stand the bytes that a step reads, weights (but for the table of embeddings) and keys and values, and
+`ideal_ms`, in which a device copy would move as many. `speed_up` is over the baseline, `of_bytes` its share of what the
+bytes alone would allow, `attention_speed_up` the same without the time of `stock, no context`. `error` is the relative
+difference of a captured step's logits from those without `kvlib.kernels.decode`, after a shorter context of the same
+kind. `least`, `most`: tokens in the shortest and the longest segment. A row is written when it was measured, and what
+has a row is left out.
+"""
+
+import argparse
+import csv
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import kvlib
+from kvlib import kernels
+from kvlib.core.snapshot import Snapshot
+from kvlib.lab.speed.rows import command, rounded, write
+from kvlib.lab.speed.settings import FULL, STOCK, build, machine
+from kvlib.lab.speed.turns import now, spread
+
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+GPU_BACKENDS = "cudnn", "flash", "efficient"  # math takes minutes
+NOTHING = f"{STOCK}, no context"
+IDENTITY = ("device", "model", "batch", "context", "method", "budget")
+EVICTORS = "snapkv pyramidkv streaming_llm knorm h2o scissorhands tova vatp".split()
+SPREAD = 3.0  # keys of the last head are so many times as large as those of the first one
+SHOWN = "method budget ms ideal_ms speed_up of_bytes attention_speed_up error least most backend"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`batch` contexts of `context` tokens, which methods decode after.
+
+    tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared.
+    """
+
+    model: str
+    batch: int
+    context: int
+    methods: tuple
+    dtype: str = "bfloat16"
+    tokens: int = 32
+    blocks: int = 5
+    short: int = 1024
+
+    def facts(self) -> dict:
+        return {"model": self.model, "dtype": self.dtype, "batch": self.batch, "context": self.context}
+
+
+def readers(budget: int, **quest) -> tuple:
+    """Methods that read everything in a few layers and `budget` tokens in the others, and what they are measured by."""
+    tidal = kvlib.method("tidaldecode", budget=budget, heads="group")
+    return kvlib.method(FULL), tidal, kvlib.method("quest", budget=budget, **quest)
+
+
+def evictors(share: float, ragged: float) -> tuple:
+    each = tuple(kvlib.method(name, budget=share) for name in EVICTORS)
+    return kvlib.method(FULL), kvlib.method("adakv", budget=ragged), *each
+
+
+CASES = (
+    Case("Llama-2-7B", 1, 131_072, readers(1024)),
+    Case("Llama-3.1-8B", 8, 65_536, readers(1024)),
+    Case("Llama-3.1-8B", 8, 32_768, evictors(0.2, 0.25)),
+)
+SMALL = (
+    Case("tiny", 1, 96, readers(16, page=4, dense=0), "float32", tokens=1, blocks=2, short=32),
+    Case("tiny", 2, 64, evictors(0.5, 0.5)[:2], "float32", tokens=1, blocks=2, short=32),
+)
+
+
+# Contexts that nobody has read
+
+
+def made_up(model, batch: int, context: int, seed: int = 0) -> Iterator[tuple]:
+    """Of every layer random `(query, key, value, scaling)`, as a `Snapshot` has them."""
+    config, like = model.config, next(model.parameters())
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    random = torch.Generator(like.device).manual_seed(seed)
+    scale = torch.linspace(1, SPREAD, config.num_key_value_heads, dtype=like.dtype, device=like.device)[:, None, None]
+    for _ in range(config.num_hidden_layers):
+        heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        new = {"dtype": like.dtype, "device": like.device, "generator": random}
+        query, key, value = (torch.randn(batch, count, context, size, **new) for count in heads)
+        yield query, key.mul_(scale), value, size**-0.5
+
+
+def fill(run, batch: int, context: int) -> None:
+    """Let the run's method compress a context that is made up, as if it had read it."""
+    device = next(run.model.parameters()).device
+    positions = torch.arange(context, device=device).expand(batch, -1)
+    counts = torch.full((batch,), context)
+    run.fork(Snapshot(made_up(run.model, batch, context), torch.ones_like(positions), positions, counts, None))
+
+
+class Filled(DynamicLayer):
+    """A stock layer of fixed length: the newest token is always the last."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = key, value, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys[:, :, -1:].copy_(key_states)
+        self.values[:, :, -1:].copy_(value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+
+def filled(model, batch: int, context: int) -> Cache:
+    """A stock cache of a context that is made up."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Filled(key, value) for _, key, value, _ in made_up(model, batch, context)]
+    return cache
+
+
+# Steps
+
+
+@contextmanager
+def stock(model, batch: int, context: int, backend: str) -> Iterator[Callable]:
+    """What decodes a token for each row: `(batch, 1)` ids -> logits `(batch, vocabulary)`."""
+    cache = filled(model, batch, context)
+    ids = torch.ones(batch, 1, dtype=torch.long, device=next(model.parameters()).device)
+
+    def step() -> torch.Tensor:
+        with sdpa_kernel(BACKENDS[backend]):
+            return model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    if not ids.is_cuda:
+        yield lambda new: step()
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+
+    def replay(new: torch.Tensor) -> torch.Tensor:
+        ids.copy_(new)
+        graph.replay()
+        return logits
+
+    yield replay
+
+
+def timed(step: Callable, case: Case, device) -> list[float]:
+    """Seconds per token of every block; a few that come first are not timed, which make ready."""
+    ids, seconds = torch.ones(case.batch, 1, dtype=torch.long, device=device), []
+    for count in (4, *[case.tokens] * case.blocks):
+        begin = now()
+        for _ in range(count):
+            ids = step(ids).argmax(-1, keepdim=True)
+        seconds.append((now() - begin) / count)
+    return seconds[1:]
+
+
+def room(case: Case) -> int:
+    """Tokens that `timed` decodes, and one to look at."""
+    return 5 + case.tokens * case.blocks
+
+
+@torch.no_grad()
+def logits_after(model, method, case: Case, kernel: bool) -> torch.Tensor:
+    """Of the third token behind a short context: captured with the kernel, or eager without it."""
+    ids = torch.ones(case.batch, 1, dtype=torch.long, device=next(model.parameters()).device)
+    before, kernels.decoding = kernels.decoding, kernels.decoding if kernel else False
+    try:
+        with method(model) as run:
+            fill(run, case.batch, case.short)
+            if not kernel:
+                return [model(ids, past_key_values=run.cache).logits[:, -1] for _ in range(3)][-1]
+            with run.capture(3) as step:
+                return [step(ids) for _ in range(3)][-1].clone()
+    finally:
+        kernels.decoding = before
+
+
+# Rows
+
+
+def weight_bytes(model) -> int:
+    """Bytes of weights that a step reads: all but the table of embeddings, unless logits are made by it too."""
+    total = sum(weight.nbytes for weight in model.parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return total - (0 if table is head else table.nbytes)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes per second that a copy on the device reads and writes."""
+    source = torch.zeros(2**30 if device == "cuda" else 2**18, dtype=torch.uint8, device=device)
+    target, rates = torch.empty_like(source), []
+    for _ in range(5):
+        begin = now()
+        for _ in range(10):
+            target.copy_(source)
+        rates.append(20 * source.nbytes / (now() - begin))
+    return median(rates)
+
+
+@torch.no_grad()
+def measure_stock(model, case: Case, context: int) -> dict:
+    """Columns of stock, by its fastest backend."""
+    device, found = next(model.parameters()).device, {}
+    for backend in GPU_BACKENDS if device.type == "cuda" else ["math"]:
+        try:
+            with stock(model, case.batch, context, backend) as step:
+                found[backend] = timed(step, case, device)
+        except RuntimeError as error:
+            print(f"  {backend} does not run: {str(error).splitlines()[0]}", flush=True)
+        collect()
+    backend = min(found, key=lambda name: median(found[name]))
+    config = model.config
+    entry = 2 * config.hidden_size // config.num_attention_heads * next(model.parameters()).element_size()
+    read = case.batch * context * config.num_hidden_layers * config.num_key_value_heads * entry
+    return spread("ms", [1e3 * x for x in found[backend]]) | {"read_bytes": read, "backend": backend}
+
+
+@torch.no_grad()
+def measure(model, method, case: Case, kernels_shown: int = 0) -> dict:
+    """Columns of a method."""
+    device = next(model.parameters()).device
+    exact = logits_after(model, method, case, kernel=False).float()
+    error = float((logits_after(model, method, case, kernel=True).float() - exact).norm() / exact.norm())
+    collect()
+    with method(model) as run:
+        fill(run, case.batch, case.context)
+        lengths = torch.stack([layer.lengths for layer in run.cache.layers])
+        with run.capture(room(case)) as step:
+            seconds = timed(step, case, device)
+            if kernels_shown:
+                print(longest(step, case, device, kernels_shown), flush=True)
+        read = run.read_bytes()
+    ends = {"least": int(lengths.min()), "most": int(lengths.max())}
+    return spread("ms", [1e3 * x for x in seconds]) | {"read_bytes": read, "error": error} | ends
+
+
+def longest(step: Callable, case: Case, device, count: int) -> str:
+    """The kernels of a step that take longest, as text."""
+    ids = torch.ones(case.batch, 1, dtype=torch.long, device=device)
+    with torch.profiler.profile() as profile:
+        step(ids)
+        now()
+    return profile.key_averages().table(sort_by="self_device_time_total", row_limit=count, max_name_column_width=60)
+
+
+def collect() -> None:
+    """Free what is not needed any more, graphs and caches above all."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def known(out: Path) -> list[dict]:
+    if not out.exists():
+        return []
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def find(out: Path, row: dict) -> dict | None:
+    """The row of the table that is of the same measurement."""
+    wanted = [str(row[key]) for key in IDENTITY]
+    return next((found for found in known(out) if [found[key] for key in IDENTITY] == wanted), None)
+
+
+def compared(row: dict, bare: dict, base: dict, rate: float, weights: int) -> dict:
+    """The row, beside stock and stock without a context, rows too."""
+    ms, ms_base, ms_bare = (float(x["ms"]) for x in (row, base, bare))
+    total, total_base = (int(x["read_bytes"]) + weights for x in (row, base))
+    return row | {
+        "weight_bytes": weights,
+        "copy_gb_per_s": rate / 1e9,
+        "ideal_ms": 1e3 * total / rate,
+        "speed_up": ms_base / ms,
+        "of_bytes": (ms_base / ms) / (total_base / total),
+        "attention_speed_up": (ms_base - ms_bare) / (ms - ms_bare) if ms > ms_bare else None,
+    }
+
+
+def run_case(case: Case, out: Path, facts: dict, kernels_shown: int) -> None:
+    """Measure what has no row, stock first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = case.facts() | {"baseline": STOCK, "budget": 1.0}
+    names = [STOCK, NOTHING, *case.methods]
+    rows = {x: facts | named | label(x) for x in names}
+    if all(find(out, row) for row in rows.values()):
+        print("  in the table", flush=True)
+        return
+    model, rate = build(case.model, device, case.dtype), copy_rate(device)
+    empty = {"error": None, "least": None, "most": None, "backend": None}
+    for x, row in rows.items():
+        if find(out, row):
+            continue
+        begin = now()
+        try:
+            if x in (NOTHING, STOCK):
+                found = measure_stock(model, case, 1 if x == NOTHING else case.context)
+            else:
+                found = measure(model, x, case, kernels_shown)
+        except (RuntimeError, ValueError) as error:
+            print(f"  {row['method']} does not run: {str(error).splitlines()[0]}", flush=True)
+            collect()
+            continue
+        row = row | empty | found
+        base, bare = (row if x == name else find(out, rows[name]) or row for name in (STOCK, NOTHING))
+        write([rounded(compared(row, bare, base, rate, weight_bytes(model)))], out, IDENTITY)
+        collect()
+        shown = {key: find(out, row)[key] for key in SHOWN.split()}
+        print(f"  {', '.join(f'{k} {v}' for k, v in shown.items() if v)}; in {now() - begin:.0f} s", flush=True)
+
+
+def label(x) -> dict:
+    """Columns that name a contestant: a method, or what stands for stock."""
+    return {"method": x} if isinstance(x, str) else {"method": x.name, "budget": x.budget}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m kvlib.lab.speed.captured", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="table of which rows are left out, and that gets rows")
+    parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)))
+    parser.add_argument("--kernels", type=int, default=0, help="print so many of the kernels that take longest")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does everything run?")
+    given = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not given.small:
+        parser.error("without a GPU there is --small only")
+    warnings.filterwarnings("ignore", category=UserWarning)  # SDPA's reasons for what a backend cannot do
+    facts = machine(device) | {"command": command(parser, argv)}
+    for case in SMALL if given.small else [CASES[i] for i in given.cases]:
+        print(f"{case.model}, batch {case.batch}, {case.context} tokens, {case.dtype}", flush=True)
+        run_case(case, given.out, facts, given.kernels)
+        collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What times captured steps: caches that are made up, rows, what is left out; no timings."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvlib
+from kvlib.lab.speed import captured
+from kvlib.lab.speed.captured import NOTHING, SMALL, compared, fill, filled, made_up, main, weight_bytes
+from kvlib.lab.speed.settings import STOCK, build
+
+IDS = torch.tensor([[5], [9]])
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_collect(monkeypatch):
+    """Looking through all objects of a test run takes longer than the runs here."""
+    monkeypatch.setattr(captured, "collect", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("tiny", "cpu", "float32")
+
+
+def rows_of(file) -> list[dict]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_the_command_measures_once(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "captured.csv"
+    main(["--small", "--out", str(file)])
+    rows = rows_of(file)
+    one, two = ([row["method"] for row in rows if row["batch"] == batch] for batch in "12")
+    assert sorted(one) == ["full", "quest", STOCK, NOTHING, "tidaldecode"]
+    assert sorted(two) == ["adakv", "full", STOCK, NOTHING]
+    for row in rows:
+        base = next(x for x in rows if x["method"] == STOCK and x["context"] == row["context"])
+        assert float(row["speed_up"]) == pytest.approx(float(base["ms"]) / float(row["ms"]), rel=2e-3)
+        total, total_base = (int(x["read_bytes"]) + int(x["weight_bytes"]) for x in (row, base))
+        assert float(row["of_bytes"]) == pytest.approx(float(row["speed_up"]) * total / total_base, rel=2e-3)
+        assert float(row["error"] or 0) < 1e-5 and (row["method"] in (STOCK, NOTHING)) == (not row["error"])
+        assert row["command"] == "python -m kvlib.lab.speed.captured --small" and row["torch"] and row["date"]
+    read = {(row["method"], row["batch"]): int(row["read_bytes"]) for row in rows}
+    entry = 2 * 2 * 2 * 8 * 4  # layers, KV heads, keys and values, head_dim, float32
+    assert (read[STOCK, "1"], read[NOTHING, "1"]) == (96 * entry, entry)
+    more = 4 + SMALL[1].tokens * SMALL[1].blocks
+    assert (read["full", "2"], read["adakv", "2"]) == (2 * (64 + more) * entry, 2 * (32 + more) * entry)
+    spread = next(row for row in rows if row["method"] == "adakv")
+    assert int(spread["least"]) < 32 < int(spread["most"])
+
+    monkeypatch.setattr(captured, "build", None)
+    before = file.read_text()
+    capsys.readouterr()
+    main(["--small", "--out", str(file)])
+    assert capsys.readouterr().out.count("in the table") == len(SMALL) and file.read_text() == before
+
+
+def test_what_does_not_run_has_no_row(tmp_path, monkeypatch, capsys):
+    def fails(model, method, *more):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(captured, "measure", fails)
+    monkeypatch.setattr(captured, "SMALL", SMALL[1:])
+    main(["--small", "--out", str(tmp_path / "captured.csv")])
+    assert "  adakv does not run: out of memory\n" in capsys.readouterr().out
+    assert {row["method"] for row in rows_of(tmp_path / "captured.csv")} == {STOCK, NOTHING}
+
+
+def test_without_a_gpu_there_is_the_small_run_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "none.csv")])
+
+
+@torch.no_grad()
+def test_contexts_are_those_of_a_cache_that_was_filled_by_hand(model):
+    """A stock cache of fixed length holds one token less before a step; kvlib's holds all."""
+    for length, step in ((23, filled(model, 2, 24)), (24, None)):
+        cache = DynamicCache(config=model.config)
+        for layer, (_, key, value, _) in enumerate(made_up(model, 2, 24)):
+            cache.update(key[:, :, :length], value[:, :, :length], layer)
+        wanted = model(IDS, past_key_values=cache).logits
+        if step is not None:
+            found = model(IDS, past_key_values=step).logits
+        else:
+            with kvlib.method("full")(model) as run:
+                fill(run, 2, 24)
+                found = model(IDS, past_key_values=run.cache).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_are_read(model):
+    total = sum(x.numel() for x in model.parameters()) * 4
+    assert weight_bytes(model) == total  # logits are made by the embeddings
+    apart = copy.deepcopy(model)
+    apart.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    assert weight_bytes(apart) == total  # and here by others of as many
+
+
+def test_bytes_and_attention_alone():
+    row, bare, base = ({"ms": ms, "read_bytes": read} for ms, read in ((3.0, 40), (1.0, 0), (9.0, 240)))
+    found = compared(row, bare, base, 1e6, 60)
+    assert found["speed_up"] == 3 and found["of_bytes"] == 1 and found["attention_speed_up"] == 4
+    assert found["ideal_ms"] == pytest.approx(0.1)
+    assert compared(bare, bare, base, 1e6, 60)["attention_speed_up"] is None
