@@ -142,7 +142,7 @@ class TwoBits(kvlib.Method):
         chunk = {name: x[:, :, : n * self.group].unflatten(2, (n, -1)) for name, x in view.fields(tail).items()}
         key, at = chunk["key"], tail.position_rectangle()
         low, step = key.amin(3, keepdim=True), (key.amax(3, keepdim=True) - key.amin(3, keepdim=True)) / 3
-        code = ((key - low) / step).round().to(torch.uint8).unflatten(-1, (-1, 4)) * self.digits(view)
+        code = ((key - low) / step).round().byte().unflatten(-1, (-1, 4)) * 4 ** torch.arange(4, device=key.device)
         layer.body = layer.body or Part(*tail.lengths.shape, key.device, self.group, layer.memo)
         encoded = {"key": code.sum(-1).to(torch.uint8), "low": low, "step": step, "value": chunk["value"]}
         places = at[:, :, : n * self.group].unflatten(2, (n, -1))
@@ -154,11 +154,8 @@ class TwoBits(kvlib.Method):
         stored = view.fields(part)
         if part.size == 1:
             return stored["key"], stored["value"]
-        code = stored["key"][..., None] // self.digits(view) % 4
+        code = stored["key"][..., None] // 4 ** torch.arange(4, device=view.device) % 4
         return (code.flatten(-2) * stored["step"] + stored["low"]).flatten(2, 3), stored["value"].flatten(2, 3)
-
-    def digits(self, view):
-        return torch.tensor([1, 4, 16, 64], device=view.device)
 
 
 @dataclass(frozen=True)
