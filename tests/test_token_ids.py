@@ -49,7 +49,7 @@ def test_ids_of_all_that_was_read_are_known(method, chunk):
 def test_captured_steps_note_their_ids(name):
     model, fed = tiny.model("llama-gqa"), []
     with kvlib.method(name, budget=1.0 if name == "full" else 0.4)(model) as run, torch.no_grad():
-        token = read_two_rows(model, None, "cpu")
+        token = read_two_rows(model, "cpu")
         with run.capture(70) as step:
             memory = set()
             for i in range(70):
@@ -64,7 +64,7 @@ def test_room_for_ids_is_made_rarely():
     """Not at every step, which would copy all ids each time."""
     model, sizes = tiny.model("llama-gqa"), set()
     with H2O(model) as run, torch.no_grad():
-        token = read_two_rows(model, None, "cpu")
+        token = read_two_rows(model, "cpu")
         for _ in range(70):
             model(token, past_key_values=run.cache)
             sizes.add(run.cache.ids.shape[1])
