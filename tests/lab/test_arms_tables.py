@@ -5,7 +5,7 @@ import pytest
 
 from kvlib import paths
 from kvlib.lab.lessons import arms
-from kvlib.lab.results.anchored_studies import LENGTHS
+from kvlib.lab.results.anchored_studies import ANCHORED, LENGTHS
 
 TOKEN_BYTES = 16 * 8 * 2 * 32 * 4  # of minilm: layers, KV heads, keys and values, head_dim, float32
 ARMS = [f"03_arms_{length}" for length in LENGTHS] + ["03_functions_arms"]
@@ -17,6 +17,14 @@ def stored(*names: str) -> pd.DataFrame:
     rows = arms.contenders(pd.read_parquet(paths.RESULTS / f"{name}.parquet") for name in names)
     table = rows.pivot_table(index=["task", "length", "sample"], columns="contender", values="stored_bytes")
     return table.assign(text=rows.groupby(["task", "length", "sample"])["full_bytes"].first())
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_other_seeds_are_asked_where_arms_are_compared(name):
+    models = pd.read_parquet(paths.RESULTS / f"{name}.parquet", columns=["model"])["model"]
+    assert {*models} == {*ANCHORED[name].models} >= {"minilm-D2", "minilm-TML-4", "minilm-AnLLM"}
+    seeds = {"minilm-D2-seed1", "minilm-TML-4-seed1"} & {*models}
+    assert len(seeds) == (2 if name in ("03_arms_2048", "03_functions_arms") else 0)
 
 
 @pytest.mark.parametrize("name", ARMS)
