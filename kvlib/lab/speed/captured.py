@@ -223,7 +223,8 @@ def weight_bytes(model) -> int:
 
 def copy_rate(device: str) -> float:
     """Bytes per second that a copy on the device reads and writes."""
-    source = torch.zeros(2**30 if device == "cuda" else 2**18, dtype=torch.uint8, device=device)
+    size = 2**30 if device == "cuda" else 2**18
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)  # zeros may move faster than what is stored
     target, rates = torch.empty_like(source), []
     for _ in range(5):
         begin = now()
