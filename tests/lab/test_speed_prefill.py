@@ -14,7 +14,7 @@ from kvlib.lab.speed import prefill, summary
 from kvlib.lab.speed.settings import STOCK, WINDOW, build
 
 TOKENS, LAYERS, PAIRS = 96, 8, 2
-ORDER = [STOCK, "full", "snapkv", "stages", "uncomp", "uncomp_stage"]
+ORDER = [STOCK, "full", "snapkv", "h2o", "stages", "uncomp", "uncomp_stage"]
 SHORTENED = ("stages", "uncomp_stage")
 COLUMNS = (
     "model dtype tokens device threads torch transformers python date method arguments budget baseline "
@@ -64,12 +64,14 @@ def test_stages_compute_fewer_tokens_in_later_layers(watched):
 def test_rows_hold_what_the_clock_has_shown(watched):
     read = LAYERS * TOKENS
     short = sum(watched.layers[-1])
-    assert [list(row) for row in watched.rows] == [COLUMNS] * 9
+    assert [list(row) for row in watched.rows] == [COLUMNS] * 11
     shorter = float(f"{short / read:.4g}")
     assert [(row["method"], row["baseline"], row["ratio"]) for row in watched.rows] == [
         ("full", STOCK, 1.0),
         ("snapkv", STOCK, 1.0),
         ("snapkv", "full", 1.0),
+        ("h2o", STOCK, 1.0),
+        ("h2o", "full", 1.0),
         ("stages", STOCK, shorter),
         ("stages", "snapkv", shorter),
         ("uncomp", STOCK, 1.0),
@@ -89,7 +91,7 @@ def test_rows_hold_what_the_clock_has_shown(watched):
 
 @pytest.mark.parametrize(("seconds", "turns"), [(18.0, 4), (20.0, 3), (29.0, 2)])
 def test_slow_contestants_take_fewer_turns(seconds, turns):
-    """Two minutes for each of six. A turn is twelve looks at the clock; 25 are over before the third, 38 the fourth."""
+    """Two minutes for each of seven. A turn is 14 looks at the clock; 29 are over before the third, 44 the fourth."""
     looks = itertools.count()
     rows = prefill.contest(tiny.model(), tiny.tokens(1, 24), 4, lambda: seconds * next(looks))
     assert {row["pairs"] for row in rows} == {turns}
@@ -111,9 +113,9 @@ def test_the_command_writes_lengths_and_a_rerun_replaces_its_own(tmp_path, capsy
     assert printed.err == "" and "tiny, float32, 24 tokens" in printed.out
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["tokens"] for row in rows] == ["24"] * 9 + ["32"] * 9
+    assert [row["tokens"] for row in rows] == ["24"] * 11 + ["32"] * 11
     command = "python -m kvlib.lab.speed.prefill --device cpu --models tiny --pairs 1 --lengths "
-    assert [row["command"] for row in rows] == [command + "24 32"] * 9 + [command + "32"] * 9
+    assert [row["command"] for row in rows] == [command + "24 32"] * 11 + [command + "32"] * 11
 
 
 @pytest.mark.parametrize(
@@ -147,8 +149,8 @@ def test_what_is_measured_by_itself():
 
 
 def measured(tokens: int) -> pd.DataFrame:
-    """Rows of a length, made up: stock and the methods take 1 s, 1.1 s, 1.32 s, .66 s, 1.65 s and 0.825 s."""
-    rows, ms = [], dict(zip(ORDER, (1000.0, 1100.0, 1320.0, 660.0, 1650.0, 825.0)))
+    """Rows of a length, made up: stock and the methods take 1, 1.1, 1.32, 1.43, .66, 1.65 and .825 s."""
+    rows, ms = [], dict(zip(ORDER, (1000.0, 1100.0, 1320.0, 1430.0, 660.0, 1650.0, 825.0)))
     for method in ORDER[1:]:
         for baseline in dict.fromkeys((STOCK, prefill.BEFORE[method])):
             ratio = ms[method] / ms[baseline]
@@ -160,17 +162,20 @@ def measured(tokens: int) -> pd.DataFrame:
 
 def test_the_summary_s_numbers_are_those_of_the_rows():
     made = summary.reading(pd.concat([measured(16_384), measured(2048)])).split("\n")
-    assert made[2:8] == [
+    assert made[2:9] == [
         "| M | D | 2048 | 5 | stock | 1000 | 1.00 | |",
         "| M | D | 2048 | 5 | full | 1100 | 1.10 (1.09-1.12) | kvlib's cache +10.0 (+9.0 to +12.0) |",
         "| M | D | 2048 | 5 | snapkv | 1320 | 1.32 (1.31-1.34) | scoring +20.0 (+19.0 to +22.0) |",
+        "| M | D | 2048 | 5 | h2o | 1430 | 1.43 (1.42-1.45) | sums +30.0 (+29.0 to +32.0) |",
         "| M | D | 2048 | 5 | stages | 660 | 0.66 (0.65-0.68) | stages -50.0 (-51.0 to -48.0) |",
         "| M | D | 2048 | 5 | uncomp | 1650 | 1.65 (1.64-1.67) | typing +25.0 (+24.0 to +27.0) |",
         "| M | D | 2048 | 5 | uncomp_stage | 825 | 0.82 (0.81-0.84) | stages -50.0 (-51.0 to -48.0) |",
     ]
-    assert made[8].startswith("| M | D | 16384 | 5 | stock |") and made[14] == ""  # lengths in order, not as words
+    without = measured(2048).query("method != 'h2o'")  # as tables are that were written before it was measured
+    assert summary.reading(without).split("\n")[2:8] == [line for line in made[2:9] if "h2o" not in line]
+    assert made[9].startswith("| M | D | 16384 | 5 | stock |") and made[16] == ""  # lengths in order, not as words
     once = "in brackets. M on D: float32, batch 1, threads: 2, torch 2, transformers 5, 2026-01-02."
-    assert made[15].endswith(once)  # for both lengths
+    assert made[17].endswith(once)  # for both lengths
 
 
 def test_a_file_that_is_missing_says_so_and_one_that_is_there_is_shown(tmp_path):

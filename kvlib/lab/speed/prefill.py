@@ -9,6 +9,7 @@ costs as a share of prefill:
 
     full                 kvlib's cache
     snapkv               scoring: attention of the last 8 queries, the choice of a tenth of the tokens, packing them
+    h2o                  scoring by sums: the weights that every token gets from all queries behind it
     stages               stages: later layers compute fewer tokens. An overhead below 0 is what they save. With it, 8
                          rows of attention that decoding goes on from
     uncomp               typing: entropy of every head's queries. With it those rows, and heads of different lengths
@@ -39,11 +40,19 @@ FILE = paths.RESULTS / "prefill_speed.csv"
 METHODS = {  # what a contestant is called -> a registered method and its arguments
     "full": ("full", {}),
     "snapkv": ("snapkv", {"window": 8}),
+    "h2o": ("h2o", {}),
     "stages": ("uncomp_stage", {"spread": 0.0}),
     "uncomp": ("uncomp", {}),
     "uncomp_stage": ("uncomp_stage", {}),
 }
-BEFORE = {"full": STOCK, "snapkv": "full", "stages": "snapkv", "uncomp": "snapkv", "uncomp_stage": "uncomp"}
+BEFORE = {
+    "full": STOCK,
+    "snapkv": "full",
+    "h2o": "full",
+    "stages": "snapkv",
+    "uncomp": "snapkv",
+    "uncomp_stage": "uncomp",
+}
 BUDGET = 0.1  # of all but `full`; in the paper 384 of up to 4096 tokens
 PAIRS, LIMIT = 8, 120.0
 IDENTITY = ("model", "dtype", "device", "tokens", "method")  # a measurement replaces rows with the same

@@ -13,7 +13,7 @@ from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
 DECODING = "decoding_speed.csv"
-ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "stages", "typing", "stages")))  # to another one
+ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "sums", "stages", "typing", "stages")))  # to another
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -51,7 +51,7 @@ def reads(rows: pd.DataFrame) -> str:
 
 
 def reading(rows: pd.DataFrame) -> str:
-    """Markdown: time to read a prompt, and what each method adds to another, as a share of that one's."""
+    """Markdown: time to read a prompt, and what each method that was measured adds to another, as a share of it."""
     lines = ["| model | device | tokens | pairs | method | ms | / stock | adds, % |"]
     lines.append("|---|---|---:|---:|---|---:|---:|---|")
     for (model, device, tokens), group in rows.groupby(["model", "device", "tokens"], sort=True):
@@ -59,7 +59,7 @@ def reading(rows: pd.DataFrame) -> str:
         first = found.loc["full", STOCK]
         cells = f"| {model} | {device} | {tokens} | {first.pairs} |"
         lines.append(f"{cells} stock | {first.baseline_ms:.4g} | 1.00 | |")
-        for method, part in ADDED.items():
+        for method, part in ((m, part) for m, part in ADDED.items() if (m, STOCK) in found.index):
             row, more = found.loc[method, STOCK], found.loc[method, prefill.BEFORE[method]]
             ratio = f"{row.ratio:.2f} ({row.ratio_min:.2f}-{row.ratio_max:.2f})"
             share, least, most = (f"{100 * (x - 1):+.1f}" for x in (more.ratio, more.ratio_min, more.ratio_max))
