@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-HALF = Tiling(128, 64, 4, 2)  # tensor cores
+HALF = Tiling(128, 128, 4, 2)  # tensor cores
 SINGLE = Tiling(32, 32, 8, 2)  # none, for float32: larger blocks do not fit the registers
 
 

@@ -43,11 +43,12 @@ def test_the_command_measures_once(tmp_path, monkeypatch, capsys):
         assert float(row["speed_up"]) == pytest.approx(float(base["ms"]) / float(row["ms"]), rel=2e-3)
         total, total_base = (int(x["read_bytes"]) + int(x["weight_bytes"]) for x in (row, base))
         assert float(row["of_bytes"]) == pytest.approx(float(row["speed_up"]) * total / total_base, rel=2e-3)
-        assert float(row["error"] or 0) < 1e-5 and (row["method"] in (STOCK, NOTHING)) == (not row["error"])
+        assert float(row["error"]) < 1e-5 and row["fused"] == "False"
+        assert (row["method"] in (STOCK, NOTHING)) == (row["backend"] in ("math", "packed math"))
         assert row["command"] == "python -m kvlib.lab.speed.captured --small" and row["torch"] and row["date"]
     read = {(row["method"], row["batch"]): int(row["read_bytes"]) for row in rows}
     entry = 2 * 2 * 2 * 8 * 4  # layers, KV heads, keys and values, head_dim, float32
-    assert (read[STOCK, "1"], read[NOTHING, "1"]) == (96 * entry, entry)
+    assert (read[STOCK, "1"], read[NOTHING, "1"]) == (96 * entry, 16 * entry)
     more = 4 + SMALL[1].tokens * SMALL[1].blocks
     assert (read["full", "2"], read["adakv", "2"]) == (2 * (64 + more) * entry, 2 * (32 + more) * entry)
     spread = next(row for row in rows if row["method"] == "adakv")
@@ -92,6 +93,50 @@ def test_contexts_are_those_of_a_cache_that_was_filled_by_hand(model):
                 fill(run, 2, 24)
                 found = model(IDS, past_key_values=run.cache).logits
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_heads_of_a_group_as_queries_of_one_head(model):
+    """Of a context in which the step's token is the last one."""
+    found = {}
+    for backend in captured.backends(model):
+        with captured.stock(model, 2, 24, backend) as step:
+            found[backend] = step(IDS)
+    assert list(found) == ["math", "packed math"] and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found["packed math"], found["math"], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found["math"][0], found["math"][1])
+
+
+def test_a_few_tokens_say_enough_of_what_is_slow(monkeypatch):
+    """Four tokens make ready; the clock shows how many there were. From 1 a token on they are not slow."""
+    for most, blocks in ((0.5, [1.0]), (1.0, [1.0] * SMALL[0].blocks)):
+        steps = []
+        monkeypatch.setattr(captured, "now", lambda steps=steps: float(len(steps)))
+        step = lambda ids, steps=steps: steps.append(ids) or torch.zeros(1, 64)  # noqa: E731
+        assert captured.timed(step, SMALL[0], "cpu", most) == blocks
+        assert len(steps) == 4 + (len(blocks) * SMALL[0].tokens if most == 1.0 else 0)
+
+
+@torch.no_grad()
+def test_fused_is_the_same_model(monkeypatch):
+    """Norms, MLPs and rotation are what is compiled; here without a compiler."""
+    compiled, compile = [], torch.compile
+
+    def without(function, **options):
+        compiled.append(function)
+        return compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
+    model, before = build("tiny", "cpu", "float32"), captured.llama.apply_rotary_pos_emb
+    with captured.stock(model, 2, 24, "math") as step:
+        wanted = step(IDS)
+    with captured.fused(model), captured.stock(model, 2, 24, "math") as step:
+        torch.testing.assert_close(step(IDS), wanted, rtol=1e-5, atol=1e-6)
+        assert captured.llama.apply_rotary_pos_emb is not before
+    assert captured.llama.apply_rotary_pos_emb is before and before in compiled
+    names = [x for x in compiled if isinstance(x, str)]
+    assert (names.count("LlamaRMSNorm"), names.count("LlamaMLP"), len(names)) == (5, 2, 7)
 
 
 def test_weights_that_are_read(model):

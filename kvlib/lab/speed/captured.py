@@ -9,32 +9,39 @@ different lengths; lists of slots are as scattered as can be. The time of a step
 how scattered it is, not from what it says.
 
 The baseline is stock transformers with a cache of fixed length: each step writes its token into the last slot and reads
-all of them, without a mask, by the fastest of SDPA's backends that can be captured. `stock, no context` is what is left
-of it where next to nothing is attended to. A token costs what it costs in use: a replay, and the choice of the next id.
-Contestants are timed one after the other, since two caches do not fit.
+all of them, without a mask, by the fastest of SDPA's backends that can be captured. Where heads share keys, backends
+are tried twice: with the heads as they are, and ("packed") with those of a group as queries of one head, since some
+read shared keys for each head. `stock, no context` is what is left of it where next to nothing is attended to. A token
+costs what it costs in use: a replay, and the choice of the next id. Contestants are timed one after the other, since
+two caches do not fit. In `fused` cases norms, rotation and activation of all contestants are compiled by torch: what
+lies between products of matrices is one kernel, not several.
 
 Beside the time stand the bytes that a step reads, weights (but for the table of embeddings) and keys and values, and
 `ideal_ms`, in which a device copy would move as many. `speed_up` is over the baseline, `of_bytes` its share of what the
 bytes alone would allow, `attention_speed_up` the same without the time of `stock, no context`. `error` is the relative
 difference of a captured step's logits from those without `kvlib.kernels.decode`, after a shorter context of the same
-kind. `least`, `most`: tokens in the shortest and the longest segment. A row is written when it was measured, and what
-has a row is left out.
+kind; of stock the greatest one between the fastest backend and another. `least`, `most`: tokens in the shortest and the
+longest segment. A row is written when it was measured, and what has a row is left out.
 """
 
 import argparse
 import csv
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama import modeling_llama as llama
 
 import kvlib
 from kvlib import kernels
@@ -50,9 +57,12 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 GPU_BACKENDS = "cudnn", "flash", "efficient"  # math takes minutes
+PACKED = "packed"  # before a backend's name; and the name of this attention
 NOTHING = f"{STOCK}, no context"
-IDENTITY = ("device", "model", "batch", "context", "method", "budget")
+IDENTITY = ("device", "model", "batch", "context", "fused", "method", "budget")
 EVICTORS = "snapkv pyramidkv streaming_llm knorm h2o scissorhands tova vatp".split()
+SLOW = 3.0  # times the fastest backend: a few tokens say enough
+LEAST = 16  # tokens that are next to nothing
 SPREAD = 3.0  # keys of the last head are so many times as large as those of the first one
 SHOWN = "method budget ms ideal_ms speed_up of_bytes attention_speed_up error least most backend"
 
@@ -61,7 +71,8 @@ SHOWN = "method budget ms ideal_ms speed_up of_bytes attention_speed_up error le
 class Case:
     """`batch` contexts of `context` tokens, which methods decode after.
 
-    tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared.
+    tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared. fused: are
+    norms, rotation and activation compiled?
     """
 
     model: str
@@ -72,9 +83,10 @@ class Case:
     tokens: int = 32
     blocks: int = 5
     short: int = 1024
+    fused: bool = False
 
     def facts(self) -> dict:
-        return {"model": self.model, "dtype": self.dtype, "batch": self.batch, "context": self.context}
+        return {x: getattr(self, x) for x in ("model", "dtype", "batch", "context", "fused")}
 
 
 def readers(budget: int, **quest) -> tuple:
@@ -88,10 +100,11 @@ def evictors(share: float, ragged: float) -> tuple:
     return kvlib.method(FULL), kvlib.method("adakv", budget=ragged), *each
 
 
+READING = Case("Llama-2-7B", 1, 131_072, readers(1024)), Case("Llama-3.1-8B", 8, 65_536, readers(1024))
 CASES = (
-    Case("Llama-2-7B", 1, 131_072, readers(1024)),
-    Case("Llama-3.1-8B", 8, 65_536, readers(1024)),
+    *READING,
     Case("Llama-3.1-8B", 8, 32_768, evictors(0.2, 0.25)),
+    *(replace(case, fused=True) for case in READING),
 )
 SMALL = (
     Case("tiny", 1, 96, readers(16, page=4, dense=0), "float32", tokens=1, blocks=2, short=32),
@@ -150,8 +163,53 @@ def filled(model, batch: int, context: int) -> Cache:
 
 
 @contextmanager
+def fused(model) -> Iterator[None]:
+    """Inside the block norms, rotation and activation of a Llama are compiled; its norms and MLPs stay so."""
+    for module in model.modules():
+        if isinstance(module, llama.LlamaRMSNorm | llama.LlamaMLP):
+            module.compile(dynamic=False)
+    with patch.object(llama, "apply_rotary_pos_emb", torch.compile(llama.apply_rotary_pos_emb, dynamic=False)):
+        yield
+
+
+def packed(module, query, key, value, attention_mask=None, scaling=None, **others) -> tuple[torch.Tensor, None]:
+    """Attention of one token, for which heads of a group are queries of one head: nothing lies in their future."""
+    queries = query.reshape(*key.shape[:2], -1, key.shape[3])
+    output = F.scaled_dot_product_attention(queries, key, value, scale=scaling)
+    return output.reshape(len(query), 1, *query.shape[1::2]), None
+
+
+AttentionInterface.register(PACKED, packed)
+
+
+def backends(model) -> list[str]:
+    """What stock can be captured with, maybe."""
+    if next(model.parameters()).device.type != "cuda":
+        return ["math", f"{PACKED} math"]
+    shared = model.config.num_key_value_heads < model.config.num_attention_heads
+    return [*GPU_BACKENDS, *(f"{PACKED} {name}" for name in GPU_BACKENDS if shared)]
+
+
+@contextmanager
 def stock(model, batch: int, context: int, backend: str) -> Iterator[Callable]:
-    """What decodes a token for each row: `(batch, 1)` ids -> logits `(batch, vocabulary)`."""
+    """What decodes a token for each row: `(batch, 1)` ids -> logits `(batch, vocabulary)`.
+
+    Args:
+        backend: one of `BACKENDS`, or "packed" and one of them.
+    """
+    form, _, backend = backend.rpartition(" ")
+    before = model.config._attn_implementation
+    model.set_attn_implementation(form or "sdpa")
+    try:
+        with captured(model, batch, context, backend) as step:
+            yield step
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def captured(model, batch: int, context: int, backend: str) -> Iterator[Callable]:
+    """A step of the model, captured if it is on a GPU."""
     cache = filled(model, batch, context)
     ids = torch.ones(batch, 1, dtype=torch.long, device=next(model.parameters()).device)
 
@@ -179,14 +237,16 @@ def stock(model, batch: int, context: int, backend: str) -> Iterator[Callable]:
     yield replay
 
 
-def timed(step: Callable, case: Case, device) -> list[float]:
-    """Seconds per token of every block; a few that come first are not timed, which make ready."""
+def timed(step: Callable, case: Case, device, most: float = math.inf) -> list[float]:
+    """Seconds per token of every block; a few tokens that come first make ready, and count if they took `most`."""
     ids, seconds = torch.ones(case.batch, 1, dtype=torch.long, device=device), []
     for count in (4, *[case.tokens] * case.blocks):
         begin = now()
         for _ in range(count):
             ids = step(ids).argmax(-1, keepdim=True)
         seconds.append((now() - begin) / count)
+        if seconds[0] > most:
+            return seconds
     return seconds[1:]
 
 
@@ -237,19 +297,33 @@ def copy_rate(device: str) -> float:
 @torch.no_grad()
 def measure_stock(model, case: Case, context: int) -> dict:
     """Columns of stock, by its fastest backend."""
-    device, found = next(model.parameters()).device, {}
-    for backend in GPU_BACKENDS if device.type == "cuda" else ["math"]:
-        try:
-            with stock(model, case.batch, context, backend) as step:
-                found[backend] = timed(step, case, device)
-        except RuntimeError as error:
-            print(f"  {backend} does not run: {str(error).splitlines()[0]}", flush=True)
+    device, found, logits = next(model.parameters()).device, {}, {}
+    ids = torch.ones(case.batch, 1, dtype=torch.long, device=device)
+    for backend in backends(model):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                with stock(model, case.batch, min(context, case.short), backend) as step:
+                    logits[backend] = step(ids).float()
+                with stock(model, case.batch, context, backend) as step:
+                    fastest = min(map(median, found.values()), default=math.inf)
+                    found[backend] = timed(step, case, device, most=SLOW * fastest)
+            except RuntimeError as error:
+                reasons = dict.fromkeys(str(x).splitlines()[0] for x in (error, *(each.message for each in said)))
+                print(f"  {backend} does not run: {' '.join(reasons)}", flush=True)
         collect()
     backend = min(found, key=lambda name: median(found[name]))
+    print(f"  ms by backend: {', '.join(f'{x} {1e3 * median(times):.4g}' for x, times in found.items())}", flush=True)
+    error = max((relative(logits[x], logits[backend]) for x in found if x != backend), default=None)
     config = model.config
     entry = 2 * config.hidden_size // config.num_attention_heads * next(model.parameters()).element_size()
     read = case.batch * context * config.num_hidden_layers * config.num_key_value_heads * entry
-    return spread("ms", [1e3 * x for x in found[backend]]) | {"read_bytes": read, "backend": backend}
+    return spread("ms", [1e3 * x for x in found[backend]]) | {"read_bytes": read, "backend": backend, "error": error}
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of what is wrong, as a share."""
+    return float((found - exact).norm() / exact.norm())
 
 
 @torch.no_grad()
@@ -257,7 +331,7 @@ def measure(model, method, case: Case, kernels_shown: int = 0) -> dict:
     """Columns of a method."""
     device = next(model.parameters()).device
     exact = logits_after(model, method, case, kernel=False).float()
-    error = float((logits_after(model, method, case, kernel=True).float() - exact).norm() / exact.norm())
+    error = relative(logits_after(model, method, case, kernel=True).float(), exact)
     collect()
     with method(model) as run:
         fill(run, case.batch, case.context)
@@ -318,12 +392,17 @@ def run_case(case: Case, out: Path, facts: dict, kernels_shown: int) -> None:
     """Measure what has no row, stock first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = case.facts() | {"baseline": STOCK, "budget": 1.0}
-    names = [STOCK, NOTHING, *case.methods]
-    rows = {x: facts | named | label(x) for x in names}
+    rows = {x: facts | named | label(x) for x in (STOCK, NOTHING, *case.methods)}
     if all(find(out, row) for row in rows.values()):
         print("  in the table", flush=True)
         return
     model, rate = build(case.model, device, case.dtype), copy_rate(device)
+    with fused(model) if case.fused else nullcontext():
+        contest(model, case, rows, rate, out, kernels_shown)
+
+
+def contest(model, case: Case, rows: dict, rate: float, out: Path, kernels_shown: int) -> None:
+    """Measure contestants, one after the other. rows: what is known of each before; rate: of a copy."""
     empty = {"error": None, "least": None, "most": None, "backend": None}
     for x, row in rows.items():
         if find(out, row):
@@ -331,10 +410,12 @@ def run_case(case: Case, out: Path, facts: dict, kernels_shown: int) -> None:
         begin = now()
         try:
             if x in (NOTHING, STOCK):
-                found = measure_stock(model, case, 1 if x == NOTHING else case.context)
+                found = measure_stock(model, case, LEAST if x == NOTHING else case.context)
             else:
                 found = measure(model, x, case, kernels_shown)
         except (RuntimeError, ValueError) as error:
+            if x == STOCK:
+                raise
             print(f"  {row['method']} does not run: {str(error).splitlines()[0]}", flush=True)
             collect()
             continue
@@ -363,10 +444,9 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not given.small:
         parser.error("without a GPU there is --small only")
-    warnings.filterwarnings("ignore", category=UserWarning)  # SDPA's reasons for what a backend cannot do
     facts = machine(device) | {"command": command(parser, argv)}
     for case in SMALL if given.small else [CASES[i] for i in given.cases]:
-        print(f"{case.model}, batch {case.batch}, {case.context} tokens, {case.dtype}", flush=True)
+        print(", ".join(f"{name}={value}" for name, value in case.facts().items()), flush=True)
         run_case(case, given.out, facts, given.kernels)
         collect()
 
