@@ -9,12 +9,12 @@ different lengths; lists of slots are as scattered as can be. The time of a step
 how scattered it is, not from what it says.
 
 The baseline is stock transformers with a cache of fixed length: each step writes its token into the last slot and reads
-all of them, without a mask, by the fastest of SDPA's backends that can be captured. Where heads share keys, backends
-are tried twice: with the heads as they are, and ("packed") with those of a group as queries of one head, since some
-read shared keys for each head. `stock, no context` is what is left of it where next to nothing is attended to. A token
-costs what it costs in use: a replay, and the choice of the next id. Contestants are timed one after the other, since
-two caches do not fit. In `fused` cases norms, rotation and activation of all contestants are compiled by torch: what
-lies between products of matrices is one kernel, not several.
+all of them by the fastest of SDPA's backends, with heads that share keys as queries of one head and without a mask
+(while a graph is captured, transformers makes one and repeats shared keys, which the fastest backends do not take).
+`stock, no context` is what is left of it where next to nothing is attended to. A token costs what it costs in use: a
+replay, and the choice of the next id. Contestants are timed one after the other, since two caches do not fit. In
+`fused` cases norms, rotation and activation of all contestants are compiled by torch: what lies between products of
+matrices is one kernel, not several.
 
 Beside the time stand the bytes that a step reads, weights (but for the table of embeddings) and keys and values, and
 `ideal_ms`, in which a device copy would move as many. `speed_up` is over the baseline, `of_bytes` its share of what the
@@ -57,7 +57,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 GPU_BACKENDS = "cudnn", "flash", "efficient"  # math takes minutes
-PACKED = "packed"  # before a backend's name; and the name of this attention
+PACKED = "packed"  # the name of stock's attention
 NOTHING = f"{STOCK}, no context"
 IDENTITY = ("device", "model", "batch", "context", "fused", "method", "budget")
 EVICTORS = "snapkv pyramidkv streaming_llm knorm h2o scissorhands tova vatp".split()
@@ -182,24 +182,11 @@ def packed(module, query, key, value, attention_mask=None, scaling=None, **other
 AttentionInterface.register(PACKED, packed)
 
 
-def backends(model) -> list[str]:
-    """What stock can be captured with, maybe."""
-    if next(model.parameters()).device.type != "cuda":
-        return ["math", f"{PACKED} math"]
-    shared = model.config.num_key_value_heads < model.config.num_attention_heads
-    return [*GPU_BACKENDS, *(f"{PACKED} {name}" for name in GPU_BACKENDS if shared)]
-
-
 @contextmanager
 def stock(model, batch: int, context: int, backend: str) -> Iterator[Callable]:
-    """What decodes a token for each row: `(batch, 1)` ids -> logits `(batch, vocabulary)`.
-
-    Args:
-        backend: one of `BACKENDS`, or "packed" and one of them.
-    """
-    form, _, backend = backend.rpartition(" ")
+    """What decodes a token for each row: `(batch, 1)` ids -> logits `(batch, vocabulary)`."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(form or "sdpa")
+    model.set_attn_implementation(PACKED)
     try:
         with captured(model, batch, context, backend) as step:
             yield step
@@ -299,7 +286,7 @@ def measure_stock(model, case: Case, context: int) -> dict:
     """Columns of stock, by its fastest backend."""
     device, found, logits = next(model.parameters()).device, {}, {}
     ids = torch.ones(case.batch, 1, dtype=torch.long, device=device)
-    for backend in backends(model):
+    for backend in GPU_BACKENDS if device.type == "cuda" else ["math"]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
