@@ -5,10 +5,11 @@ import pytest
 
 from kvlib import paths
 from kvlib.lab.lessons import arms
-from kvlib.lab.results.anchored_studies import ANCHORED, LENGTHS
+from kvlib.lab.results.anchored_studies import ANCHORED, FUNCTIONS, LENGTHS, SAMPLES, SMOLLM2_LENGTHS
 
 TOKEN_BYTES = 16 * 8 * 2 * 32 * 4  # of minilm: layers, KV heads, keys and values, head_dim, float32
 ARMS = [f"03_arms_{length}" for length in LENGTHS] + ["03_functions_arms"]
+BOTH = "arms", "dense"
 REAL_TOKEN_BYTES = 30 * 3 * 2 * 64 * 4  # of SmolLM2
 
 
@@ -52,11 +53,23 @@ def test_other_methods_store_as_much_but_for_less_than_a_token(name, per):
     assert (table["full"] == table["text"]).all()
 
 
-def test_smollm2_stores_five_of_thirty_layers_whole_and_other_methods_but_for_a_token_as_much():
-    table = stored("03_real_functions_arms", "03_real_functions_dense")
-    assert len(table) == 400 and (table["full"] == table["text"]).all()
+@pytest.mark.parametrize("part", ["functions", *SMOLLM2_LENGTHS])
+def test_smollm2_stores_five_of_thirty_layers_whole_and_other_methods_but_for_a_token_as_much(part):
+    """Without regard to MHPE and LAA: T-6 stores what TML-6 does."""
+    names = [f"03_real_{part}_{which}" if part == "functions" else f"03_real_{which}_{part}" for which in BOTH]
+    table = stored(*names)
+    asked = FUNCTIONS if part == "functions" else len(SMOLLM2_LENGTHS[part]) * SAMPLES
+    assert len(table) == asked and table.notna().all(axis=None) and (table["full"] == table["text"]).all()
+    assert table["T-6"].equals(table["TML-6"].rename("T-6"))
     tokens = table["D2"] / REAL_TOKEN_BYTES  # with anchors, read line by line
     kept = (table["TML-6"] / REAL_TOKEN_BYTES - 5 / 30 * tokens) * 30 / 25  # in the others: anchors, the last line
     assert ((kept - kept.round()).abs() < 1e-6).all() and (kept < tokens / 2).all() and (kept >= 2).all()
     less = table[["TML-6"]].to_numpy() - table[["h2o", "vatp (host=h2o)", "snapkv", "random", "streaming_llm"]]
     assert (less >= 0).all(axis=None) and (less < REAL_TOKEN_BYTES).all(axis=None)
+
+
+def test_arms_whose_weights_were_all_trained_store_as_much_as_those_with_adapters():
+    table = stored("03_arms_2048", "03_whole_2048").xs("code_bits")
+    assert len(table) == SAMPLES
+    for arm in ("D2", "TML-4"):
+        assert table[f"{arm}-whole"].equals(table[arm].rename(f"{arm}-whole"))

@@ -34,15 +34,22 @@ def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored", 
     """By length, models trained with anchors.
 
     Args:
-        tasks_of: by length. compared: lengths at which other seeds, and arms whose weights were all trained, read, too.
+        tasks_of: by length. compared: lengths at which other seeds read, too. Arms whose weights were all trained write
+            functions; what else they read is `whole`.
     """
-    of_base = {name: ARMS[name] for name in TRAINED if ARMS[name].base == base}
-    first = [name for name, arm in of_base.items() if not (arm.seed or arm.whole)]
-    models = {length: dict.fromkeys(of_base if length in compared else first, samples) for length in tasks_of}
+    names = [name for name in TRAINED if ARMS[name].base == base and (measure == "functions" or not ARMS[name].whole)]
+    first = [name for name in names if not ARMS[name].seed]
+    models = {length: dict.fromkeys(names if length in compared else first, samples) for length in tasks_of}
     return {
         length: Study(chosen, length, PLANTED, models[length], protocol="planted", measure=measure)
         for length, chosen in tasks_of.items()
     }
+
+
+def whole(base: str) -> Study:
+    """What text costs the arms whose weights were all trained."""
+    models = dict.fromkeys((name for name in TRAINED if ARMS[name].base == base and ARMS[name].whole), SAMPLES)
+    return Study(("code_bits",), 2048, PLANTED, models, protocol="planted", measure="anchored")
 
 
 def dense(base: str, per: int, tasks_of: dict, samples: int = SAMPLES, measure="anchored") -> dict:
@@ -57,6 +64,7 @@ def dense(base: str, per: int, tasks_of: dict, samples: int = SAMPLES, measure="
 RUN = {"tasks_of": WRITTEN, "samples": FUNCTIONS, "measure": "functions"}
 ANCHORED = {
     **{f"03_arms_{length}": study for length, study in arms("minilm", LENGTHS).items()},
+    "03_whole_2048": whole("minilm"),
     **{f"03_dense_per4_{length}": study for length, study in dense("minilm", 4, LENGTHS).items()},
     **{f"03_dense_per6_{n}": study for n, study in dense("minilm", 6, dict.fromkeys(LENGTHS, CODE)).items()},
     "03_functions_arms": arms("minilm", **RUN, compared=(512,))[512],
