@@ -353,8 +353,8 @@ def test_what_counts_as_rounding(measure, rounded):
         verification.compare(table, table.assign(value=0.5 + 4 * rounded + 1e-8), measure)
 
 
-def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch, capsys):
-    """Those of the tasks that were recomputed, and nothing else of the table changes."""
+def test_tables_get_new_keys_if_every_row_is_confirmed(folder, computed, monkeypatch, capsys):
+    """Those of the tasks that were recomputed, and nothing else of the table changes; what has its key is not made."""
     monkeypatch.setitem(studies.STUDIES, "study", STUDY)
     plain, file = keys.key, folder / "results" / "study.parquet"
     monkeypatch.setattr(keys, "key", lambda m, t, s, c: plain(m, t, s, c) + ("old" if c.method != "h2o" else ""))
@@ -365,8 +365,10 @@ def test_tables_get_new_keys_if_every_row_is_confirmed(folder, monkeypatch, caps
     before = tables.read(file)
     with pytest.raises(ValueError, match="rows of other code, text or models"):
         verification.verify("study", STUDY, 4)
+    computed.clear()
     assert verification.rekey("study", STUDY, 1, seed=3) == (12, 12 + len(other))  # one task
     assert verification.rekey("study", STUDY, 4, seed=3) == (12, len(other))
+    assert len(computed) == 3 and {configurations for *_, configurations in computed} == {2}  # without h2o
     after, wanted = tables.read(file), keys.keys(STUDY)
     pd.testing.assert_frame_equal(after.drop(columns="key"), before.drop(columns="key"))
     assert len(keys.current(after, wanted)) == 36 and after["key"][36:].tolist() == before["key"][36:].tolist()

@@ -178,9 +178,29 @@ def test_the_summary_s_numbers_are_those_of_the_rows():
     assert made[17].endswith(once)  # for both lengths
 
 
+def test_of_column_sums_the_fastest_kernel_of_each_work_is_shown():
+    """Of both kernels of a work, in the order of the works; of several lengths in the order of their numbers."""
+    works = [("forward", "flash", 4.0), ("forward", "cudnn", 2.0), ("sums", "kvlib", 3.0)]
+    rows = [
+        {"model": "M", "context": tokens, "work": work, "kernel": kernel, "ms": ms, "ratio": ms / 2, "extra_mib": 1.5}
+        | {"ratio_q1": ms / 2 - 0.01, "ratio_q3": ms / 2 + 0.02}
+        for tokens in (16_384, 8192)
+        for work, kernel, ms in works
+    ]
+    facts = {"dtype": "bfloat16", "device": "D", "torch": "2", "triton": "3", "date": "2026-01-02"}
+    made = summary.column_sums(pd.DataFrame(rows).assign(**facts)).split("\n")
+    assert made[2:4] == [
+        "| M | 8192 | forward | cudnn | 2 | 1 (0.99-1.02) | 1.5 |",
+        "| M | 8192 | sums | kvlib | 3 | 1.5 (1.49-1.52) | 1.5 |",
+    ]
+    assert made[4].startswith("| M | 16384 | forward | cudnn |") and made[6] == ""
+    assert made[7] == "Medians of turns, quartiles in brackets. bfloat16, batch 1, D, torch 2, triton 3, 2026-01-02."
+
+
 def test_a_file_that_is_missing_says_so_and_one_that_is_there_is_shown(tmp_path):
     readme = (paths.ROOT / "README.md").read_text()
-    (tmp_path / "decoding_speed.csv").write_bytes((paths.RESULTS / "decoding_speed.csv").read_bytes())
+    for name in ("decoding_speed.csv", "sums_speed.csv"):
+        (tmp_path / name).write_bytes((paths.RESULTS / name).read_bytes())
     empty = summary.written(readme, tmp_path)
     assert "<!-- prefill speed -->\nNot measured yet.\n<!-- end of prefill speed -->\n" in empty
     measured(2048).to_csv(tmp_path / "prefill_speed.csv", index=False)

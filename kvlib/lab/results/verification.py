@@ -14,6 +14,7 @@ import pandas as pd
 
 from kvlib import checksums, paths
 from kvlib.lab import tasks
+from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL
 from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results.keys import current, keys, recorded
@@ -110,8 +111,9 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
     """Give rows today's keys, if every row of so many recomputed samples is what the table records.
 
     For changes that move keys but no values: of how keys are made, or of code that computes the same in another way.
-    Only cells that a recomputed sample belongs to get them: all configurations of a model and task at once. Values
-    stay as they are, and so does the order of rows. Returns how many rows got other keys, how many lack today's.
+    Configurations whose rows have today's keys are not recomputed. Only cells that a recomputed sample belongs to get
+    them: all these configurations of a model and task at once. Values stay as they are, and so does the order of rows.
+    Returns how many rows got other keys, how many lack today's.
 
     Raises:
         ValueError: if a single row differs, and what `compare` finds; the table is then untouched.
@@ -120,8 +122,10 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
     path = paths.RESULTS / f"{name}.parquet"
     with owner(name):
         table, wanted = read(path), keys(study)
-        here = on_this_machine(name, study)
-        again = recompute(here, draw(here, samples, seed), Loader(), processes)
+        moved = with_old_keys(on_this_machine(name, study), table, wanted)
+        if moved is None:
+            return 0, len(table) - len(current(table, wanted))
+        again = recompute(moved, draw(moved, samples, seed), Loader(), processes)
         agreement = compare(table, again, study.measure)
         if agreement < 1:
             raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")
@@ -131,6 +135,15 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
         write(rekeyed, path)
         checksums.record(path)
     return int((today != table["key"]).sum()), len(table) - len(current(rekeyed, wanted))
+
+
+def with_old_keys(study: Study, table: pd.DataFrame, wanted: pd.DataFrame) -> Study | None:
+    """The study with the configurations of which the table has a row whose key is not the wanted one; None for none."""
+    both = table.merge(wanted, on=CELL, suffixes=("", "_today"))
+    old = both.loc[both["key"] != both["key_today"], ["method", "budget", "arguments"]].drop_duplicates()
+    moved = {Configuration(*cells) for cells in old.itertuples(index=False)}
+    parts = [tuple(c for c in part if c in moved) for part in (study.configurations, study.fewer)]
+    return replace(study, configurations=parts[0], fewer=parts[1]) if moved else None
 
 
 def draw(study: Study, count: int, seed: int | None = None) -> list[tuple[str, str, int]]:

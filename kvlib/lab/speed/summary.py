@@ -1,6 +1,6 @@
-"""README's tables of decoding speed, of the bytes that a step reads, and of prefill.
+"""README's tables of decoding speed, of the bytes that a step reads, of prefill, and of column sums.
 
-python -m kvlib.lab.speed.summary       write them, from data/results/decoding_speed.csv and prefill_speed.csv
+python -m kvlib.lab.speed.summary       write them, from data/results/*_speed.csv
 """
 
 from pathlib import Path
@@ -72,8 +72,27 @@ def reading(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + "; ".join(notes) + "."])
 
 
+def column_sums(rows: pd.DataFrame) -> str:
+    """Markdown: a prompt's column sums in one layer beside its attention, by the fastest kernel of each work."""
+    lines = [
+        "| heads of | tokens | work | kernel | ms | / attention | MiB beside inputs |",
+        "|---|---:|---|---|---:|---:|---:|",
+    ]
+    works = list(dict.fromkeys(rows["work"]))
+    for (model, tokens), group in rows.groupby(["model", "context"], sort=True):
+        for work in works:
+            row = group[group["work"] == work].nsmallest(1, "ms").iloc[0]
+            ratio = f"{row.ratio:.3g} ({row.ratio_q1:.3g}-{row.ratio_q3:.3g})"
+            lines.append(
+                f"| {model} | {tokens} | {work} | {row.kernel} | {row.ms:.3g} | {ratio} | {row.extra_mib:.3g} |"
+            )
+    facts = "{dtype}, batch 1, {device}, torch {torch}, triton {triton}, {date}".format(**rows.iloc[0])
+    return "\n".join([*lines, "", f"Medians of turns, quartiles in brackets. {facts}."])
+
+
 TABLES = {  # between the markers of a name: the file, and what is made of its rows
     "bytes read": (DECODING, reads),
+    "column sums": ("sums_speed.csv", column_sums),
     "decoding speed": (DECODING, table),
     "prefill speed": (prefill.FILE.name, reading),
 }
