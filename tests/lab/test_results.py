@@ -368,13 +368,33 @@ def test_tables_get_new_keys_if_every_row_is_confirmed(folder, computed, monkeyp
     computed.clear()
     assert verification.rekey("study", STUDY, 1, seed=3) == (12, 12 + len(other))  # one task
     assert verification.rekey("study", STUDY, 4, seed=3) == (12, len(other))
-    assert len(computed) == 3 and {configurations for *_, configurations in computed} == {2}  # without h2o
+    assert {task: made for task, _, made in computed} == {"count": 2, "needle": 2}  # without h2o
     after, wanted = tables.read(file), keys.keys(STUDY)
     pd.testing.assert_frame_equal(after.drop(columns="key"), before.drop(columns="key"))
     assert len(keys.current(after, wanted)) == 36 and after["key"][36:].tolist() == before["key"][36:].tolist()
     command.main(["study", "--rekey", "0.1"])
     pd.testing.assert_frame_equal(tables.read(file), after)
     assert "rows of 4 recomputed samples agree; 0 rows have new keys, 2 old ones" in capsys.readouterr().out
+
+
+def test_only_what_has_old_keys_is_recomputed_to_get_new_ones(folder, computed, monkeypatch):
+    """A task and a method of which there are fewer samples: the second of eight cells of two samples."""
+    few = replace(
+        STUDY, models={"minilm-test": 8}, configurations=STUDY.configurations[:1], fewer=STUDY.configurations[1:]
+    )
+    plain, (first, *_, last) = keys.key, few.tasks
+    moved = few.fewer[0].method
+    old = lambda m, t, s, c: plain(m, t, s, c) + "old" * (c.method == moved and t in (first, last))  # noqa: E731
+    monkeypatch.setattr(keys, "key", old)
+    table = making.make("study", few)
+    monkeypatch.setattr(keys, "key", plain)
+    found = verification.with_old_keys(few, table, keys.keys(few))
+    assert (found.tasks, found.fewer, found.models) == ((first, last), (), {"minilm-test": 2})
+    assert [c.method for c in found.configurations] == [moved]
+    computed.clear()
+    assert verification.rekey("study", few, 4) == (4, 0)
+    assert sorted(computed) == sorted((task, (0, 1), 1) for task in (first, last))
+    assert verification.rekey("study", few, 4) == (0, 0) and len(computed) == 2
 
 
 def test_tables_keep_their_keys_if_one_row_differs(folder):

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,32 @@ def test_what_does_not_run_has_no_row(tmp_path, monkeypatch, capsys):
     assert {row["method"] for row in rows_of(tmp_path / "captured.csv")} == {STOCK, NOTHING}
 
 
+def test_fused_cases_are_rows_of_their_own_and_backends_are_compared(tmp_path, monkeypatch, capsys):
+    """With two names of one backend, of which the clock says that the second one is slow."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+    case = replace(SMALL[1], methods=SMALL[1].methods[:1])
+    monkeypatch.setattr(captured, "SMALL", (case, replace(case, fused=True)))
+    monkeypatch.setitem(captured.TRIED, "cpu", ("math", "twin"))
+    monkeypatch.setitem(captured.BACKENDS, "twin", captured.BACKENDS["math"])
+    main(["--small", "--out", str(tmp_path / "captured.csv")])
+    rows = rows_of(tmp_path / "captured.csv")
+    assert sorted((row["fused"], row["method"]) for row in rows) == [
+        (fused, method) for fused in ("False", "True") for method in ("full", STOCK, NOTHING)
+    ]
+    stock = [row for row in rows if row["method"] == STOCK]
+    assert all(row["error"] == "0.0" and row["backend"] in ("math", "twin") for row in stock)
+    assert capsys.readouterr().out.count("  ms by backend: math ") == 4
+
+
+def test_without_a_baseline_there_is_no_case(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(captured.TRIED, "cpu", ("cudnn",))  # which no CPU has
+    with pytest.raises(RuntimeError, match="none of SDPA's backends runs stock on 96 tokens"):
+        main(["--small", "--out", str(tmp_path / "captured.csv")])
+    assert "  cudnn does not run: No viable backend" in capsys.readouterr().out
+    assert not (tmp_path / "captured.csv").exists()
+
+
 def test_without_a_gpu_there_is_the_small_run_only(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
@@ -122,15 +149,17 @@ def test_a_few_tokens_say_enough_of_what_is_slow(monkeypatch):
 
 @torch.no_grad()
 def test_fused_is_the_same_model(monkeypatch):
-    """Norms, MLPs and rotation are what is compiled; here without a compiler."""
+    """Norms, MLPs and rotation are what is compiled, here by a compiler that leaves all as it is."""
     compiled, compile = [], torch.compile
 
-    def without(function, **options):
-        compiled.append(function)
+    def eager(function, **options):
+        compiled.append(getattr(function, "__self__", function))
         return compile(function, backend="eager", **options)
 
-    monkeypatch.setattr(torch, "compile", without)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda x, **options: setattr(x, "forward", eager(x.forward, **options))
+    )
     model, before = build("tiny", "cpu", "float32"), captured.llama.apply_rotary_pos_emb
     with captured.stock(model, 2, 24, "math") as step:
         wanted = step(IDS)
@@ -138,8 +167,8 @@ def test_fused_is_the_same_model(monkeypatch):
         torch.testing.assert_close(step(IDS), wanted, rtol=1e-5, atol=1e-6)
         assert captured.llama.apply_rotary_pos_emb is not before
     assert captured.llama.apply_rotary_pos_emb is before and before in compiled
-    names = [x for x in compiled if isinstance(x, str)]
-    assert (names.count("LlamaRMSNorm"), names.count("LlamaMLP"), len(names)) == (5, 2, 7)
+    names = [type(x).__name__ for x in compiled]
+    assert (names.count("LlamaRMSNorm"), names.count("LlamaMLP"), len(names)) == (5, 2, 8)
 
 
 def test_weights_that_are_read(model):

@@ -179,22 +179,26 @@ def test_the_summary_s_numbers_are_those_of_the_rows():
 
 
 def test_of_column_sums_the_fastest_kernel_of_each_work_is_shown():
-    """Of both kernels of a work, in the order of the works; of several lengths in the order of their numbers."""
-    works = [("forward", "flash", 4.0), ("forward", "cudnn", 2.0), ("sums", "kvlib", 3.0)]
+    """In the order of the works, of which one did not run on the second machine; lengths as numbers."""
+    works = [("forward", "flash", 4.0), ("forward", "cudnn", 2.0), ("sums", "kvlib", 3.0), ("both", "kvlib", 5.0)]
     rows = [
-        {"model": "M", "context": tokens, "work": work, "kernel": kernel, "ms": ms, "ratio": ms / 2, "extra_mib": 1.5}
-        | {"ratio_q1": ms / 2 - 0.01, "ratio_q3": ms / 2 + 0.02}
-        for tokens in (16_384, 8192)
+        {"model": "M", "device": device, "context": tokens, "work": work, "kernel": kernel, "ms": ms, "ratio": ms / 2}
+        | {"ratio_q1": ms / 2 - 0.01, "ratio_q3": ms / 2 + 0.02, "extra_mib": 1.5, "torch": torch}
+        for device, torch, tokens in (("D", "2", 16_384), ("D", "2", 8192), ("E", "3", 8192))
         for work, kernel, ms in works
+        if (device, work) != ("E", "sums")
     ]
-    facts = {"dtype": "bfloat16", "device": "D", "torch": "2", "triton": "3", "date": "2026-01-02"}
+    facts = {"dtype": "bfloat16", "triton": "3", "date": "2026-01-02"}
     made = summary.column_sums(pd.DataFrame(rows).assign(**facts)).split("\n")
-    assert made[2:4] == [
-        "| M | 8192 | forward | cudnn | 2 | 1 (0.99-1.02) | 1.5 |",
-        "| M | 8192 | sums | kvlib | 3 | 1.5 (1.49-1.52) | 1.5 |",
+    assert made[2:5] == [
+        "| M | D | 8192 | forward | cudnn | 2 | 1 (0.99-1.02) | 1.5 |",
+        "| M | D | 8192 | sums | kvlib | 3 | 1.5 (1.49-1.52) | 1.5 |",
+        "| M | D | 8192 | both | kvlib | 5 | 2.5 (2.49-2.52) | 1.5 |",
     ]
-    assert made[4].startswith("| M | 16384 | forward | cudnn |") and made[6] == ""
-    assert made[7] == "Medians of turns, quartiles in brackets. bfloat16, batch 1, D, torch 2, triton 3, 2026-01-02."
+    assert made[5].startswith("| M | D | 16384 | forward | cudnn |") and made[10] == ""
+    assert [line.split(" | ")[1:4] for line in made[8:10]] == [["E", "8192", "forward"], ["E", "8192", "both"]]
+    one, two = (f"{name}: bfloat16, batch 1, torch {n}, triton 3, 2026-01-02" for name, n in (("D", 2), ("E", 3)))
+    assert made[11] == f"Medians of turns, quartiles in brackets. {one}; {two}."
 
 
 def test_a_file_that_is_missing_says_so_and_one_that_is_there_is_shown(tmp_path):

@@ -35,7 +35,7 @@ def arms(base: str, tasks_of: dict, samples: int = SAMPLES, measure="anchored", 
 
     Args:
         tasks_of: by length. compared: lengths at which other seeds read, too. Arms whose weights were all trained write
-            functions; what else they read is `whole`.
+            functions here; the bits that code costs them are the study of `whole`.
     """
     names = [name for name in TRAINED if ARMS[name].base == base and (measure == "functions" or not ARMS[name].whole)]
     first = [name for name in names if not ARMS[name].seed]

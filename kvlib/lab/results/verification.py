@@ -138,12 +138,21 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
 
 
 def with_old_keys(study: Study, table: pd.DataFrame, wanted: pd.DataFrame) -> Study | None:
-    """The study with the configurations of which the table has a row whose key is not the wanted one; None for none."""
-    both = table.merge(wanted, on=CELL, suffixes=("", "_today"))
-    old = both.loc[both["key"] != both["key_today"], ["method", "budget", "arguments"]].drop_duplicates()
-    moved = {Configuration(*cells) for cells in old.itertuples(index=False)}
-    parts = [tuple(c for c in part if c in moved) for part in (study.configurations, study.fewer)]
-    return replace(study, configurations=parts[0], fewer=parts[1]) if moved else None
+    """The models, tasks and configurations of which the table has a row whose key is not the wanted one; None for none.
+
+    If all of these configurations are on fewer samples, so is the study.
+    """
+    both = table[table["model"].isin(list(study.models))].merge(wanted, on=CELL, suffixes=("", "_today"))
+    old = both[both["key"] != both["key_today"]]
+    if old.empty:
+        return None
+    moved = {Configuration(*cells) for cells in old[["method", "budget", "arguments"]].itertuples(index=False)}
+    configurations, fewer = (tuple(c for c in part if c in moved) for part in (study.configurations, study.fewer))
+    models = {model: samples for model, samples in study.models.items() if model in set(old["model"])}
+    if not configurations:
+        configurations, fewer, models = fewer, (), {model: samples // FEWER for model, samples in models.items()}
+    chosen = tuple(task for task in study.tasks if task in set(old["task"]))
+    return replace(study, tasks=chosen, models=models, configurations=configurations, fewer=fewer)
 
 
 def draw(study: Study, count: int, seed: int | None = None) -> list[tuple[str, str, int]]:

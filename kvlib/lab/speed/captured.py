@@ -8,13 +8,13 @@ prompt's. Keys of later heads are larger, so that heads differ in how spread the
 different lengths; lists of slots are as scattered as can be. The time of a step follows from how much is read, and from
 how scattered it is, not from what it says.
 
-The baseline is stock transformers with a cache of fixed length: each step writes its token into the last slot and reads
-all of them by the fastest of SDPA's backends, with heads that share keys as queries of one head and without a mask
-(while a graph is captured, transformers makes one and repeats shared keys, which the fastest backends do not take).
-`stock, no context` is what is left of it where next to nothing is attended to. A token costs what it costs in use: a
-replay, and the choice of the next id. Contestants are timed one after the other, since two caches do not fit. In
-`fused` cases norms, rotation and activation of all contestants are compiled by torch: what lies between products of
-matrices is one kernel, not several.
+The baseline is stock transformers, but for its attention, with a cache of fixed length: each step writes its token into
+the last slot and reads all of them by the fastest of SDPA's backends, with heads that share keys as queries of one head
+and without a mask (while a graph is captured, transformers makes one and repeats shared keys, which the fastest
+backends do not take). `stock, no context` is what is left of it where 16 tokens are attended to. A token costs what it
+costs in use: a replay, and the choice of the next id. Contestants are timed one after the other, since two caches do
+not fit. In `fused` cases norms, MLPs and rotation of all contestants are compiled by torch: what lies between products
+of matrices is one kernel, not several.
 
 Beside the time stand the bytes that a step reads, weights (but for the table of embeddings) and keys and values, and
 `ideal_ms`, in which a device copy would move as many. `speed_up` is over the baseline, `of_bytes` its share of what the
@@ -56,7 +56,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-GPU_BACKENDS = "cudnn", "flash", "efficient"  # math takes minutes
+TRIED = {"cuda": ("cudnn", "flash", "efficient"), "cpu": ("math",)}  # on a GPU math takes minutes
 PACKED = "packed"  # the name of stock's attention
 NOTHING = f"{STOCK}, no context"
 IDENTITY = ("device", "model", "batch", "context", "fused", "method", "budget")
@@ -72,7 +72,7 @@ class Case:
     """`batch` contexts of `context` tokens, which methods decode after.
 
     tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared. fused: are
-    norms, rotation and activation compiled?
+    norms, MLPs and rotation compiled?
     """
 
     model: str
@@ -164,7 +164,7 @@ def filled(model, batch: int, context: int) -> Cache:
 
 @contextmanager
 def fused(model) -> Iterator[None]:
-    """Inside the block norms, rotation and activation of a Llama are compiled; its norms and MLPs stay so."""
+    """Inside the block norms, MLPs and rotation of a Llama are compiled; norms and MLPs stay so."""
     for module in model.modules():
         if isinstance(module, llama.LlamaRMSNorm | llama.LlamaMLP):
             module.compile(dynamic=False)
@@ -225,7 +225,10 @@ def captured(model, batch: int, context: int, backend: str) -> Iterator[Callable
 
 
 def timed(step: Callable, case: Case, device, most: float = math.inf) -> list[float]:
-    """Seconds per token of every block; a few tokens that come first make ready, and count if they took `most`."""
+    """Seconds per token of every block; a few tokens that come first make ready.
+
+    If one of them takes longer than `most`, they are all that is timed.
+    """
     ids, seconds = torch.ones(case.batch, 1, dtype=torch.long, device=device), []
     for count in (4, *[case.tokens] * case.blocks):
         begin = now()
@@ -286,7 +289,7 @@ def measure_stock(model, case: Case, context: int) -> dict:
     """Columns of stock, by its fastest backend."""
     device, found, logits = next(model.parameters()).device, {}, {}
     ids = torch.ones(case.batch, 1, dtype=torch.long, device=device)
-    for backend in GPU_BACKENDS if device.type == "cuda" else ["math"]:
+    for backend in TRIED[device.type]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
@@ -299,6 +302,8 @@ def measure_stock(model, case: Case, context: int) -> dict:
                 reasons = dict.fromkeys(str(x).splitlines()[0] for x in (error, *(each.message for each in said)))
                 print(f"  {backend} does not run: {' '.join(reasons)}", flush=True)
         collect()
+    if not found:
+        raise RuntimeError(f"none of SDPA's backends runs stock on {context} tokens")
     backend = min(found, key=lambda name: median(found[name]))
     print(f"  ms by backend: {', '.join(f'{x} {1e3 * median(times):.4g}' for x, times in found.items())}", flush=True)
     error = max((relative(logits[x], logits[backend]) for x in found if x != backend), default=None)
@@ -401,7 +406,7 @@ def contest(model, case: Case, rows: dict, rate: float, out: Path, kernels_shown
             else:
                 found = measure(model, x, case, kernels_shown)
         except (RuntimeError, ValueError) as error:
-            if x == STOCK:
+            if x in (STOCK, NOTHING):  # what everything is compared with
                 raise
             print(f"  {row['method']} does not run: {str(error).splitlines()[0]}", flush=True)
             collect()

@@ -73,21 +73,22 @@ def reading(rows: pd.DataFrame) -> str:
 
 
 def column_sums(rows: pd.DataFrame) -> str:
-    """Markdown: a prompt's column sums in one layer beside its attention, by the fastest kernel of each work."""
-    lines = [
-        "| heads of | tokens | work | kernel | ms | / attention | MiB beside inputs |",
-        "|---|---:|---|---|---:|---:|---:|",
-    ]
+    """Markdown: a prompt's column sums in one layer beside its attention, each work by its fastest kernel."""
+    lines = ["| heads of | device | tokens | work | kernel | ms | / attention | MiB beside inputs |"]
+    lines.append("|---|---|---:|---|---|---:|---:|---:|")
     works = list(dict.fromkeys(rows["work"]))
-    for (model, tokens), group in rows.groupby(["model", "context"], sort=True):
-        for work in works:
-            row = group[group["work"] == work].nsmallest(1, "ms").iloc[0]
+    for (model, device, tokens), group in rows.groupby(["model", "device", "context"], sort=True):
+        fastest = group.sort_values("ms").drop_duplicates("work").sort_values("work", key=lambda x: x.map(works.index))
+        for row in fastest.itertuples():
+            cells = f"| {model} | {device} | {tokens} | {row.work} | {row.kernel} | {row.ms:.3g} |"
             ratio = f"{row.ratio:.3g} ({row.ratio_q1:.3g}-{row.ratio_q3:.3g})"
-            lines.append(
-                f"| {model} | {tokens} | {work} | {row.kernel} | {row.ms:.3g} | {ratio} | {row.extra_mib:.3g} |"
-            )
-    facts = "{dtype}, batch 1, {device}, torch {torch}, triton {triton}, {date}".format(**rows.iloc[0])
-    return "\n".join([*lines, "", f"Medians of turns, quartiles in brackets. {facts}."])
+            lines.append(f"{cells} {ratio} | {row.extra_mib:.3g} |")
+    facts = ["device", "dtype", "torch", "triton", "date"]
+    notes = [
+        "{}: {}, batch 1, torch {}, triton {}, {}".format(*row)
+        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
+    ]
+    return "\n".join([*lines, "", "Medians of turns, quartiles in brackets. " + "; ".join(notes) + "."])
 
 
 TABLES = {  # between the markers of a name: the file, and what is made of its rows
