@@ -36,8 +36,6 @@ LOOKS = {  # of arms: colour, marker, dash; greens, that of AnchorCoder for the 
     "AnLLM": ("#6b8e23", "h", ":"),
     "FIX-4": ("#20a0a0", "p", "-."),
     "TML-4-seed1": ("#029e73", "1", ":"),
-    "TML-4-whole": (COLORS[ARM], "*", ":"),
-    "D2-whole": ("#555555", "p", ":"),
 }
 
 
