@@ -17,6 +17,7 @@ from safetensors import safe_open
 import kvlib
 from kvlib.calibration import key_directions
 from kvlib.methods.loki import principal
+from kvlib.methods.quest import greatest
 from kvlib.paths import DATA
 
 ENTRY = 2 * 8  # bytes of a channel of a key and a value in float64
@@ -365,8 +366,24 @@ def check_bounds(run, page):
         for row, n in enumerate(run.cache.tokens.tolist()):
             for start in range(0, n, page):
                 part = keys[row, :, start : min(start + page, n)]
-                assert torch.equal(layer.rows["low"][row, start // page], part.amin(1))
-                assert torch.equal(layer.rows["high"][row, start // page], part.amax(1))
+                assert torch.equal(layer.rows["low"][row, :, start // page], part.amin(1))
+                assert torch.equal(layer.rows["high"][row, :, start // page], part.amax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_bounds_as_two_products_are_the_bounds_channel_by_channel(dtype):
+    """Of 16-bit numbers in float32; a page without a token, whose bounds say nothing, changes no other one's."""
+    query = torch.randn(2, 3, 5, 16, generator=torch.manual_seed(0)).to(dtype)
+    low, high = torch.randn(2, 2, 3, 7, 16).to(dtype).sort(dim=0).values
+    low[:, :, -1], high[:, :, -1] = torch.inf, -torch.inf
+    found = greatest(query, low, high)
+    exact = torch.promote_types(dtype, torch.float32)
+    each = (query.to(exact)[..., None, :] * bound.to(exact)[..., None, :, :] for bound in (low, high))
+    wanted = torch.maximum(*each).sum(-1)
+    assert found.dtype == exact and found.shape == (2, 3, 5, 7)
+    torch.testing.assert_close(found[..., :-1], wanted[..., :-1])
+    keys = low[..., :-1, :] + (high - low)[..., :-1, :] * torch.rand(2, 3, 6, 16).to(dtype)  # of the page, maybe
+    assert (query.to(exact) @ keys.to(exact).mT <= found[..., :-1] + 1e-2).all()
 
 
 @pytest.mark.parametrize("page", [1, 4, 7])

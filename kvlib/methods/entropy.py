@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kvlib.core.method import require, whole
 
+PART = 4096  # rows: a product of so few columns keeps a GPU busy only if its rows are shared out
 ROUNDING = 16  # epsilons of the longest row: a centred row as short as that is what rounding the mean has left
 
 
@@ -25,15 +26,25 @@ def density(tokens: torch.Tensor, real: torch.Tensor | None = None) -> torch.Ten
         real: bool, broadcast to `(..., tokens)`; False for padding, which may hold anything. None: all are real.
     """
     rows = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    real = torch.ones_like(rows[..., :1], dtype=torch.bool) if real is None else real[..., None]
-    rows = rows.masked_fill(~real, 0)
-    mean = rows.sum(-2, keepdim=True) / real.sum(-2, keepdim=True).clamp(min=1)
-    centred = (rows - mean).masked_fill(~real, 0)
+    count, padding = rows.shape[-2], None
+    if real is not None and not bool(real.all()):
+        count, padding = real.sum(-1)[..., None, None].clamp(min=1), ~real[..., None]
+        rows = rows.masked_fill(padding, 0)
+    centred = rows - rows.sum(-2, keepdim=True) / count
+    centred = centred if padding is None else centred.masked_fill_(padding, 0)
     length, longest = centred.norm(dim=-1, keepdim=True), rows.norm(dim=-1, keepdim=True).amax(-2, keepdim=True)
     has_direction = length > ROUNDING * torch.finfo(rows.dtype).eps * longest
-    unit = torch.where(has_direction, centred / length, 0)
-    moment = unit.mT @ unit if rows.shape[-2] >= rows.shape[-1] else unit @ unit.mT
+    unit = centred.div_(length).masked_fill_(~has_direction, 0)
+    moment = products(unit) if rows.shape[-2] >= rows.shape[-1] else unit @ unit.mT
     return moment / has_direction.sum(-2, keepdim=True).clamp(min=1)
+
+
+def products(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.mT @ rows`: of more than `PART` rows the sum over parts of so many."""
+    if rows.shape[-2] <= PART:
+        return rows.mT @ rows
+    parts = F.pad(rows, (0, 0, 0, -rows.shape[-2] % PART)).unflatten(-2, (-1, PART))
+    return (parts.mT @ parts).sum(-3)
 
 
 def spectrum(tokens: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Quest(Reader):
         require("dense", self.dense, whole(self.dense, 0), "a number of layers >= 0")
 
     def observe(self, view):
-        """Work out the bounds `(batch, pages, kv_heads, head_dim)` of pages with new tokens, from all of their keys."""
+        """Work out the bounds `(batch, kv_heads, pages, head_dim)` of pages with new tokens, from all of their keys."""
         if self.everything or view.layer_idx < self.dense or not int(view.tokens.max()):  # a chunk may be all padding
             return
         ends, counts, new = view.step.ends, view.on_device(view.step.counts), view.query.shape[2]
@@ -52,25 +52,41 @@ class Quest(Reader):
         empty = (slots >= ends[:, None, None])[..., None, None]
         low, high = keys.masked_fill(empty, torch.inf).amin(2), keys.masked_fill(empty, -torch.inf).amax(2)
         for name, bound in (("low", low), ("high", high)):
-            known = view.layer.rows.get(name, bound[:, :0])
-            missing = (view.key.shape[2] - 1) // self.page + 1 - known.shape[1]
-            known = view.layer.rows[name] = F.pad(known, (0, 0, 0, 0, 0, missing)) if missing > 0 else known
-            known[row, page] = bound  # in place, where a captured step finds them again
+            known = view.layer.rows.get(name, bound[:, :0].transpose(1, 2))
+            missing = (view.key.shape[2] - 1) // self.page + 1 - known.shape[2]
+            known = view.layer.rows[name] = F.pad(known, (0, 0, 0, missing)) if missing > 0 else known
+            known.transpose(1, 2)[row, page] = bound  # in place, where a captured step finds them again
 
     def select(self, view):
         if view.layer_idx < self.dense:
             return None
-        low, high = (view.layer.rows[name].transpose(1, 2)[:, :, None] for name in ("low", "high"))
-        query = view.query.to(torch.promote_types(view.query.dtype, torch.float32)).unflatten(1, (-1, view.groups))
-        bound = torch.maximum(query * low, query * high).sum(-1).flatten(1, 2)
+        low, high = view.layer.rows["low"], view.layer.rows["high"]
+        bound = greatest(view.query[:, :, 0].unflatten(1, (-1, view.groups)), low, high).flatten(1, 2)
         count = view.per_prompt("pages", self.pages)
         page, newest = torch.arange(bound.shape[-1], device=view.device), (view.step.ends - 1) // self.page
         best = highest(bound, page.where(page < view.per_row(newest), -1), count - 1)
         best = torch.cat([best, view.per_row(newest).expand(-1, bound.shape[1], -1)], dim=-1)
-        view.note_read(newest * (newest >= view.on_device(count)) * (2 * low[0, :, 0, 0].nbytes))
+        view.note_read(newest * (newest >= view.on_device(count)) * (2 * low[0, :, 0].nbytes))
         slots = (best[..., None] * self.page + torch.arange(self.page, device=view.device)).flatten(2)
         return slots.where((slots >= 0) & (slots < view.per_row(view.step.ends)), -1)
 
     def pages(self, view) -> torch.Tensor:
         """Pages that a query head reads, `(batch,)` on the CPU."""
         return view.clamp("pages", self.tokens(view, self.budget) // self.page, low=LEAST)
+
+
+def greatest(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """The sum over channels of max(q l, q h), in float32 at least: of rounded bounds too many would be alike.
+
+    What is positive in a query meets h, what is negative l: two products of matrices, and nothing as large as all pages
+    times all queries times `dim`.
+
+    Args:
+        query: `(..., queries, dim)`. low, high: `(..., pages, dim)`.
+
+    Returns:
+        `(..., queries, pages)`.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)
+    query, low, high = (x.to(exact) for x in (query, low, high))
+    return query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT

@@ -154,8 +154,8 @@ class UNComp(Grouped, SnapKV):
 
     Follows the released code (32 of 128 eigenvalues, window 8, kernel 7). Departures: entropy is that of the prompt
     itself and not of a calibration text, and later turns keep the groups of the first; a KV head keeps one set (the
-    code repeats keys and keeps one per query head); tokens stay in text order, so that pooling sees neighbours (while
-    decoding the code pools in the order of scores); where the largest budget exceeds the prompt the spread gives way,
+    code repeats keys and keeps one per query head); pooling sees neighbours in the text (while decoding those of the
+    code are neighbours in the order of scores); where the largest budget exceeds the prompt the spread gives way,
     not the mean (the code gives short prompts half of their cache); the window leaves one token of the smallest budget
     to the score. Arguments are SnapKV's and those of `Grouped`.
 
@@ -165,7 +165,6 @@ class UNComp(Grouped, SnapKV):
 
     window: int = 8
     evicts_in_decode = True
-    text_order = True
     weighs = True
 
     def __post_init__(self):
@@ -190,6 +189,16 @@ class UNComp(Grouped, SnapKV):
         """Attention of each of the last `window` queries, oldest first, `(batch, kv_heads, slots, window)`."""
         sums = [view.importance(last=count).mean(2) for count in range(1, self.window + 1)]
         return torch.stack([*(more - less for less, more in zip(sums[-2::-1], sums[:0:-1])), sums[0]], dim=-1)
+
+    def pool(self, view, attention):
+        """Neighbours in the text: while decoding a new token's slot is that of the one that went."""
+        if not view.step.decoding:
+            return super().pool(view, attention)
+        positions = view.positions
+        empty = positions < 0
+        in_text = positions.masked_fill(empty, torch.iinfo(positions.dtype).max).argsort(dim=-1)
+        pooled = super().pool(view, attention.masked_fill(empty, 0).gather(-1, in_text))
+        return torch.empty_like(pooled).scatter_(-1, in_text, pooled)
 
     def recent(self, view):
         return view.per_prompt("window", self.room_for_window)

@@ -10,7 +10,19 @@ import kvlib
 from kvlib.lab.speed import decoding
 from kvlib.lab.speed.decoding import IDENTITY, Captured, main, measure
 from kvlib.lab.speed.rows import write
-from kvlib.lab.speed.settings import ARGUMENTS, CAPTURED, FULL, RAGGED, SAME, SETTINGS, STOCK, WANTED, build, method
+from kvlib.lab.speed.settings import (
+    ANCHORED,
+    ARGUMENTS,
+    CAPTURED,
+    FULL,
+    RAGGED,
+    SAME,
+    SETTINGS,
+    STOCK,
+    WANTED,
+    build,
+    method,
+)
 from kvlib.lab.speed.turns import Contestant, compared, take_turns
 
 TINY = SETTINGS["tiny"]
@@ -231,7 +243,20 @@ def test_arguments_that_cannot_work(arguments, tmp_path, capsys):
 def test_targets_are_those_of_methods_that_are_measured():
     methods = {name for setting in SETTINGS.values() for name in setting.methods}
     assert {method for method, _, _ in WANTED} <= methods
-    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED, *ARGUMENTS}} <= {*kvlib.METHODS}
+    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED, *ARGUMENTS, *ANCHORED}} <= {*kvlib.METHODS}
+
+
+def test_prompts_in_lines_are_for_methods_that_forget_lines(monkeypatch):
+    """One of the two layers is full; the other one holds the first token, anchors, and the decoded line."""
+    monkeypatch.setitem(ANCHORED, "anchorcoder, per 2", {"anchor": 1, "per": 2, "forced": False})
+    setting = replace(TINY, methods=("anchorcoder, per 2",), prompt=60, lined=True, together=1)
+    (against_stock, against_short) = measure("tiny", setting, Clock())
+    entry, decoded = 2 * 2 * 8 * 4, (1 + setting.pairs) * (setting.tokens + 1)
+    assert against_stock["full_bytes"] == 2 * (60 + decoded) * entry and against_stock["budget"] is None
+    # a decoded token may be an anchor by chance; no more than all that was decoded is there
+    least, most = ((60 + decoded) + (1 + 6 + some) for some in (0, decoded))
+    assert least * entry <= against_stock["stored_bytes"] <= most * entry
+    assert against_short["baseline"] == "stock at the same length"
 
 
 def test_captured_steps_decode_the_same():

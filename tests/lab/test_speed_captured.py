@@ -181,7 +181,21 @@ def test_weights_that_are_read(model):
 
 def test_bytes_and_attention_alone():
     row, bare, base = ({"ms": ms, "read_bytes": read} for ms, read in ((3.0, 40), (1.0, 0), (9.0, 240)))
-    found = compared(row, bare, base, 1e6, 60)
+    found = compared(row, [bare, base], 1e6, 60)
     assert found["speed_up"] == 3 and found["of_bytes"] == 1 and found["attention_speed_up"] == 4
     assert found["ideal_ms"] == pytest.approx(0.1)
-    assert compared(bare, bare, base, 1e6, 60)["attention_speed_up"] is None
+    assert compared(bare, [bare, base], 1e6, 60)["attention_speed_up"] is None
+    assert compared(base, [None, base], 1e6, 60)["speed_up"] == 1  # stock, before stock without a context
+    alone = compared(row, None, 1e6, 60)
+    assert alone["ideal_ms"] == found["ideal_ms"] and alone["speed_up"] is alone["of_bytes"] is None
+
+
+def test_a_case_without_stock(tmp_path, monkeypatch):
+    """As many bytes of a cache as there would be of any context that leaves as much."""
+    case = replace(SMALL[1], methods=(kvlib.method("snapkv", budget=16, window=4),))
+    for name, alone in (("short", replace(case, context=40, alone=True)), ("long", case)):
+        monkeypatch.setattr(captured, "SMALL", (alone,))
+        main(["--small", "--out", str(tmp_path / f"{name}.csv")])
+    short, long = rows_of(tmp_path / "short.csv"), rows_of(tmp_path / "long.csv")
+    assert [row["method"] for row in short] == ["snapkv"] and not short[0]["speed_up"] and short[0]["ideal_ms"]
+    assert short[0]["read_bytes"] == next(row["read_bytes"] for row in long if row["method"] == "snapkv")

@@ -72,7 +72,7 @@ class Case:
     """`batch` contexts of `context` tokens, which methods decode after.
 
     tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared. fused: are
-    norms, MLPs and rotation compiled?
+    norms, MLPs and rotation compiled? alone: without stock, whose cache would not fit.
     """
 
     model: str
@@ -84,6 +84,7 @@ class Case:
     blocks: int = 5
     short: int = 1024
     fused: bool = False
+    alone: bool = False
 
     def facts(self) -> dict:
         return {x: getattr(self, x) for x in ("model", "dtype", "batch", "context", "fused")}
@@ -100,12 +101,35 @@ def evictors(share: float, ragged: float) -> tuple:
     return kvlib.method(FULL), kvlib.method("adakv", budget=ragged), *each
 
 
-READING = Case("Llama-2-7B", 1, 131_072, readers(1024)), Case("Llama-3.1-8B", 8, 65_536, readers(1024))
-CASES = (
-    *READING,
+def one(budget: float | int) -> tuple:
+    return kvlib.method(FULL), kvlib.method("snapkv", budget=budget)
+
+
+def typed(budget: int) -> tuple:
+    """UNComp, whose heads have the same lengths whatever ranks them: by what takes the least time."""
+    return kvlib.method("uncomp", budget=budget, statistic="participation"), kvlib.method("snapkv", budget=budget)
+
+
+TARGETS = (
+    Case("Llama-2-7B", 1, 131_072, readers(1024)),
+    Case("Llama-3.1-8B", 8, 65_536, readers(1024)),
     Case("Llama-3.1-8B", 8, 32_768, evictors(0.2, 0.25)),
-    *(replace(case, fused=True) for case in READING),
 )
+# when does it pay?
+GRID = tuple(
+    Case("Llama-3.1-8B", batch, context, (*one(0.2), readers(1024)[1]))
+    for batch, context in ((1, 8192), (1, 32_768), (1, 131_072), (8, 8192))
+)
+PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp, with one text, as many as full has room
+    # for, and as many as it has room for, which are made of no more tokens than its largest budget
+    Case("Llama-2-7B", 1, 100_000, readers(512)),
+    Case("Llama-2-7B", 1, 16_384, one(1024)),
+    Case("Llama-2-7B", 8, 16_384, one(1024)),
+    Case("Llama-2-7B", 1, 8192, (kvlib.method(FULL), *typed(384))),
+    Case("Llama-2-7B", 28, 8192, typed(384)),
+    Case("Llama-2-7B", 512, 640, typed(384), alone=True),
+)
+CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS)
 SMALL = (
     Case("tiny", 1, 96, readers(16, page=4, dense=0), "float32", tokens=1, blocks=2, short=32),
     Case("tiny", 2, 64, evictors(0.5, 0.5)[:2], "float32", tokens=1, blocks=2, short=32),
@@ -366,25 +390,25 @@ def find(out: Path, row: dict) -> dict | None:
     return next((found for found in known(out) if [found[key] for key in IDENTITY] == wanted), None)
 
 
-def compared(row: dict, bare: dict, base: dict, rate: float, weights: int) -> dict:
-    """The row, beside stock and stock without a context, rows too."""
-    ms, ms_base, ms_bare = (float(x["ms"]) for x in (row, base, bare))
-    total, total_base = (int(x["read_bytes"]) + weights for x in (row, base))
-    return row | {
-        "weight_bytes": weights,
-        "copy_gb_per_s": rate / 1e9,
-        "ideal_ms": 1e3 * total / rate,
-        "speed_up": ms_base / ms,
-        "of_bytes": (ms_base / ms) / (total_base / total),
-        "attention_speed_up": (ms_base - ms_bare) / (ms - ms_bare) if ms > ms_bare else None,
-    }
+def compared(row: dict, stock: list[dict] | None, rate: float, weights: int) -> dict:
+    """The row, beside stock without a context, which comes first and then has no other, and stock."""
+    total, ratios = int(row["read_bytes"]) + weights, dict.fromkeys(("speed_up", "of_bytes", "attention_speed_up"))
+    if stock is not None:
+        bare, base = (row if x is None else x for x in stock)
+        ms, ms_bare, ms_base = (float(x["ms"]) for x in (row, bare, base))
+        ratios |= {
+            "speed_up": ms_base / ms,
+            "of_bytes": (ms_base / ms) / ((int(base["read_bytes"]) + weights) / total),
+            "attention_speed_up": (ms_base - ms_bare) / (ms - ms_bare) if ms > ms_bare else None,
+        }
+    return row | {"weight_bytes": weights, "copy_gb_per_s": rate / 1e9, "ideal_ms": 1e3 * total / rate} | ratios
 
 
 def run_case(case: Case, out: Path, facts: dict, kernels_shown: int) -> None:
     """Measure what has no row, stock first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = case.facts() | {"baseline": STOCK, "budget": 1.0}
-    rows = {x: facts | named | label(x) for x in (STOCK, NOTHING, *case.methods)}
+    rows = {x: facts | named | label(x) for x in (*(() if case.alone else (STOCK, NOTHING)), *case.methods)}
     if all(find(out, row) for row in rows.values()):
         print("  in the table", flush=True)
         return
@@ -412,8 +436,8 @@ def contest(model, case: Case, rows: dict, rate: float, out: Path, kernels_shown
             collect()
             continue
         row = row | empty | found
-        base, bare = (row if x == name else find(out, rows[name]) or row for name in (STOCK, NOTHING))
-        write([rounded(compared(row, bare, base, rate, weight_bytes(model)))], out, IDENTITY)
+        stock = None if case.alone else [row if x == name else find(out, rows[name]) for name in (NOTHING, STOCK)]
+        write([rounded(compared(row, stock, rate, weight_bytes(model)))], out, IDENTITY)
         collect()
         shown = {key: find(out, row)[key] for key in SHOWN.split()}
         print(f"  {', '.join(f'{k} {v}' for k, v in shown.items() if v)}; in {now() - begin:.0f} s", flush=True)

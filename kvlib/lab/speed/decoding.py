@@ -31,10 +31,13 @@ from kvlib import paths
 from kvlib.core.method import budgeted
 from kvlib.lab.speed.rows import command, rounded, write
 from kvlib.lab.speed.settings import (
+    ANCHOR,
+    ANCHORED,
     ARGUMENTS,
     CAPTURED,
     DEFAULT,
     FULL,
+    LINE,
     RAGGED,
     SAME,
     SETTINGS,
@@ -74,6 +77,8 @@ class Captured(Contestant):
 def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[], float]) -> list[dict]:
     """Rows of the methods `names`, measured in turn with each other and with their baselines."""
     ids = torch.randint(model.config.vocab_size, (setting.batch, setting.prompt), device=setting.device)
+    if setting.lined:
+        ids[ids == ANCHOR], ids[:, LINE - 1 :: LINE] = ANCHOR + 1, ANCHOR
     mask = left_padding(setting).to(ids.device) if setting.padded else None
     methods = {name: method(name, setting.budget) for name in names}
     contestants = {
@@ -98,7 +103,7 @@ def contest(setting: Setting, model, names: tuple[str, ...], clock: Callable[[],
     blocks = {name: partial(x.decode, setting.tokens) for name, x in contestants.items()}
     turns = take_turns(blocks, setting.pairs, clock, LIMIT * len(names))
     return [
-        {"method": name, "budget": methods[name].budget, "baseline": baseline}
+        {"method": name, "budget": getattr(methods[name], "budget", None), "baseline": baseline}
         | compared(name, key, turns, "ms_per_token")
         | {"prefill_ms": 1e3 * median(x[name] for x in prefills)}
         | {"prefill_ratio": median(x[name] / x[STOCK] for x in prefills)}  # to stock, whatever the baseline
@@ -165,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[*budgeted(), *RAGGED, *ARGUMENTS, *(name + CAPTURED for name in budgeted())],
+        choices=[*budgeted(), *RAGGED, *ARGUMENTS, *ANCHORED, *(name + CAPTURED for name in budgeted())],
         metavar="METHOD",
         help="default: the setting's",
     )

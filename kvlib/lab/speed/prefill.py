@@ -14,6 +14,7 @@ costs as a share of prefill:
                          rows of attention that decoding goes on from
     uncomp               typing: entropy of every head's queries. With it those rows, and heads of different lengths
     uncomp_stage         typing and stages, beside typing alone
+    participation        stages, and typing by a ratio that needs no eigenvalues
 
 "stages" is `uncomp_stage` whose heads all have the same budget, so that no entropy is worked out.
 
@@ -44,6 +45,7 @@ METHODS = {  # what a contestant is called -> a registered method and its argume
     "stages": ("uncomp_stage", {"spread": 0.0}),
     "uncomp": ("uncomp", {}),
     "uncomp_stage": ("uncomp_stage", {}),
+    "participation": ("uncomp_stage", {"statistic": "participation"}),
 }
 BEFORE = {
     "full": STOCK,
@@ -52,6 +54,7 @@ BEFORE = {
     "stages": "snapkv",
     "uncomp": "snapkv",
     "uncomp_stage": "uncomp",
+    "participation": "stages",
 }
 BUDGET = 0.1  # of all but `full`; in the paper 384 of up to 4096 tokens
 PAIRS, LIMIT = 8, 120.0

@@ -22,6 +22,11 @@ ARGUMENTS = {  # of methods that read a part, by a name that begins with theirs;
     "loki, rank 0.25": {"rank": 0.25},
     "tokenselect, no vote stands": {"similarity": 1.0},  # votes take their time anyhow, but count if they do not stand
 }
+ANCHOR, LINE = 1, 10  # id of what ends a line, and tokens in one
+ANCHORED = {  # AnchorCoder, with the full layers of TML-4 and TML-6; a random model plants no anchors
+    "anchorcoder, per 4": {"anchor": ANCHOR, "per": 4, "source": 8, "beyond": 24, "forced": False},
+    "anchorcoder, per 6": {"anchor": ANCHOR, "per": 6, "source": 6, "beyond": 24, "forced": False},
+}
 STOCK, SAME, FULL = "stock", "stock at the same length", "full"  # the baselines
 AT_THE_END, IN_DECODE = ("snapkv", "pyramidkv"), ("streaming_llm", "h2o", "tova", "vatp")  # when they evict
 WANTED = {  # (method, budget, baseline) -> the largest ratio hoped for
@@ -49,6 +54,7 @@ class Setting:
     pairs: timed blocks of each contestant, of `tokens` tokens each. prefills: timed passes over the prompt.
     padded: rows are of different lengths, from half a prompt to a whole one, with padding on the left.
     together: so many methods take turns with each other, and their caches are in memory. threads: of the CPU.
+    lined: does an anchor end every line of `LINE` tokens of the prompts?
     """
 
     model: str
@@ -64,6 +70,7 @@ class Setting:
     padded: bool = False
     together: int = 9
     threads: int | None = None
+    lined: bool = False
 
     def facts(self) -> dict:
         """Columns that all rows share: the setting, the machine as it is now, versions."""
@@ -102,9 +109,12 @@ def machine(device: str) -> dict:
 
 
 def method(name: str, budget: float):
-    """A registered method, to be captured or not, one of `ARGUMENTS`, or one of `RAGGED`; full keeps everything."""
+    """A registered method, to be captured or not, one of `ARGUMENTS` or `ANCHORED`, or one of `RAGGED`; full keeps
+    everything, and AnchorCoder knows no budget."""
     if name in RAGGED:
         return RAGGED[name](budget)
+    if name in ANCHORED:
+        return kvlib.method("anchorcoder", **ANCHORED[name])
     name = name.removesuffix(CAPTURED)
     return kvlib.method(name.split(",")[0], budget=1.0 if name == FULL else budget, **ARGUMENTS.get(name, {}))
 
@@ -131,6 +141,9 @@ SETTINGS = {
     ),
     "llama-8k-x8-ragged": replace(LLAMA, prompt=8192, batch=8, methods=(FULL, "snapkv", *RAGGED)),
     "llama-8k-x8-padded": replace(LLAMA, prompt=8192, batch=8, padded=True, methods=(FULL, "snapkv", "h2o")),
+    "llama-2-8k-x12-anchored": replace(
+        LLAMA, model="Llama-2-7B", prompt=8192, batch=12, methods=tuple(ANCHORED), together=1, lined=True
+    ),
     "llama-128k": replace(LLAMA, prompt=131_072, methods=(FULL, "streaming_llm", "h2o", "snapkv"), together=1),
     "tiny": Setting("tiny", "cpu", "float32", 64, 0.5, pairs=3, tokens=2, prefills=1, threads=1),
 }
@@ -144,5 +157,6 @@ DEFAULT = {
         "llama-8k-x8-captured",
         "llama-8k-x8-ragged",
         "llama-8k-x8-padded",
+        "llama-2-8k-x12-anchored",
     ],
 }

@@ -13,7 +13,9 @@ from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
 DECODING = "decoding_speed.csv"
-ADDED = dict(zip(prefill.METHODS, ("kvlib's cache", "scoring", "sums", "stages", "typing", "stages")))  # to another
+ADDED = dict(
+    zip(prefill.METHODS, ("kvlib's cache", "scoring", "sums", "stages", "typing", "stages", "typing"))
+)  # to another
 
 
 def table(rows: pd.DataFrame) -> str:
