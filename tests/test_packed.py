@@ -211,7 +211,9 @@ class Twice(kvlib.Reader):
 NONE, SECOND, BOTH = [False, False], [False, True], [True, True]  # of two layers
 CASES = {
     "padded rows": (kvlib.method("full"), PADDED, {}, BOTH),
-    "equal rows": (kvlib.method("h2o", budget=0.4), EQUAL, {}, NONE),
+    "equal rows": (kvlib.method("streaming_llm", budget=0.4), EQUAL, {}, NONE),
+    "weights of equal rows": (kvlib.method("h2o", budget=0.4), EQUAL, {}, BOTH),
+    "weights of all tokens": (kvlib.method("h2o", budget=100), EQUAL, {}, NONE),
     "a list": (tidal("query"), EQUAL, {}, SECOND),
     "float64": (kvlib.method("full"), PADDED, {"dtype": torch.float64}, NONE),
     "bfloat16": (kvlib.method("full"), PADDED, {"dtype": torch.bfloat16}, BOTH),

@@ -12,7 +12,7 @@ from kvlib import kernels
 from kvlib.core import attention
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
-UNIFORM = False  # should it serve equal segments without gaps, too? SDPA reads them as they are, as the bare model does
+UNIFORM = False  # should it serve equal segments without gaps whatever is asked? SDPA reads them as they are
 WIDEST = 512  # bytes of a key; blocks of wider ones do not fit into a GPU's shared memory
 
 
@@ -52,8 +52,11 @@ def serves(view) -> bool:
 
 
 def attends(view) -> bool:
-    """Does a decoded token attend to what is stored as it is, and does SDPA need a copy or a mask for it?"""
-    if (view.uniform and not UNIFORM) or not (view.stored and view.step.decoding):
+    """Does a decoded token attend to what is stored as it is, and does SDPA need a copy or a mask for it, or may it not
+    be used because it does not tell the weights that scores are made of?"""
+    if not (view.stored and view.step.decoding):
+        return False
+    if view.uniform and not (UNIFORM or view.weighing):
         return False
     if view.layer.body is not None or view.run.method.hooks("decode"):
         return False

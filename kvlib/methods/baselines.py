@@ -229,12 +229,9 @@ class SnapKV(Evictor):
         window = self.recent(view)
         attention = view.importance(last=window).mean(2)
         outside = ~view.protect(torch.zeros_like(attention), last=window).isinf()
-        return view.protect(self.pool(view, attention * outside), last=window)
-
-    def pool(self, view, attention: torch.Tensor) -> torch.Tensor:
-        """The greatest or the mean attention around each token; slots are in text order."""
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        return pool(attention, self.kernel, stride=1, padding=self.kernel // 2)
+        pooled = pool(attention * outside, self.kernel, stride=1, padding=self.kernel // 2)
+        return view.protect(pooled, last=window)
 
 
 @register("pyramidkv")

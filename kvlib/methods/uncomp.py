@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from kvlib.core.method import Evictor, register, require, strongest, whole
 from kvlib.core.support import attention_modules
@@ -190,15 +191,17 @@ class UNComp(Grouped, SnapKV):
         sums = [view.importance(last=count).mean(2) for count in range(1, self.window + 1)]
         return torch.stack([*(more - less for less, more in zip(sums[-2::-1], sums[:0:-1])), sums[0]], dim=-1)
 
-    def pool(self, view, attention):
-        """Neighbours in the text: while decoding a new token's slot is that of the one that went."""
+    def score(self, view):
         if not view.step.decoding:
-            return super().pool(view, attention)
-        positions = view.positions
-        empty = positions < 0
-        in_text = positions.masked_fill(empty, torch.iinfo(positions.dtype).max).argsort(dim=-1)
-        pooled = super().pool(view, attention.masked_fill(empty, 0).gather(-1, in_text))
-        return torch.empty_like(pooled).scatter_(-1, in_text, pooled)
+            return super().score(view)
+        # SnapKV's, among neighbours in the text: a new token's slot is that of the one that went
+        window, positions = self.recent(view), view.positions
+        attention = view.importance(last=window).mean(2)
+        outside = (positions >= 0) & ~view.protect(torch.zeros_like(attention), last=window).isinf()
+        in_text = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
+        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+        pooled = pool((attention * outside).gather(-1, in_text), self.kernel, stride=1, padding=self.kernel // 2)
+        return view.protect(torch.empty_like(pooled).scatter_(-1, in_text, pooled), last=window)
 
     def recent(self, view):
         return view.per_prompt("window", self.room_for_window)

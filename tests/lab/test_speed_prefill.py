@@ -14,8 +14,8 @@ from kvlib.lab.speed import prefill, summary
 from kvlib.lab.speed.settings import STOCK, WINDOW, build
 
 TOKENS, LAYERS, PAIRS = 96, 8, 2
-ORDER = [STOCK, "full", "snapkv", "h2o", "stages", "uncomp", "uncomp_stage"]
-SHORTENED = ("stages", "uncomp_stage")
+ORDER = [STOCK, "full", "snapkv", "h2o", "stages", "uncomp", "uncomp_stage", "participation"]
+SHORTENED = ("stages", "uncomp_stage", "participation")
 COLUMNS = (
     "model dtype tokens device threads torch transformers python date method arguments budget baseline "
     "ms ms_min ms_max baseline_ms ratio ratio_min ratio_max pairs command"
@@ -64,7 +64,7 @@ def test_stages_compute_fewer_tokens_in_later_layers(watched):
 def test_rows_hold_what_the_clock_has_shown(watched):
     read = LAYERS * TOKENS
     short = sum(watched.layers[-1])
-    assert [list(row) for row in watched.rows] == [COLUMNS] * 11
+    assert [list(row) for row in watched.rows] == [COLUMNS] * 13
     shorter = float(f"{short / read:.4g}")
     assert [(row["method"], row["baseline"], row["ratio"]) for row in watched.rows] == [
         ("full", STOCK, 1.0),
@@ -78,20 +78,26 @@ def test_rows_hold_what_the_clock_has_shown(watched):
         ("uncomp", "snapkv", 1.0),
         ("uncomp_stage", STOCK, shorter),
         ("uncomp_stage", "uncomp", shorter),
+        ("participation", STOCK, shorter),
+        ("participation", "stages", 1.0),
     ]
     for row in watched.rows:
         assert (row["tokens"], row["dtype"], row["model"], row["command"]) == (TOKENS, "float32", "tiny", "none")
         assert row["ms"] == 1e3 * (short if row["method"] in SHORTENED else read)
-        assert row["baseline_ms"] == 1e3 * read
+        assert row["baseline_ms"] == 1e3 * (short if row["baseline"] == "stages" else read)
         assert row["ratio_min"] == row["ratio"] == row["ratio_max"]
         assert row["budget"] == (1.0 if row["method"] == "full" else 0.1)
-        arguments = {"snapkv": '{"window": 8}', "stages": '{"spread": 0.0}'}
+        arguments = {
+            "snapkv": '{"window": 8}',
+            "stages": '{"spread": 0.0}',
+            "participation": '{"statistic": "participation"}',
+        }
         assert row["arguments"] == arguments.get(row["method"], "{}")
 
 
 @pytest.mark.parametrize(("seconds", "turns"), [(18.0, 4), (20.0, 3), (29.0, 2)])
 def test_slow_contestants_take_fewer_turns(seconds, turns):
-    """Two minutes for each of seven. A turn is 14 looks at the clock; 29 are over before the third, 44 the fourth."""
+    """Two minutes for each of eight. A turn is 16 looks at the clock; 33 are over before the third, 50 the fourth."""
     looks = itertools.count()
     rows = prefill.contest(tiny.model(), tiny.tokens(1, 24), 4, lambda: seconds * next(looks))
     assert {row["pairs"] for row in rows} == {turns}

@@ -127,7 +127,8 @@ PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp,
     Case("Llama-2-7B", 8, 16_384, one(1024)),
     Case("Llama-2-7B", 1, 8192, (kvlib.method(FULL), *typed(384))),
     Case("Llama-2-7B", 28, 8192, typed(384)),
-    Case("Llama-2-7B", 512, 640, typed(384), alone=True),
+    Case("Llama-2-7B", 320, 640, typed(384), alone=True),
+    Case("Llama-2-7B", 384, 640, typed(384), alone=True),
 )
 CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS)
 SMALL = (
