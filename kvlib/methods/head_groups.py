@@ -54,8 +54,8 @@ def ranks(score: torch.Tensor) -> torch.Tensor:
 
 def by_rank(score: torch.Tensor, groups: int) -> torch.Tensor:
     """The group of each head `(..., heads)`, int64: heads in ascending order of their score, cut into equal groups."""
-    of_rank = torch.repeat_interleave(torch.tensor(group_sizes(score.shape[-1], groups), device=score.device))
-    return of_rank[ranks(score)]
+    of_rank = [group for group, size in enumerate(group_sizes(score.shape[-1], groups)) for _ in range(size)]
+    return torch.tensor(of_rank, device=score.device)[ranks(score)]
 
 
 def clean(entropies: torch.Tensor, groups: int) -> torch.Tensor:

@@ -196,12 +196,12 @@ class UNComp(Grouped, SnapKV):
             return super().score(view)
         # SnapKV's, among neighbours in the text: a new token's slot is that of the one that went
         window, positions = self.recent(view), view.positions
-        attention = view.importance(last=window).mean(2)
-        outside = (positions >= 0) & ~view.protect(torch.zeros_like(attention), last=window).isinf()
+        newest = positions >= view.per_row(view.step.ends) - view.per_row(window)
+        attention = view.importance(last=window).mean(2).masked_fill(newest | (positions < 0), 0)
         in_text = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        pooled = pool((attention * outside).gather(-1, in_text), self.kernel, stride=1, padding=self.kernel // 2)
-        return view.protect(torch.empty_like(pooled).scatter_(-1, in_text, pooled), last=window)
+        pooled = pool(attention.gather(-1, in_text), self.kernel, stride=1, padding=self.kernel // 2)
+        return torch.empty_like(pooled).scatter_(-1, in_text, pooled).masked_fill(newest, torch.inf)
 
     def recent(self, view):
         return view.per_prompt("window", self.room_for_window)
@@ -213,12 +213,13 @@ class UNComp(Grouped, SnapKV):
     def importance(self, view, last=None):
         if last is None or not view.step.decoding:
             return super().importance(view, last)
-        return (view.state["rows"] * view.per_prompt("counted", self.counted)).sum(-1)[:, :, None]
+        rows, counted = view.state["rows"], view.per_prompt("counted", self.counted)
+        return (rows if counted is None else rows * counted).sum(-1)[:, :, None]
 
-    def counted(self, view) -> torch.Tensor:
-        """Which of the last `window` queries are in each row's window, oldest first, `(batch, 1, 1, window)`."""
-        age = torch.arange(self.window, 0, -1)
-        return (age <= self.recent(view)[:, None]).to(view.device)[:, None, None]
+    def counted(self, view) -> torch.Tensor | None:
+        """Which of the last `window` queries are in each row's, oldest first, `(batch, 1, 1, window)`; None if all are."""
+        counted = torch.arange(self.window, 0, -1) <= self.recent(view)[:, None]
+        return None if bool(counted.all()) else counted.to(view.device)[:, None, None]
 
 
 @register("uncomp_stage")
