@@ -217,7 +217,7 @@ class UNComp(Grouped, SnapKV):
         return (rows if counted is None else rows * counted).sum(-1)[:, :, None]
 
     def counted(self, view) -> torch.Tensor | None:
-        """Which of the last `window` queries are in each row's, oldest first, `(batch, 1, 1, window)`; None if all are."""
+        """Which of the last `window` queries count in each row, oldest first, `(batch, 1, 1, window)`; None: all."""
         counted = torch.arange(self.window, 0, -1) <= self.recent(view)[:, None]
         return None if bool(counted.all()) else counted.to(view.device)[:, None, None]
 
