@@ -17,7 +17,7 @@ from safetensors import safe_open
 import kvlib
 from kvlib.calibration import key_directions
 from kvlib.methods.loki import principal
-from kvlib.methods.quest import greatest
+from kvlib.methods.quest import by_sign, greatest
 from kvlib.paths import DATA
 
 ENTRY = 2 * 8  # bytes of a channel of a key and a value in float64
@@ -376,14 +376,15 @@ def test_bounds_as_two_products_are_the_bounds_channel_by_channel(dtype):
     query = torch.randn(2, 3, 5, 16, generator=torch.manual_seed(0)).to(dtype)
     low, high = torch.randn(2, 2, 3, 7, 16).to(dtype).sort(dim=0).values
     low[:, :, -1], high[:, :, -1] = torch.inf, -torch.inf
-    found = greatest(query, low, high)
     exact = torch.promote_types(dtype, torch.float32)
-    each = (query.to(exact)[..., None, :] * bound.to(exact)[..., None, :, :] for bound in (low, high))
-    wanted = torch.maximum(*each).sum(-1)
-    assert found.dtype == exact and found.shape == (2, 3, 5, 7)
+    wanted = greatest(query, low, high)
+    found = by_sign(*(x.to(exact) for x in (query, low, high)))
+    assert found.dtype == wanted.dtype == exact and found.shape == wanted.shape == (2, 3, 5, 7)
     torch.testing.assert_close(found[..., :-1], wanted[..., :-1])
     keys = low[..., :-1, :] + (high - low)[..., :-1, :] * torch.rand(2, 3, 6, 16).to(dtype)  # of the page, maybe
-    assert (query.to(exact) @ keys.to(exact).mT <= found[..., :-1] + 1e-2).all()
+    assert (query.to(exact) @ keys.to(exact).mT <= wanted[..., :-1] + 1e-2).all()
+    by_hand = sum(max(q * a, q * b) for q, a, b in zip(*(x[0, 1, 2].tolist() for x in (query, low, high))))
+    assert wanted[0, 1, 2, 2].item() == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("page", [1, 4, 7])

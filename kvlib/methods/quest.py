@@ -78,9 +78,6 @@ class Quest(Reader):
 def greatest(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The sum over channels of max(q l, q h), in float32 at least: of rounded bounds too many would be alike.
 
-    What is positive in a query meets h, what is negative l: two products of matrices, and nothing as large as all pages
-    times all queries times `dim`.
-
     Args:
         query: `(..., queries, dim)`. low, high: `(..., pages, dim)`.
 
@@ -89,4 +86,12 @@ def greatest(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torc
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     query, low, high = (x.to(exact) for x in (query, low, high))
+    if query.is_cuda:  # where what is as large as all pages times all queries times `dim` takes most of a step
+        return by_sign(query, low, high)
+    query, low, high = query[..., None, :], low[..., None, :, :], high[..., None, :, :]
+    return torch.maximum(query * low, query * high).sum(-1)
+
+
+def by_sign(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """`greatest` as two products of matrices: what is positive in a query meets h, what is negative l."""
     return query.clamp(min=0) @ high.mT + query.clamp(max=0) @ low.mT

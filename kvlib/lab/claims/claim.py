@@ -17,6 +17,20 @@ class Revision:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """What a claim of speed compares.
+
+    table: of data/results, a CSV. fast, slow: column -> value, of one row each; without slow, the row of fast holds its
+    ratio to a baseline that took turns with it. per_text: time is shared by the texts of a batch, whose sizes differ.
+    """
+
+    table: str
+    fast: dict
+    slow: dict | None = None
+    per_text: bool = False
+
+
+@dataclass(frozen=True)
 class Claim:
     """One claim; what decides it is empty if it is not testable here."""
 
@@ -47,6 +61,7 @@ class Claim:
     equal_bytes: str = ""
     protocol: str = ""
     authors: str = ""  # which settings are the authors'
+    timed: Timed | None = None  # of speed: what is compared, in place of everything from `table` on but the rule
 
     @property
     def ours(self) -> bool:

@@ -11,7 +11,7 @@ A claim says in which region a statistic lies. The verdict says what was found *
 A paper's claim is contradicted only if it is universal, said of every budget or task, and one of them is outside. On
 these families prompts are what is resampled; across families, families are. What holds on the first level alone says
 so. With several models all have to agree. What the tables cannot answer, and a rule that the expected value could not
-meet, is not testable here.
+meet, is not testable here. Claims of speed have no prompts: see `kvlib.lab.claims.timing`.
 """
 
 from dataclasses import replace
@@ -22,6 +22,7 @@ import pandas as pd
 
 from kvlib import paths
 from kvlib.lab import statistics
+from kvlib.lab.claims import timing
 from kvlib.lab.claims.attaining import obstacle
 from kvlib.lab.claims.claim import Claim, Side, cells_of, named, sides_of
 from kvlib.lab.claims.deciding import LEVEL, Finding, corrected, deciding
@@ -83,7 +84,7 @@ def row_of(claim: Claim, tables: Tables) -> dict:
     row |= {"models": "; ".join(claim.models)}
     row |= {"revised": "; ".join(revision.name for revision in claim.revised)}
     row |= judge(claim, tables)
-    row["scope"] = scope(claim, row["protocol"])
+    row.setdefault("scope", scope(claim, row["protocol"]))
     if claim.before:
         earlier = judge(claim.before, tables)
         seen = earlier["ours"] if earlier["verdict"] != UNTESTABLE else earlier["reason"]
@@ -96,6 +97,8 @@ def judge(claim: Claim, tables: Tables) -> dict:
     row = {"ours": "", "n": "", "detectable": "", "p": None, "p_across": None, "verdict": UNTESTABLE}
     if claim.reason:
         return row | {"reason": claim.reason}
+    if claim.timed:
+        return row | judge_speed(claim, tables.results)
     try:
         table = tables[claim.table]
     except Missing as lack:
@@ -130,6 +133,25 @@ def judge(claim: Claim, tables: Tables) -> dict:
         "p_across": None if None in across else max(across),
         "verdict": verdict_of(claim, findings),
         "reason": reason_of(claim, findings, found, missing),
+    }
+
+
+def judge_speed(claim: Claim, results: Path) -> dict:
+    """What a table of speed says; no p-values, since repeated blocks on one machine are no sample of anything."""
+    try:
+        speed = timing.examine(results, claim.timed)
+    except Missing as lack:
+        return {"reason": str(lack)}
+    where = speed.lies(claim.rule)
+    inside, outside = (f"it is {in_words(claim.rule, outside)} times as fast" for outside in (False, True))
+    reasons = {"inside": inside, "opposite": "it is slower", "outside": outside}
+    return {
+        "ours": f"{speed.value:.2f} [{speed.least:.2f}, {speed.most:.2f}]",
+        "n": str(speed.repeats),
+        "models": timing.models(speed),
+        "scope": timing.scope(claim.timed, speed),
+        "verdict": WORDS[where][claim.ours],
+        "reason": reasons.get(where, "some of the blocks say so, and some do not"),
     }
 
 

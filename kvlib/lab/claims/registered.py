@@ -15,7 +15,7 @@ from kvlib import paths
 from kvlib.anchored.arms import ARMS
 from kvlib.lab import tasks
 from kvlib.lab.claims.attaining import obstacle
-from kvlib.lab.claims.claim import Claim, Revision, cells_of
+from kvlib.lab.claims.claim import Claim, Revision, Timed, cells_of
 from kvlib.lab.claims.samples import MEASURES
 from kvlib.lab.results.studies import STUDIES
 from kvlib.nearest import unknown
@@ -41,6 +41,7 @@ OPTIONAL = (
     "compare", "value", "budgets", "measure", "primary", "equal_bytes", "protocol", "authors", "expected",
     "samples",
 )  # fmt: skip
+TIMED = ("timed", "rule")
 SIDE = ("method", "budget", "arguments", "model", "table", "protocol")
 
 
@@ -100,10 +101,11 @@ def parse_one(entry: dict, known: set[str]) -> Claim:
     """A claim as it stands."""
     testable = entry.get("testable", True)
     require(isinstance(testable, bool), f"testable is true or false, not {testable!r}")
-    allowed = (*DESCRIBING, "testable", *((*DECIDING, *OPTIONAL) if testable else ("reason",)))
+    needed = ("reason",) if not testable else TIMED if "timed" in entry else DECIDING
+    allowed = (*DESCRIBING, "testable", *needed, *(OPTIONAL if needed is DECIDING else ()))
     for field in entry:
         one_of("field", field, (*allowed, *REVISING))
-    missing = [name for name in (*REQUIRED, *(DECIDING if testable else ("reason",))) if entry.get(name) in (None, "")]
+    missing = [name for name in (*REQUIRED, *needed) if entry.get(name) in (None, "")]
     require(not missing, f"lacks {', '.join(missing)}")
     for name in ("id", "paper", "claim", "note", "arxiv", "reason", "protocol", "authors"):
         require(isinstance(entry.get(name, ""), str), f"{name} is {entry.get(name)!r}, not a text: put it in quotes")
@@ -113,7 +115,20 @@ def parse_one(entry: dict, known: set[str]) -> Claim:
     described = {name: entry[name] for name in DESCRIBING if name in entry} | {"published": theirs(entry)}
     if not testable:
         return Claim(**described, reason=entry["reason"])
+    if "timed" in entry:
+        return Claim(**described, rule=region(entry["rule"], "ratio"), timed=of_speed(entry["timed"]))
     return parse_test(entry, Claim(**described), known)
+
+
+def of_speed(entry) -> Timed:
+    """What a claim of speed compares."""
+    allowed = {"table", "fast", "slow", "per_text"}
+    good = isinstance(entry, dict) and {"table", "fast"} <= set(entry) <= allowed
+    require(good, f"timed holds a table and fast, and maybe slow and per_text: {entry!r}")
+    for side in {"fast", "slow"} & set(entry):
+        require(isinstance(entry[side], dict) and bool(entry[side]), f"{side} is column: value, not {entry[side]!r}")
+    require(isinstance(entry.get("per_text", False), bool), f"per_text is true or false, not {entry.get('per_text')!r}")
+    return Timed(**entry)
 
 
 def unattainable(claim: Claim) -> str:

@@ -24,7 +24,7 @@ prompts of these families; for other families like them (Student's t on one numb
 *Revised*: rule or scope were changed when there were rows; what was removed stands below, and the reason says what the
 claim as registered before gives, where its rows are kept. A family is won if its own interval excludes 0; others count
 against "most", and n is the number of families. p is two-sided, on these families / across families; the last column
-is Holm's correction for all claims.
+is Holm's correction for all claims. Of speed the interval is that of repeated blocks on one machine, and there is no p.
 """
 
 
@@ -34,11 +34,11 @@ def to_csv(table: pd.DataFrame) -> str:
 
 def score(table: pd.DataFrame) -> str:
     """Counts per verdict, in a line; in brackets how many of them hold across families."""
-    parts = []
+    parts, sampled = [], bool((table["p"] != "").any())  # blocks of a clock are of no families
     for word in VERDICTS:
         said = table["verdict"][table["verdict"].map(plain) == word]
         wide = int((~said.str.endswith("only")).sum())
-        across = f" ({wide} of them across families)" if word not in ("undecided here", UNTESTABLE) else ""
+        across = f" ({wide} of them across families)" if sampled and word not in ("undecided here", UNTESTABLE) else ""
         parts += [f"{len(said)} {word}{across}"] if len(said) else []
     return ", ".join(parts)
 

@@ -21,9 +21,9 @@ in common; where a method's cling together the kernel is faster.
 
 A contestant's calls are captured in a CUDA graph, which reads gibibytes: each call other places, or other slots, of a
 storage far larger than the L2 cache. Graphs are replayed in turns (`kvlib.lab.speed.turns`); given are the median and
-the quartiles of these turns, and of each turn's ratio to the baseline. A device copy takes its turn, too: `ideal_us` is
-the time in which it would move `read_bytes`, keys and values as often as a call asks for them. The output of each
-graph's first call is compared with SDPA in float32; what is wrong, or does not run, has no row.
+the quartiles of these turns, and of each turn's ratio to the baseline. `read_bytes` are keys and values as often as a
+call asks for them. The output of each graph's first call is compared with SDPA in float32; what is wrong, or does not
+run, has no row.
 
 The kernel's tiling is the best of a few numbers of programs with its default blocks, and then of a few other blocks. A
 case's rows are written when it has ended, and a case that has rows is left out. `budget` in them is what is read, as a
@@ -60,7 +60,7 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-KERNEL, COPY = "decode", "copy"
+KERNEL = "decode"
 IDENTITY = ("device", "model", "batch", "context", "read", "kernel")
 CASE = IDENTITY[:4]
 PAGE = 16
@@ -68,8 +68,8 @@ TRIES = 3  # replays of each tiling
 LIMIT = 20.0  # no new turn after so many seconds, and two turns
 WRONG = 0.02  # relative error of an output
 MEMORY = 0.7  # of what is free, for keys and values
-TITLE = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}, copy {copy_gb_per_s} GB/s"
-SHOWN = "read kernel us us_q1 us_q3 ratio gb_per_s of_ideal error block programs warps stages"
+TITLE = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}"
+SHOWN = "read kernel us us_q1 us_q3 ratio gb_per_s error block programs warps stages"
 
 
 @dataclass(frozen=True)
@@ -303,17 +303,6 @@ def captured(call: Callable[[int], torch.Tensor], count: int) -> tuple[Callable[
     return block, first
 
 
-def copying(case: Case) -> tuple[Callable[[], float], int]:
-    """What gives the seconds of a copy on the device, and the bytes that it reads and writes."""
-    target = torch.empty_like(case.key[: len(case.key) // 2])
-
-    def copy(call: int) -> torch.Tensor:
-        begin = call % 2 * len(target)
-        return target.copy_(case.key[begin : begin + len(target)])
-
-    return captured(copy, case.plan.calls[0])[0], 2 * target.nbytes
-
-
 def measure(case: Case) -> list[dict]:
     """All rows of a case."""
     case.fill()
@@ -334,17 +323,14 @@ def measure(case: Case) -> list[dict]:
             print(f"  {', '.join(name)} is WRONG: relative error {error:.3g}", flush=True)
             continue
         blocks[name], found[name] = block, (contestant, error)
-    blocks[COPY], moved = copying(case)
     turns = take_turns(blocks, case.plan.turns, now, LIMIT)
 
-    rate = moved / median(turn[COPY] for turn in turns)
     dense = [name for name in found if name[0] == "whole" and name[1] != KERNEL]
     baseline = min(dense, key=lambda name: median(turn[name] for turn in turns))
     rows = []
     for name, (contestant, error) in found.items():
         us = spread("us", [1e6 * turn[name] for turn in turns])
         read = case.read_bytes(contestant.entries)
-        ideal = 1e6 * read / rate
         rows.append(
             {"model": case.model, "query_heads": case.query_heads, "kv_heads": case.kv_heads}
             | {"head_dim": case.head_dim, "dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch}
@@ -353,8 +339,7 @@ def measure(case: Case) -> list[dict]:
             | us
             | {"baseline": baseline[1]}
             | spread("ratio", [turn[name] / turn[baseline] for turn in turns])
-            | {"read_bytes": read, "gb_per_s": read / us["us"] / 1e3, "copy_gb_per_s": rate / 1e9}
-            | {"ideal_us": ideal, "of_ideal": ideal / us["us"], "error": error, "turns": len(turns)}
+            | {"read_bytes": read, "gb_per_s": read / us["us"] / 1e3, "error": error, "turns": len(turns)}
         )
     return rows
 

@@ -335,7 +335,8 @@ def measure_stock(model, case: Case, context: int) -> dict:
     config = model.config
     entry = 2 * config.hidden_size // config.num_attention_heads * next(model.parameters()).element_size()
     read = case.batch * context * config.num_hidden_layers * config.num_key_value_heads * entry
-    return spread("ms", [1e3 * x for x in found[backend]]) | {"read_bytes": read, "backend": backend, "error": error}
+    more = {"blocks": len(found[backend]), "read_bytes": read, "backend": backend, "error": error}
+    return spread("ms", [1e3 * x for x in found[backend]]) | more
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -359,7 +360,8 @@ def measure(model, method, case: Case, kernels_shown: int = 0) -> dict:
                 print(longest(step, case, device, kernels_shown), flush=True)
         read = run.read_bytes()
     ends = {"least": int(lengths.min()), "most": int(lengths.max())}
-    return spread("ms", [1e3 * x for x in seconds]) | {"read_bytes": read, "error": error} | ends
+    more = {"blocks": len(seconds), "read_bytes": read, "error": error}
+    return spread("ms", [1e3 * x for x in seconds]) | more | ends
 
 
 def longest(step: Callable, case: Case, device, count: int) -> str:

@@ -1,4 +1,4 @@
-"""README's tables of decoding speed, of the bytes that a step reads, of prefill, and of column sums.
+"""README's tables of decoding speed, of captured steps, of the bytes that a step reads, of prefill, of column sums.
 
 python -m kvlib.lab.speed.summary       write them, from data/results/*_speed.csv
 """
@@ -9,6 +9,7 @@ import pandas as pd
 
 from kvlib import checksums, paths
 from kvlib.lab.speed import prefill
+from kvlib.lab.speed.captured import NOTHING
 from kvlib.lab.speed.settings import FULL, SAME, STOCK
 
 README = paths.ROOT / "README.md"
@@ -93,8 +94,33 @@ def column_sums(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, "", "Medians of turns, quartiles in brackets. " + "; ".join(notes) + "."])
 
 
+def steps(rows: pd.DataFrame) -> str:
+    """Markdown: a line for each case of captured steps, methods in the order of their time."""
+    lines = [
+        "| model | batch x context | compiled | stock (without a context), ms | method: ms (times as fast as stock) |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for (model, batch, context, fused), group in rows.groupby(["model", "batch", "context", "fused"], sort=True):
+        ms = group.set_index("method")["ms"]
+        stock = f"{ms[STOCK]:.3g} ({ms[NOTHING]:.3g})" if STOCK in ms else ""
+        methods = group[~group["method"].isin([STOCK, NOTHING])].sort_values("ms")
+        said = [
+            f"{row.method}{'' if row.method == FULL else f' {row.budget:g}'}: {row.ms:.3g}"
+            + (f" ({row.speed_up:.2f})" if row.speed_up == row.speed_up else "")
+            for row in methods.itertuples()
+        ]
+        lines.append(f"| {model} | {batch} x {context} | {'yes' if fused else ''} | {stock} | {', '.join(said)} |")
+    facts = ["device", "dtype", "torch", "transformers", "date"]
+    notes = [
+        "{}: {}, torch {}, transformers {}, {}".format(*row)
+        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
+    ]
+    return "\n".join([*lines, "", "Medians of five blocks of 32 tokens. " + "; ".join(notes) + "."])
+
+
 TABLES = {  # between the markers of a name: the file, and what is made of its rows
     "bytes read": (DECODING, reads),
+    "captured steps": ("captured_speed.csv", steps),
     "column sums": ("sums_speed.csv", column_sums),
     "decoding speed": (DECODING, table),
     "prefill speed": (prefill.FILE.name, reading),
