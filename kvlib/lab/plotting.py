@@ -37,6 +37,7 @@ COLORS = {
     "uncomp": "#0173b2",
     "anchorcoder": "#029e73",
     "tidaldecode": "#cc78bc",
+    "adakv": "#a6761d",
 }
 NAMES = {  # as in print
     "full": "full cache",
@@ -58,8 +59,9 @@ NAMES = {  # as in print
     "uncomp": "UNComp",
     "anchorcoder": "AnchorCoder",
     "tidaldecode": "TidalDecode",
+    "adakv": "Ada-KV",
 }
-MARKERS = dict(zip(COLORS, ".x<s^Dvp*>12+8HoPXd", strict=True))
+MARKERS = dict(zip(COLORS, ".x<s^Dvp*>12+8HoPXdh", strict=True))
 DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
 DASHES |= dict.fromkeys(("vatp", "uncomp", "anchorcoder", "tidaldecode"), "-")
 

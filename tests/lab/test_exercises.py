@@ -25,6 +25,7 @@ from kvlib.lab.lessons.exercises import (
     lesson_02b,
     lesson_04,
     lesson_04b,
+    lesson_91,
 )
 from kvlib.lab.results import summaries
 from kvlib.methods import vatp
@@ -1162,6 +1163,84 @@ def test_wrong_largest_k(answer, message):
 )
 def test_wrong_pages(answer, message):
     refused(lesson_04b.check_page_rows, message, answer)
+
+
+# 91_performance
+
+
+def ideal_ms(weights, layers, heads, dim, tokens, batch, rate):
+    return (weights + 4 * batch * tokens * layers * heads * dim) / rate / 1e6
+
+
+def speed_up(bare, cache, share, rate):
+    return (bare + cache / rate / 1e6) / (bare + share * cache / rate / 1e6)
+
+
+def largest_batch(memory, weights, token, tokens, share, answer):
+    return max(0, math.floor((memory - weights) / ((int(share * tokens) + answer) * token)))
+
+
+def test_right_answers_of_91_pass(capsys):
+    lesson_91.check_ideal_ms(ideal_ms)
+    lesson_91.check_speed_up(speed_up)
+    lesson_91.check_largest_batch(largest_batch)
+    assert capsys.readouterr().out == "ideal_ms is right\nspeed_up is right\nlargest_batch is right\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "ideal_ms returned None"),
+        (lambda w, n, h, d, t, b, r: ideal_ms(w, n, h, d, t, b / 2, r), "a key and a value"),
+        (lambda w, n, h, d, t, b, r: ideal_ms(w, n, h, d, t, b * 2, r), "16 bits, two bytes"),
+        (lambda w, n, h, d, t, b, r: ideal_ms(w, n, h, d, t, 1, r), "a cache of its own"),
+        (lambda w, n, h, d, t, b, r: b * ideal_ms(w, n, h, d, t, 1, r), "read once for the whole batch"),
+        (lambda w, n, h, d, t, b, r: ideal_ms(w, 1, h, d, t, b, r), "every layer has a cache"),
+        (lambda w, n, h, d, t, b, r: ideal_ms(w, n, 1, d, t, b, r), "every KV head has keys"),
+        (lambda w, *a: ideal_ms(0, *a), "the weights are read, too"),
+        (lambda *a: ideal_ms(*a) / 1e3, "milliseconds are asked for"),
+        (lambda *a: ideal_ms(*a) * 1e9 / 2**30, "not a GiB"),
+        (lambda *a: 1.01 * ideal_ms(*a), "ms are expected, found"),
+    ],
+)
+def test_wrong_ideal_ms(answer, message):
+    refused(lesson_91.check_ideal_ms, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: ..., "speed_up returned Ellipsis"),
+        (lambda *a: 1 / speed_up(*a), "time before over time after"),
+        (lambda a, c, s, r: 1 / s, "what does not shrink with the cache"),
+        (lambda a, c, s, r: speed_up(a, c, 1 - s, r), "`share` is what is still read"),
+        (lambda a, c, s, r: (a + c / r / 1e6) / (s * c / r / 1e6), "after it the weights are still read"),
+        (lambda a, c, s, r: c / r / 1e6 / (a + s * c / r / 1e6), "before it the weights are read, too"),
+        (lambda a, c, s, r: speed_up(a, 1e3 * c, s, r), "a million bytes a millisecond"),
+        (lambda a, c, s, r: speed_up(a, c / 1e3, s, r), "a million bytes a millisecond"),
+        (lambda *a: speed_up(*a) + 0.01, "is expected, found"),
+    ],
+)
+def test_wrong_speed_up(answer, message):
+    refused(lesson_91.check_speed_up, message, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "largest_batch returned None"),
+        (lambda *a: largest_batch(*a) + 1, "the last one does not fit as a whole"),
+        (lambda m, w, b, n, s, a: largest_batch(m, 0, b, n, s, a), "the weights need room"),
+        (lambda m, w, b, n, s, a: math.floor(m / (w + (int(s * n) + a) * b)), "the weights are there once"),
+        (lambda m, w, b, n, s, a: largest_batch(m, w, b, n, s, 0), "the answer is stored whole"),
+        (lambda m, w, b, n, s, a: largest_batch(m, w, b, n + a, s, 0), "of the answer nothing is evicted"),
+        (lambda m, w, b, n, s, a: largest_batch(m, w, b, n, 1.0, a), "of the text a share is left"),
+        (lambda m, w, b, n, s, a: math.floor((m - w) / ((int(s * n) + a) * b)), "no batch is smaller than none"),
+        (lambda *a: largest_batch(*a) + 7, "are expected, found"),
+    ],
+)
+def test_wrong_largest_batch(answer, message):
+    refused(lesson_91.check_largest_batch, message, answer)
 
 
 # Methods

@@ -18,7 +18,6 @@ VARIANTS = {  # configuration -> what tells it from the line of its family
     "uncomp_continuous": {"label": "UNComp, no groups", "marker": "s", "markerfacecolor": "white", "linestyle": ":"},
     "uncomp_stage (spread=0.0)": {"label": "stages alone", "marker": "^", "linestyle": ":"},
     "uncomp_stage": {"label": "UNComp, stages", "marker": "d", "markerfacecolor": "white", "linestyle": "--"},
-    "adakv": {"label": "Ada-KV", "color": "#a6761d", "marker": "h", "linestyle": "--"},
     "adakv (window=8)": {"label": "Ada-KV", "color": "#a6761d", "marker": "h", "linestyle": "--"},
     "snapkv (window=8)": {"label": "SnapKV, window 8"},
     "vatp (host=snapkv)": {"label": "VATP on SnapKV"},

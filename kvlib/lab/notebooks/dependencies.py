@@ -54,9 +54,11 @@ def files(path: Path) -> list[Path]:
 
 
 def tables(path: Path) -> list[Path]:
-    """The result tables that the code of a notebook names."""
+    """The result tables that the code of a notebook names, those of times among them."""
     cells = "\n".join(cell["source"] for cell in code_cells(lesson(path)))
-    return sorted(file for file in (root_of(path) / "data" / "results").glob("*.parquet") if file.name in cells)
+    results = root_of(path) / "data" / "results"
+    files = (file for pattern in ("*.parquet", "*_speed.csv") for file in results.glob(pattern))
+    return sorted(file for file in files if file.name in cells)
 
 
 def makefile(root: Path, profile: str) -> str:
