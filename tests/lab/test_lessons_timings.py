@@ -30,7 +30,7 @@ def test_parts_add_up_to_the_step():
     assert case[PARTS].sum(axis=1).tolist() == pytest.approx(case["ms"].tolist())
     assert case.loc["h2o", PARTS].tolist() == pytest.approx([3, 2, 2])
     assert case.loc["h2o", "ideal_context"] == pytest.approx(0.8)
-    assert found.loc["M", 9, 1000, False][["launches and small kernels", "predicted"]].isna().all(axis=None)
+    assert found.loc["M", 9, 1000, False][["small kernels, gaps", "predicted"]].isna().all(axis=None)
 
 
 def test_what_bytes_allow_and_what_two_numbers_predict():

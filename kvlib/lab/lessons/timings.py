@@ -11,7 +11,7 @@ from kvlib.lab.speed.settings import STOCK
 from kvlib.lab.speed.turns import now
 
 CASE = ["model", "batch", "context", "fused"]
-PARTS = ["weights", "launches and small kernels", "context"]
+PARTS = ["weights", "small kernels, gaps", "context"]
 
 
 def steps(table: pd.DataFrame) -> pd.DataFrame:
@@ -25,7 +25,7 @@ def steps(table: pd.DataFrame) -> pd.DataFrame:
     stock, bare = (rows.xs(name, level="method").reindex(rows.droplevel("method").index) for name in (STOCK, NOTHING))
     found = rows.assign(weights=rows["weight_bytes"] / rows["copy_gb_per_s"] / 1e6)
     found["ideal_context"] = rows["read_bytes"] / rows["copy_gb_per_s"] / 1e6
-    found["launches and small kernels"] = bare["ms"].to_numpy() - found["weights"]
+    found["small kernels, gaps"] = bare["ms"].to_numpy() - found["weights"]
     found["context"] = rows["ms"] - bare["ms"].to_numpy()
     found["bytes_allow"] = stock["ideal_ms"].to_numpy() / rows["ideal_ms"]
     whole = stock["read_bytes"].to_numpy() / rows["copy_gb_per_s"] / 1e6

@@ -106,7 +106,7 @@ def steps(rows: pd.DataFrame) -> str:
         methods = group[~group["method"].isin([STOCK, NOTHING])].sort_values("ms")
         said = [
             f"{row.method}{'' if row.method == FULL else f' {row.budget:g}'}: {row.ms:.3g}"
-            + (f" ({row.speed_up:.2f})" if row.speed_up == row.speed_up else "")
+            + (f" ({ms[STOCK] / row.ms:.2f})" if STOCK in ms else "")
             for row in methods.itertuples()
         ]
         lines.append(f"| {model} | {batch} x {context} | {'yes' if fused else ''} | {stock} | {', '.join(said)} |")

@@ -30,6 +30,7 @@ def check_ideal_ms(function) -> None:
             (weights + cache / heads) / rate / 1e6: "; every KV head has keys and values",
             cache / rate / 1e6: "; the weights are read, too",
             expected / 1e3: "; milliseconds are asked for",
+            expected * 1e6: "; GB/s are a million bytes a millisecond",
             expected * 1e3: "; a GB is a billion bytes, and a second a thousand milliseconds",
             expected * 1e9 / 2**30: "; a GB is a billion bytes, not a GiB",
         }
@@ -83,6 +84,9 @@ def check_largest_batch(function) -> None:
                 "; of the answer nothing is evicted"
             ),
             max(0, math.floor((memory - weights) / ((tokens + answer) * token))): "; of the text a share is left",
+            max(
+                0, math.floor((memory - weights) / ((share * tokens + answer) * token))
+            ): "; a share of a token is not kept",
             math.floor(exact): "; no batch is smaller than none",
         }
         hint = next((hint for wrong, hint in hints.items() if found == wrong), "")
