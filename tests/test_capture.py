@@ -33,6 +33,7 @@ RAGGED = [  # segments of different lengths, by method or by padding
     kvlib.method("quest", budget=0.4, page=4, dense=0),
     kvlib.method("full"),
 ]
+GROWING = [kvlib.method(name, budget=45) for name in ("h2o", "streaming_llm", "tova", "uncomp")]  # before they evict
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -65,13 +66,13 @@ def captured(model, method, device, steps, lengths=(40, 40)):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
-@pytest.mark.parametrize("method", UNIFORM, ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", [*UNIFORM, *GROWING], ids=lambda m: f"{m.name}-{m.budget}")
 def test_captured_steps_are_eager_steps(method, architecture, device):
     same(method, architecture, device, 66)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", RAGGED, ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", [*RAGGED, *GROWING], ids=lambda m: f"{m.name}-{m.budget}")
 def test_captured_steps_of_segments_of_different_lengths(method, device):
     same(method, "llama-gqa", device, 12, (40, 27))
 

@@ -186,7 +186,7 @@ def test_no_token_has_entropy_0():
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)])
-@pytest.mark.parametrize("tokens", [60, 4096])
+@pytest.mark.parametrize("tokens", [60, 4096, 9000])  # more than a part, and no multiple of it
 def test_precision(dtype, within, tokens):
     """Sums are in float32 or better, whatever tokens are stored in; norms of half precision would overflow."""
     x = (uneven(1, 4, tokens, 64) * 300).to(dtype)

@@ -130,11 +130,7 @@ def decoded(model, method, lengths, steps, captured):
     [
         (kvlib.method("adakv", budget=0.4, **NARROW), EQUAL),
         (tidal("query"), PADDED),
-        *(
-            pytest.param(method, lengths, marks=pytest.mark.deep)
-            for _, method, lengths in [*METHODS, *MORE]
-            if not method.text_order
-        ),
+        *(pytest.param(method, lengths, marks=pytest.mark.deep) for _, method, lengths in [*METHODS, *MORE]),
     ],
     ids=label,
 )

@@ -93,6 +93,10 @@ def test_equals_reference(kv_heads):
     @example({}, 0.01, [13, 30], 3, 0)
     @example({"window": 2}, 9, [1, 6], 6, 1)
     @example({"groups": 2, "spread": 0.5, "window": 3}, 20, [40], 12, 2)
+    @example({"window": 8}, 0.35, [40, 12], 10, 3)  # in one row the window gives way
+    @example({"window": 9}, 0.35, [30, 9], 10, 4)
+    @example({"window": 1, "kernel": 7}, 0.35, [40, 12], 10, 5)  # pooling reaches beyond the last token of a head
+    @example({"window": 2, "kernel": 7}, 0.35, [30, 9], 10, 6)
     @given(
         ARGUMENTS,
         st.floats(0.01, 0.99) | st.integers(32, 40),

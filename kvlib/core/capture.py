@@ -97,8 +97,8 @@ class CapturedStep:
         self.cache.reserve_ids(int(self.cache.tokens.max()) + self.room + 1)
         self.cache.memo.lasting = True
         for tail in self._tails():
-            if not (tail.static or tail.vacant):
-                tail.reserve(self.room + 1)
+            if not tail.static:
+                tail.reserve(0 if tail.vacant else self.room + 1)  # a hole is all the room that is needed
             tail.static = True
 
     def _count(self) -> None:

@@ -41,7 +41,8 @@ class Method:
             them; it costs moving what is stored after each token.
         window: how many of the prompt's last queries `view.column_sums(last=...)` may ask for.
         weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
-            evicted, attention is then computed from these weights, instead of by a kernel that does not tell them.
+            evicted, attention is then computed from these weights (on a GPU by a kernel that gives both), instead of by
+            SDPA, which does not tell them.
         renumber: tokens are read by their place among those that are kept, so that the model's window limits what is
             stored and not how long the text is. Must be able to choose what to keep without queries.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.

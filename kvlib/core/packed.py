@@ -1,8 +1,9 @@
 """Attention of a decoded token straight from the packed store, where torch's would need a copy or a mask.
 
 Segments of different lengths need a padded copy of all that is stored, lists of slots a copy of what they name, room
-behind the tokens a mask: `kvlib.kernels.decode` reads them where they are. `kvlib.core.attention` is the reference, and
-serves everything else; what it finds of a prompt's logits on a GPU is kept for sums over queries.
+behind the tokens a mask, and weights that scores are made of a pass of their own: `kvlib.kernels.decode` reads them
+where they are. `kvlib.core.attention` is the reference, and serves everything else; what it finds of a prompt's logits
+on a GPU is kept for sums over queries.
 """
 
 import torch

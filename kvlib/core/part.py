@@ -328,8 +328,11 @@ class Part:
         return lambda flat, chunk: take(torch.cat([flat, chunk.flatten(0, 2)]), source)
 
     def reserve(self, room: int) -> None:
-        """Make room for so many entries more in every segment, which copies those there are."""
+        """Make room for so many entries more in every segment, and no other, which copies those there are."""
         extent, capacity = self.extent, self.extent + room
+        if self.vacant and bool((capacity == self.capacity).all()):
+            return
+        hole = self.hole.view(self.shape) - self.starts if self.vacant else None
         if self.uniform:
             used, size = self._used, self._used + room
 
@@ -352,6 +355,8 @@ class Part:
         else:
             unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
             self.positions[unused] = -1  # of groups all places
+        if hole is not None:
+            self.hole = self._flat(hole)
 
     def set_last(self, name: str, values: torch.Tensor) -> None:
         """Set `state[name]` of the entries appended last, `(batch, kv_heads, 1, ...)`, where segments are equal."""

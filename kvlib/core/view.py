@@ -31,8 +31,8 @@ class View:
         whole, slots: of a gathered view the one it was made from, and the slots of that; else None.
         stored: keys, values and positions are not others than those of the layer, or of `whole`.
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
-        weighing: something was evicted, and scores of this decode step are made of attention weights, from which
-            attention is computed then.
+        weighing: something was evicted, and scores of this decode step are made of attention weights, from which, or
+            together with which, attention is computed then.
         summing: the method declares that it sums over queries, and this pass brings several.
         lse: log-sum-exp of each query's logits `(batch, query_heads, new)` over the keys as they are stored, if
             `packed.attend` has found it.

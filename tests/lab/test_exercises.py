@@ -1199,6 +1199,7 @@ def test_right_answers_of_91_pass(capsys):
         (lambda w, n, h, d, t, b, r: ideal_ms(w, n, 1, d, t, b, r), "every KV head has keys"),
         (lambda w, *a: ideal_ms(0, *a), "the weights are read, too"),
         (lambda *a: ideal_ms(*a) / 1e3, "milliseconds are asked for"),
+        (lambda *a: ideal_ms(*a) * 1e6, "a million bytes a millisecond"),
         (lambda *a: ideal_ms(*a) * 1e9 / 2**30, "not a GiB"),
         (lambda *a: 1.01 * ideal_ms(*a), "ms are expected, found"),
     ],
@@ -1217,6 +1218,7 @@ def test_wrong_ideal_ms(answer, message):
         (lambda a, c, s, r: (a + c / r / 1e6) / (s * c / r / 1e6), "after it the weights are still read"),
         (lambda a, c, s, r: c / r / 1e6 / (a + s * c / r / 1e6), "before it the weights are read, too"),
         (lambda a, c, s, r: speed_up(a, 1e3 * c, s, r), "a million bytes a millisecond"),
+        (lambda a, c, s, r: speed_up(a, 1e6 * c, s, r), "a million bytes a millisecond"),
         (lambda a, c, s, r: speed_up(a, c / 1e3, s, r), "a million bytes a millisecond"),
         (lambda *a: speed_up(*a) + 0.01, "is expected, found"),
     ],
@@ -1236,6 +1238,7 @@ def test_wrong_speed_up(answer, message):
         (lambda m, w, b, n, s, a: largest_batch(m, w, b, n + a, s, 0), "of the answer nothing is evicted"),
         (lambda m, w, b, n, s, a: largest_batch(m, w, b, n, 1.0, a), "of the text a share is left"),
         (lambda m, w, b, n, s, a: math.floor((m - w) / ((int(s * n) + a) * b)), "no batch is smaller than none"),
+        (lambda m, w, b, n, s, a: max(0, math.floor((m - w) / ((s * n + a) * b))), "a share of a token is not kept"),
         (lambda *a: largest_batch(*a) + 7, "are expected, found"),
     ],
 )

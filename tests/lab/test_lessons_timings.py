@@ -13,7 +13,15 @@ from kvlib.lab.lessons.timings import PARTS
 from kvlib.lab.speed.captured import NOTHING
 from kvlib.lab.speed.settings import STOCK
 
-CASE = {"model": "M", "batch": 2, "context": 1000, "fused": False, "copy_gb_per_s": 1000.0, "weight_bytes": 3e9}
+CASE = {
+    "device": "D",
+    "model": "M",
+    "batch": 2,
+    "context": 1000,
+    "fused": False,
+    "copy_gb_per_s": 1000.0,
+    "weight_bytes": 3e9,
+}
 
 
 def rows() -> pd.DataFrame:
@@ -31,6 +39,11 @@ def test_parts_add_up_to_the_step():
     assert case.loc["h2o", PARTS].tolist() == pytest.approx([3, 2, 2])
     assert case.loc["h2o", "ideal_context"] == pytest.approx(0.8)
     assert found.loc["M", 9, 1000, False][["small kernels, gaps", "predicted"]].isna().all(axis=None)
+
+
+def test_one_device_at_a_time():
+    with pytest.raises(ValueError, match="rows of several devices: D, E; choose one"):
+        timings.steps(pd.concat([rows(), rows().assign(device="E")]))
 
 
 def test_what_bytes_allow_and_what_two_numbers_predict():

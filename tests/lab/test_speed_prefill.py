@@ -213,17 +213,17 @@ def test_a_case_of_captured_steps_is_a_line():
     """Methods in the order of their time; without stock there is nothing to compare with."""
     case = {"model": "M", "batch": 8, "context": 32_768, "fused": False}
     rows = [
-        case | {"method": method, "budget": budget, "ms": ms, "speed_up": 12 / ms}
+        case | {"method": method, "budget": budget, "ms": ms}
         for method, budget, ms in ((STOCK, 1.0, 12.0), (NOTHING, 1.0, 4.0), ("full", 1.0, 15.0), ("h2o", 0.2, 6.0))
     ]
     rows.append(case | {"batch": 99, "method": "snapkv", "budget": 384.0, "ms": 60.0, "fused": True})
-    facts = {"device": "D", "dtype": "bfloat16", "torch": "2", "transformers": "5", "date": "2026-01-02"}
+    facts = {"device": "D", "blocks": 5, "dtype": "bfloat16", "torch": "2", "transformers": "5", "date": "2026-01-02"}
     made = summary.steps(pd.DataFrame(rows).assign(**facts)).split("\n")
     assert made[2:] == [
-        "| M | 8 x 32768 |  | 12 (4) | h2o 0.2: 6 (2.00), full: 15 (0.80) |",
-        "| M | 99 x 32768 | yes |  | snapkv 384: 60 |",
+        "| M | D | 8 x 32768 |  | 12 (4) | h2o 0.2: 6 (2.00), full: 15 (0.80) |",
+        "| M | D | 99 x 32768 | yes |  | snapkv 384: 60 |",
         "",
-        "Medians of five blocks of 32 tokens. D: bfloat16, torch 2, transformers 5, 2026-01-02.",
+        "Medians of 5 blocks of tokens. D: bfloat16, torch 2, transformers 5, 2026-01-02.",
     ]
 
 

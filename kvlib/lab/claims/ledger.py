@@ -144,7 +144,8 @@ def judge_speed(claim: Claim, results: Path) -> dict:
         return {"reason": str(lack)}
     where = speed.lies(claim.rule)
     inside, outside = (f"it is {in_words(claim.rule, outside)} times as fast" for outside in (False, True))
-    reasons = {"inside": inside, "opposite": "it is slower", "outside": outside}
+    opposite = "it is slower" if speed.most < 1 else "it is faster"
+    reasons = {"inside": inside, "opposite": opposite, "outside": outside}
     return {
         "ours": f"{speed.value:.2f} [{speed.least:.2f}, {speed.most:.2f}]",
         "n": str(speed.repeats),

@@ -1,7 +1,8 @@
 """Claims as they are registered in data/claims.yaml, whose first lines say what the fields mean.
 
 A claim names a table, one or two configurations, tasks and a length; a statistic over samples; and a rule, the region
-that the claim says the statistic lies in. `kvlib.lab.claims.ledger` decides it.
+that the claim says the statistic lies in. `kvlib.lab.claims.ledger` decides it. A claim of speed names rows of a table
+of times and a rule (`kvlib.lab.claims.timing`).
 """
 
 from dataclasses import replace
@@ -74,8 +75,8 @@ def read(path: Path = CLAIMS, results: Path = paths.RESULTS) -> list[Claim]:
 
 
 def known_tables(results: Path) -> set[str]:
-    """Names of result tables: those of the studies, made or not, and those that are there."""
-    return set(STUDIES) | {file.stem for file in results.glob("*.parquet")}
+    """Names of result tables: those of the studies, made or not, and those that are there, of times too."""
+    return set(STUDIES) | {file.stem for end in ("*.parquet", "*_speed.csv") for file in results.glob(end)}
 
 
 def parse(entry: dict, known: set[str], revisions: dict[str, Revision]) -> Claim:
@@ -116,18 +117,20 @@ def parse_one(entry: dict, known: set[str]) -> Claim:
     if not testable:
         return Claim(**described, reason=entry["reason"])
     if "timed" in entry:
-        return Claim(**described, rule=region(entry["rule"], "ratio"), timed=of_speed(entry["timed"]))
+        return Claim(**described, rule=region(entry["rule"], "ratio"), timed=of_speed(entry["timed"], known))
     return parse_test(entry, Claim(**described), known)
 
 
-def of_speed(entry) -> Timed:
+def of_speed(entry, known: set[str]) -> Timed:
     """What a claim of speed compares."""
     allowed = {"table", "fast", "slow", "per_text"}
     good = isinstance(entry, dict) and {"table", "fast"} <= set(entry) <= allowed
     require(good, f"timed holds a table and fast, and maybe slow and per_text: {entry!r}")
     for side in {"fast", "slow"} & set(entry):
         require(isinstance(entry[side], dict) and bool(entry[side]), f"{side} is column: value, not {entry[side]!r}")
+    one_of("table", entry["table"], {name for name in known if name.endswith("_speed")})
     require(isinstance(entry.get("per_text", False), bool), f"per_text is true or false, not {entry.get('per_text')!r}")
+    require("slow" in entry or not entry.get("per_text"), "per_text shares the time of two rows, and there is no slow")
     return Timed(**entry)
 
 

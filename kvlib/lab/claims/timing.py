@@ -13,7 +13,9 @@ import pandas as pd
 from kvlib.lab.claims.claim import Timed
 from kvlib.lab.claims.samples import Missing
 
-UNSAID = "model", "fused", "baseline"  # said elsewhere, or what is usual
+FACTS = ("model", "dtype", "device", "torch", "date")
+TIMES = ("ms", "ms_min", "ms_max", "blocks")  # of a row that is compared with another one
+RATIOS = ("ratio", "ratio_min", "ratio_max", "pairs", "baseline")  # of one that took turns with its baseline
 SCOPE = "{models}; {dtype}, {device}, torch {torch}, {date}; {fast} against {slow}"
 
 
@@ -34,34 +36,40 @@ class Speed:
             return "inside"
         if self.least < high and low < self.most:
             return "undecided"
-        return "opposite" if self.most < 1 <= low else "outside"
+        return "opposite" if self.most < 1 <= low or high <= 1 < self.least else "outside"
 
 
 def examine(results: Path, timed: Timed) -> Speed:
-    """Raises `Missing` if the table, or one row that fits, is not there."""
-    fast = row_of(results, timed.table, timed.fast)
+    """Raises `Missing` if the table, a column, or one row that fits, is not there; for rows of different machines."""
     if timed.slow is None:
-        least, most = 1 / fast["ratio_max"], 1 / fast["ratio_min"]
-        return Speed(1 / fast["ratio"], least, most, int(fast["pairs"]), fast)
-    slow = row_of(results, timed.table, timed.slow)
+        row = row_of(results, timed.table, timed.fast, RATIOS)
+        return Speed(1 / row["ratio"], 1 / row["ratio_max"], 1 / row["ratio_min"], int(row["pairs"]), row)
+    needed = (*TIMES, *(["batch"] if timed.per_text else []))
+    fast, slow = (row_of(results, timed.table, side, needed) for side in (timed.fast, timed.slow))
+    if differ := [name for name in ("device", "dtype", "torch") if fast[name] != slow[name]]:
+        raise Missing(f"the rows compared differ in {', '.join(differ)}")
     texts = fast["batch"] / slow["batch"] if timed.per_text else 1
     pairs = ("ms", "ms"), ("ms_min", "ms_max"), ("ms_max", "ms_min")
     value, least, most = (texts * slow[one] / fast[other] for one, other in pairs)
     return Speed(value, least, most, int(fast["blocks"]), fast)
 
 
-def row_of(results: Path, name: str, cells: dict) -> pd.Series:
+def row_of(results: Path, name: str, cells: dict, needed: tuple[str, ...]) -> pd.Series:
+    """The one row with these cells, in which the facts and what is needed have values."""
     file = results / f"{name}.csv"
     if not file.is_file():
         raise Missing(f"there is no table {file.name} yet")
     table = pd.read_csv(file)
-    if absent := sorted(set(cells) - set(table)):
+    if absent := sorted({*cells, *FACTS, *needed} - set(table)):
         raise Missing(f"{file.name} has no column {', '.join(absent)}")
     fits = np.logical_and.reduce([table[column] == value for column, value in cells.items()])
+    wanted = ", ".join(f"{column} {value}" for column, value in cells.items())
     if fits.sum() != 1:
-        wanted = ", ".join(f"{column} {value}" for column, value in cells.items())
         raise Missing(f"{file.name} has {fits.sum()} rows of {wanted}")
-    return table[fits].iloc[0]
+    row = table[fits].iloc[0]
+    if absent := [column for column in (*FACTS, *needed) if pd.isna(row[column])]:
+        raise Missing(f"{file.name} has no {', '.join(absent)} of {wanted}")
+    return row
 
 
 def scope(timed: Timed, speed: Speed) -> str:
@@ -77,4 +85,7 @@ def models(speed: Speed) -> str:
 
 
 def in_words(cells: dict) -> str:
-    return ", ".join(f"{column} {value}" for column, value in cells.items() if column not in UNSAID)
+    """The cells of a side but for what the scope says anyway; "compiled" if what lies between products is."""
+    said = {column: value for column, value in cells.items() if column not in (*FACTS, "fused", "baseline")}
+    words = [f"{column} {value}" for column, value in said.items()]
+    return ", ".join([*words, *(["compiled"] if cells.get("fused") else [])])

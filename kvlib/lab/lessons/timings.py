@@ -10,7 +10,7 @@ from kvlib.lab.speed.captured import NOTHING
 from kvlib.lab.speed.settings import STOCK
 from kvlib.lab.speed.turns import now
 
-CASE = ["model", "batch", "context", "fused"]
+CASE = ["model", "batch", "context", "fused"]  # of one device
 PARTS = ["weights", "small kernels, gaps", "context"]
 
 
@@ -21,6 +21,8 @@ def steps(table: pd.DataFrame) -> pd.DataFrame:
     rate of a copy; `predicted`, that of a step that takes as long as stock without a context, and as its bytes of the
     context at that rate; `ideal_context`, ms.
     """
+    if table["device"].nunique() > 1:
+        raise ValueError(f"rows of several devices: {', '.join(table['device'].unique())}; choose one")
     rows = table.set_index([*CASE, "method"]).sort_index()
     stock, bare = (rows.xs(name, level="method").reindex(rows.droplevel("method").index) for name in (STOCK, NOTHING))
     found = rows.assign(weights=rows["weight_bytes"] / rows["copy_gb_per_s"] / 1e6)

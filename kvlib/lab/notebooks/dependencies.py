@@ -57,8 +57,8 @@ def tables(path: Path) -> list[Path]:
     """The result tables that the code of a notebook names, those of times among them."""
     cells = "\n".join(cell["source"] for cell in code_cells(lesson(path)))
     results = root_of(path) / "data" / "results"
-    files = (file for pattern in ("*.parquet", "*_speed.csv") for file in results.glob(pattern))
-    return sorted(file for file in files if file.name in cells)
+    there = (file for pattern in ("*.parquet", "*_speed.csv") for file in results.glob(pattern))
+    return sorted(file for file in there if file.name in cells)
 
 
 def makefile(root: Path, profile: str) -> str:

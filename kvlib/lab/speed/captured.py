@@ -72,7 +72,7 @@ class Case:
     """`batch` contexts of `context` tokens, which methods decode after.
 
     tokens: in a timed block. blocks: timed ones. short: tokens of the context in which logits are compared. fused: are
-    norms, MLPs and rotation compiled? alone: without stock, whose cache would not fit.
+    norms, MLPs and rotation compiled? alone: without stock, for the context stands for what is left of a longer one.
     """
 
     model: str
@@ -393,8 +393,8 @@ def find(out: Path, row: dict) -> dict | None:
     return next((found for found in known(out) if [found[key] for key in IDENTITY] == wanted), None)
 
 
-def compared(row: dict, stock: list[dict] | None, rate: float, weights: int) -> dict:
-    """The row, beside stock without a context, which comes first and then has no other, and stock."""
+def compared(row: dict, stock: list[dict | None] | None, rate: float, weights: int) -> dict:
+    """The row, beside stock without a context and stock, in this order; None where no row is there yet but this one."""
     total, ratios = int(row["read_bytes"]) + weights, dict.fromkeys(("speed_up", "of_bytes", "attention_speed_up"))
     if stock is not None:
         bare, base = (row if x is None else x for x in stock)
@@ -410,7 +410,7 @@ def compared(row: dict, stock: list[dict] | None, rate: float, weights: int) -> 
 def run_case(case: Case, out: Path, facts: dict, kernels_shown: int) -> None:
     """Measure what has no row, stock first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = case.facts() | {"baseline": STOCK, "budget": 1.0}
+    named = case.facts() | {"baseline": None if case.alone else STOCK, "budget": 1.0}
     rows = {x: facts | named | label(x) for x in (*(() if case.alone else (STOCK, NOTHING)), *case.methods)}
     if all(find(out, row) for row in rows.values()):
         print("  in the table", flush=True)

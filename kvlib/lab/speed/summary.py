@@ -10,12 +10,12 @@ import pandas as pd
 from kvlib import checksums, paths
 from kvlib.lab.speed import prefill
 from kvlib.lab.speed.captured import NOTHING
-from kvlib.lab.speed.settings import FULL, SAME, STOCK
+from kvlib.lab.speed.settings import FULL, SAME, SETTINGS, STOCK
 
 README = paths.ROOT / "README.md"
 DECODING = "decoding_speed.csv"
 ADDED = dict(
-    zip(prefill.METHODS, ("kvlib's cache", "scoring", "sums", "stages", "typing", "stages", "typing"))
+    zip(prefill.METHODS, ("kvlib's cache", "scoring", "sums", "stages", "typing", "stages", "typing"), strict=True)
 )  # to another
 
 
@@ -29,7 +29,8 @@ def table(rows: pd.DataFrame) -> str:
         }
         first = group.iloc[0]
         cells = [ratios.get(baseline, "") for baseline in (STOCK, SAME, FULL)]
-        lines.append(f"| {setting} | {method} | {first.budget:g} | {first.ms_per_token:.3g} | {' | '.join(cells)} |")
+        budget = "" if pd.isna(first.budget) else f"{first.budget:g}"
+        lines.append(f"| {setting} | {method} | {budget} | {first.ms_per_token:.3g} | {' | '.join(cells)} |")
     facts = rows.groupby("setting", sort=True).first()
     notes = [
         f"{name}: {row['model']}, {row['dtype']}, batch {row.batch}, {row.prompt_tokens} tokens, {row.device}, "
@@ -40,10 +41,11 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def reads(rows: pd.DataFrame) -> str:
-    """Markdown: time beside bytes read, where these were counted. Stock reads a full cache."""
+    """Markdown: time beside bytes read, on a CPU, where these were counted. Stock reads a full cache."""
     lines = ["| setting | method | ms a token | / stock | MB read in a step | / full cache |"]
     lines.append("|---|---|---:|---:|---:|---:|")
-    for setting, group in rows[rows.read_bytes.notna() & (rows.baseline == STOCK)].groupby("setting", sort=True):
+    on_cpu = rows["setting"].isin([name for name, setting in SETTINGS.items() if setting.device == "cpu"])
+    for setting, group in rows[on_cpu & rows.read_bytes.notna() & (rows.baseline == STOCK)].groupby("setting"):
         stock = group.iloc[0]
         lines.append(f"| {setting} | stock | {stock.baseline_ms:.3g} | 1.00 | {stock.full_bytes / 1e6:.1f} | 1.00 |")
         for row in group.itertuples():
@@ -97,10 +99,11 @@ def column_sums(rows: pd.DataFrame) -> str:
 def steps(rows: pd.DataFrame) -> str:
     """Markdown: a line for each case of captured steps, methods in the order of their time."""
     lines = [
-        "| model | batch x context | compiled | stock (without a context), ms | method: ms (times as fast as stock) |"
+        "| model | device | batch x context | compiled | stock (without context), ms | method: ms (times as fast) |"
     ]
-    lines.append("|---|---|---|---|---|")
-    for (model, batch, context, fused), group in rows.groupby(["model", "batch", "context", "fused"], sort=True):
+    lines.append("|---|---|---|---|---|---|")
+    case = ["model", "device", "batch", "context", "fused"]
+    for (model, device, batch, context, fused), group in rows.groupby(case, sort=True):
         ms = group.set_index("method")["ms"]
         stock = f"{ms[STOCK]:.3g} ({ms[NOTHING]:.3g})" if STOCK in ms else ""
         methods = group[~group["method"].isin([STOCK, NOTHING])].sort_values("ms")
@@ -109,13 +112,15 @@ def steps(rows: pd.DataFrame) -> str:
             + (f" ({ms[STOCK] / row.ms:.2f})" if STOCK in ms else "")
             for row in methods.itertuples()
         ]
-        lines.append(f"| {model} | {batch} x {context} | {'yes' if fused else ''} | {stock} | {', '.join(said)} |")
+        cells = f"| {model} | {device} | {batch} x {context} | {'yes' if fused else ''} |"
+        lines.append(f"{cells} {stock} | {', '.join(said)} |")
     facts = ["device", "dtype", "torch", "transformers", "date"]
     notes = [
         "{}: {}, torch {}, transformers {}, {}".format(*row)
         for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
     ]
-    return "\n".join([*lines, "", "Medians of five blocks of 32 tokens. " + "; ".join(notes) + "."])
+    blocks = " or ".join(str(count) for count in sorted(rows["blocks"].unique()))
+    return "\n".join([*lines, "", f"Medians of {blocks} blocks of tokens. " + "; ".join(notes) + "."])
 
 
 TABLES = {  # between the markers of a name: the file, and what is made of its rows

@@ -53,11 +53,9 @@ def check_speed_up(function) -> None:
             (bare + whole) / (bare + (1 - share) * whole): "; `share` is what is still read",
             (bare + whole) / (share * whole): "; after it the weights are still read",
             whole / (bare + share * whole): "; before it the weights are read, too",
-            (bare + 1e3 * whole)
-            / (bare + 1e3 * share * whole): "; milliseconds: GB/s are a million bytes a millisecond",
-            (bare + whole / 1e3)
-            / (bare + share * whole / 1e3): "; milliseconds: GB/s are a million bytes a millisecond",
         }
+        scaled = {factor * whole for factor in (1e6, 1e3, 1e-3)}
+        hints |= {(bare + x) / (bare + share * x): "; GB/s are a million bytes a millisecond" for x in scaled}
         close = (hint for wrong, hint in hints.items() if math.isclose(found, wrong, rel_tol=1e-9))
         case = f"{bare} ms without a context, {cache / 1e9:g} GB, share {share}, {rate:g} GB/s"
         right = math.isclose(found, expected, rel_tol=1e-9)
