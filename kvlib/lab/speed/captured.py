@@ -120,8 +120,8 @@ GRID = tuple(
     Case("Llama-3.1-8B", batch, context, (*one(0.2), readers(1024)[1]))
     for batch, context in ((1, 8192), (1, 32_768), (1, 131_072), (8, 8192))
 )
-PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp, with one text, as many as full has room
-    # for, and as many as it has room for, which are made of no more tokens than its largest budget
+PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp, with one text, as many as stock was
+    # tried with, and far more, which are made of no more tokens than its largest budget
     Case("Llama-2-7B", 1, 100_000, readers(512)),
     Case("Llama-2-7B", 1, 16_384, one(1024)),
     Case("Llama-2-7B", 8, 16_384, one(1024)),

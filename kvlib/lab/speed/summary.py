@@ -40,6 +40,12 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + "; ".join(notes) + "."])
 
 
+def machines(rows: pd.DataFrame, facts: list[str], text: str) -> str:
+    """Where and with what the rows were measured: the text, filled with each different set of facts."""
+    different = rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
+    return "; ".join(text.format(*row) for row in different)
+
+
 def reads(rows: pd.DataFrame) -> str:
     """Markdown: time beside bytes read, on a CPU, where these were counted. Stock reads a full cache."""
     lines = ["| setting | method | ms a token | / stock | MB read in a step | / full cache |"]
@@ -70,11 +76,8 @@ def reading(rows: pd.DataFrame) -> str:
             share, least, most = (f"{100 * (x - 1):+.1f}" for x in (more.ratio, more.ratio_min, more.ratio_max))
             lines.append(f"{cells} {method} | {row.ms:.4g} | {ratio} | {part} {share} ({least} to {most}) |")
     facts = ["model", "device", "dtype", "threads", "torch", "transformers", "date"]
-    notes = [
-        "{} on {}: {}, batch 1, threads: {}, torch {}, transformers {}, {}".format(*row)
-        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
-    ]
-    return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + "; ".join(notes) + "."])
+    notes = machines(rows, facts, "{} on {}: {}, batch 1, threads: {}, torch {}, transformers {}, {}")
+    return "\n".join([*lines, "", "Medians of pairs, least and greatest pair in brackets. " + notes + "."])
 
 
 def column_sums(rows: pd.DataFrame) -> str:
@@ -89,11 +92,8 @@ def column_sums(rows: pd.DataFrame) -> str:
             ratio = f"{row.ratio:.3g} ({row.ratio_q1:.3g}-{row.ratio_q3:.3g})"
             lines.append(f"{cells} {ratio} | {row.extra_mib:.3g} |")
     facts = ["device", "dtype", "torch", "triton", "date"]
-    notes = [
-        "{}: {}, batch 1, torch {}, triton {}, {}".format(*row)
-        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
-    ]
-    return "\n".join([*lines, "", "Medians of turns, quartiles in brackets. " + "; ".join(notes) + "."])
+    notes = machines(rows, facts, "{}: {}, batch 1, torch {}, triton {}, {}")
+    return "\n".join([*lines, "", "Medians of turns, quartiles in brackets. " + notes + "."])
 
 
 def steps(rows: pd.DataFrame) -> str:
@@ -115,12 +115,9 @@ def steps(rows: pd.DataFrame) -> str:
         cells = f"| {model} | {device} | {batch} x {context} | {'yes' if fused else ''} |"
         lines.append(f"{cells} {stock} | {', '.join(said)} |")
     facts = ["device", "dtype", "torch", "transformers", "date"]
-    notes = [
-        "{}: {}, torch {}, transformers {}, {}".format(*row)
-        for row in rows[facts].drop_duplicates().sort_values(facts).itertuples(index=False)
-    ]
+    notes = machines(rows, facts, "{}: {}, torch {}, transformers {}, {}")
     blocks = " or ".join(str(count) for count in sorted(rows["blocks"].unique()))
-    return "\n".join([*lines, "", f"Medians of {blocks} blocks of tokens. " + "; ".join(notes) + "."])
+    return "\n".join([*lines, "", f"Medians of {blocks} blocks of tokens. " + notes + "."])
 
 
 TABLES = {  # between the markers of a name: the file, and what is made of its rows
