@@ -180,6 +180,18 @@ def test_degenerate_tokens(dtype):
     torch.testing.assert_close(spectrum(shifted), spectrum(symmetric.double()), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("tokens", [6, 7, 8, 14, 40])
+def test_products_of_parts_are_those_of_all_rows(tokens, monkeypatch):
+    """Whether parts fit or not, padding or none: against singular values of all rows at once."""
+    monkeypatch.setattr("kvlib.methods.entropy.PART", 7)
+    x = uneven(3, 2, tokens, 5)
+    real = torch.ones(2, tokens, dtype=torch.bool)
+    real[1, :2] = False
+    found = spectrum(x, real)
+    for row, first in enumerate((0, 2)):
+        assert found[row].tolist() == pytest.approx(oracle(x[row, first:]).tolist()[:5] + [0] * (5 - tokens + first))
+
+
 def test_no_token_has_entropy_0():
     found = spectrum(torch.full((2, 5, 4), torch.nan), torch.zeros(2, 5, dtype=torch.bool))
     assert entropy(found).tolist() == [0, 0]
@@ -192,6 +204,7 @@ def test_precision(dtype, within, tokens):
     x = (uneven(1, 4, tokens, 64) * 300).to(dtype)
     found, exact = spectrum(x), spectrum(x.double())
     assert found.dtype == torch.float64
+    torch.testing.assert_close(found.sum(-1), torch.ones(4, **DOUBLE), rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy(found), entropy(exact), rtol=0, atol=10 * within)
     torch.testing.assert_close(entropy(found, 16), entropy(exact, 16), rtol=0, atol=within)
 
