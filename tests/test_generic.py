@@ -11,7 +11,7 @@ import transformers
 from properties import Conversation
 
 import kvlib
-from kvlib.core.method import budgeted
+from kvlib.core.method import Budgeted, budgeted
 
 ARCHITECTURES = list(tiny.ARCHITECTURES)
 BUDGETS = {  # of what shares its code with a method that has all three, those that differ most
@@ -22,6 +22,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_continuous": [0.3, 12],
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
+    "keydiff": [0.3],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -55,10 +56,15 @@ METHODS = [
     kvlib.method("quest", budget=12, page=3, dense=1),
     kvlib.method("loki", budget=0.3, rank=3),
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
+    kvlib.method("int8"),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
-# Methods that attend to everything they store (re-numbered or not), so that evicting a token is hiding it.
-MASKING = [m for m in METHODS if not m.own_prefill and (not m.hooks("attend") or m.name == "streaming_llm")]
+# Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.
+MASKING = [
+    m
+    for m in METHODS
+    if not (m.own_prefill or m.hooks("decode")) and (not m.hooks("attend") or m.name == "streaming_llm")
+]
 
 # One per architecture: chunks that end in a single token, that are all padding, that fit exactly, and none.
 TALKS = dict(
@@ -238,7 +244,8 @@ def budgeted(method, length: int) -> int:
     return parts * int(method.budget / parts * length)
 
 
-@spread("architecture", ARCHITECTURES, [method for method in METHODS if not method.own_prefill])
+# What stores otherwise, or has no budget, has tests of its bytes of its own.
+@spread("architecture", ARCHITECTURES, [m for m in METHODS if isinstance(m, Budgeted) and not m.own_prefill])
 def test_bytes_are_what_the_budget_says(architecture, method):
     model, rows = tiny.model(architecture), [tiny.tokens(40), tiny.tokens(35, seed=1)]
     with method(model) as run:

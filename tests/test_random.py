@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from properties import Conversation
 
 import kvlib
+from kvlib.core.method import Budgeted
 
 DEEP = int(os.environ.get("KVLIB_DEEP_CASES", "1000"))
 SNAPKV = {
@@ -81,7 +82,7 @@ def methods(draw, choice):
     make = choice if isinstance(choice, type) else kvlib.METHODS[choice]
     arguments = {name: draw(values) for name, values in ARGUMENTS.get(choice, {}).items()}
     try:
-        return make(draw(budgets), **arguments)
+        return make(draw(budgets), **arguments) if issubclass(make, Budgeted) else make(**arguments)
     except ValueError:
         assume(False)
 

@@ -6,6 +6,7 @@ from kvlib.methods import (  # noqa: F401
     baselines,
     loki,
     quest,
+    systems,
     tidaldecode,
     tokenselect,
     uncomp,
