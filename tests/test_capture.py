@@ -11,6 +11,7 @@ from kvlib.core.capture import Brought
 
 UNIFORM = [
     kvlib.method("full"),
+    kvlib.method("int8"),
     kvlib.method("snapkv", budget=0.4, window=4),
     kvlib.method("pyramidkv", budget=0.4, window=4),
     kvlib.method("knorm", budget=9),
@@ -34,6 +35,12 @@ RAGGED = [  # segments of different lengths, by method or by padding
     kvlib.method("full"),
 ]
 GROWING = [kvlib.method(name, budget=45) for name in ("h2o", "streaming_llm", "tova", "uncomp")]  # before they evict
+
+
+def label(x):
+    return f"{x.name}-{getattr(x, 'budget', '')}" if isinstance(x, kvlib.Method) else str(x)
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -66,13 +73,13 @@ def captured(model, method, device, steps, lengths=(40, 40)):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
-@pytest.mark.parametrize("method", [*UNIFORM, *GROWING], ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", [*UNIFORM, *GROWING], ids=label)
 def test_captured_steps_are_eager_steps(method, architecture, device):
     same(method, architecture, device, 66)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", [*RAGGED, *GROWING], ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", [*RAGGED, *GROWING], ids=label)
 def test_captured_steps_of_segments_of_different_lengths(method, device):
     same(method, "llama-gqa", device, 12, (40, 27))
 
@@ -180,7 +187,7 @@ def brings(method) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("method", RAGGED, ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", RAGGED, ids=label)
 def test_what_follows_from_prompts_is_brought_to_the_device_once(method):
     assert brings(method)[1:] == [0, 0, 0]
 
@@ -225,7 +232,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize(
     "method, lengths",
     [*((method, (40, 40)) for method in UNIFORM), *((method, (40, 27)) for method in RAGGED)],
-    ids=lambda x: f"{x.name}-{x.budget}" if isinstance(x, kvlib.Method) else str(x),
+    ids=label,
 )
 def test_every_captured_step_is_the_same(method, lengths):
     model, calls = tiny.model(), []
@@ -241,7 +248,7 @@ def test_every_captured_step_is_the_same(method, lengths):
     assert all(each == calls[0] for each in calls)
 
 
-@pytest.mark.parametrize("method", UNIFORM, ids=lambda m: f"{m.name}-{m.budget}")
+@pytest.mark.parametrize("method", UNIFORM, ids=label)
 def test_eager_steps_wait_for_nothing(method):
     model = tiny.model()
     with method(model) as run, torch.no_grad():

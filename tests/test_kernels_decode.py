@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from kvlib.kernels import decode
 from kvlib.kernels.decode import Tiling
+from kvlib.methods.systems import int8
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -105,6 +106,31 @@ DTYPES = [
     torch.float16,
     pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not GPU, reason="the interpreter knows no bfloat16 dot")),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group, dim, listed", [(1, 128, "none"), (3, 24, "query head"), (4, 64, "kv head")])
+def test_codes_are_read_as_what_they_stand_for(group, dim, listed, dtype):
+    case = Case([[70, 1, 300], [5, 64, 131]], group, dim, listed, hiding=listed == "none", dtype=dtype)
+    unread = case.key.isnan().any(1, keepdim=True)
+    codes = {
+        name: int8.codes(x.nan_to_num(), x.nan_to_num())["key"]
+        for name, x in (("key", case.key), ("value", case.value))
+    }
+    scales = [torch.rand(len(unread), 1).half() / 50 for _ in range(2)]
+    for (name, code), scale in zip(codes.items(), scales):
+        setattr(case, name, (code.to(dtype) * scale.to(dtype)).double())
+    weights, output, lse = case.expected()
+    stored = [scale.masked_fill(unread, torch.nan).to(DEVICE) for scale in scales]  # what is hidden is not read
+    case.key, case.value = codes.values()
+    got = case.attend(scales=tuple(stored), scoring=True)
+    assert got.output.dtype == dtype
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(got.output.double().cpu(), output, **close)
+    torch.testing.assert_close(got.lse.double().cpu(), lse, **close)
+    found = decode.weights(got).double().cpu()
+    width = min(found.shape[-1], weights.shape[-1])
+    torch.testing.assert_close(found[..., :width], weights[..., :width], **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,6 +43,7 @@ MORE = [
         kvlib.method("vatp", budget=0.4, host="h2o", sinks=2),
         kvlib.method("quest", budget=0.4, page=4, dense=0),
         kvlib.method("full"),
+        kvlib.method("int8"),
     )
 ]
 
@@ -211,6 +212,9 @@ CASES = {
     "weights of equal rows": (kvlib.method("h2o", budget=0.4), EQUAL, {}, BOTH),
     "weights of all tokens": (kvlib.method("h2o", budget=100), EQUAL, {}, NONE),
     "a list": (tidal("query"), EQUAL, {}, SECOND),
+    "codes of equal rows": (kvlib.method("int8"), EQUAL, {}, BOTH),
+    "codes of padded rows": (kvlib.method("int8"), PADDED, {}, BOTH),
+    "codes, float64": (kvlib.method("int8"), EQUAL, {"dtype": torch.float64}, NONE),
     "float64": (kvlib.method("full"), PADDED, {"dtype": torch.float64}, NONE),
     "bfloat16": (kvlib.method("full"), PADDED, {"dtype": torch.bfloat16}, BOTH),
     "wide heads": (kvlib.method("full"), PADDED, {"head_dim": 256}, NONE),

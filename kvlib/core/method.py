@@ -43,6 +43,8 @@ class Method:
         weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
             evicted, attention is then computed from these weights (on a GPU by a kernel that gives both), instead of by
             SDPA, which does not tell them.
+        scaled: where there are fields `key_scale` and `value_scale`, one number for each token and head, those named
+            `key` and `value` hold 8-bit codes, which `decode` multiplies by them and does nothing else.
         renumber: tokens are read by their place among those that are kept, so that the model's window limits what is
             stored and not how long the text is. Must be able to choose what to keep without queries.
         own_prefill: the prompt's hidden states depend on the method, so it cannot start from a shared snapshot.
@@ -52,6 +54,7 @@ class Method:
     text_order = False
     window = 0
     weighs = False
+    scaled = False
     renumber = False
     own_prefill = False
 

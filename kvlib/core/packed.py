@@ -1,9 +1,9 @@
 """Attention of a decoded token straight from the packed store, where torch's would need a copy or a mask.
 
-Segments of different lengths need a padded copy of all that is stored, lists of slots a copy of what they name, room
-behind the tokens a mask, and weights that scores are made of a pass of their own: `kvlib.kernels.decode` reads them
-where they are. `kvlib.core.attention` is the reference, and serves everything else; what it finds of a prompt's logits
-on a GPU is kept for sums over queries.
+Segments of different lengths need a padded copy of all that is stored, lists of slots a copy of what they name, 8-bit
+codes one of twice their size, room behind the tokens a mask, and weights that scores are made of a pass of their own:
+`kvlib.kernels.decode` reads them where they are. `kvlib.core.attention` is the reference, and serves everything else;
+what it finds of a prompt's logits on a GPU is kept for sums over queries.
 """
 
 import torch
@@ -46,10 +46,17 @@ def serves(view) -> bool:
     key, value = (view.layer.tail.fields.get(name) for name in ("key", "value"))
     if key is None or value is None:
         return False
+    if coded(view):
+        return key.dtype == torch.int8 and view.query.dtype in DTYPES
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (view.query, key, value))
     alike = view.query.dtype == key.dtype == value.dtype and view.query.shape[-1:] == key.shape[1:] == value.shape[1:]
     fits = key.dtype in DTYPES and key[:1].nbytes <= WIDEST and view.layer.tail.width * key.shape[1] < 2**31
     return alike and fits and not learning
+
+
+def coded(view) -> bool:
+    """Is what the layer stores 8-bit codes with a scale for each slot (`Method.scaled`)?"""
+    return view.run.method.scaled and "key_scale" in view.layer.tail.fields
 
 
 def attends(view) -> bool:
@@ -57,9 +64,9 @@ def attends(view) -> bool:
     be used because it does not tell the weights that scores are made of?"""
     if not (view.stored and view.step.decoding):
         return False
-    if view.uniform and not (UNIFORM or view.weighing):
+    if view.uniform and not (UNIFORM or view.weighing or coded(view)):
         return False
-    if view.layer.body is not None or view.run.method.hooks("decode"):
+    if view.layer.body is not None or (view.run.method.hooks("decode") and not coded(view)):
         return False
     return not any(x.copied for x in (view, view.whole) if x is not None)  # methods may write to what they look at
 
@@ -70,12 +77,14 @@ def attended(view, scoring: bool):
 
     if view.attended is None or (scoring and view.attended.logits is None):
         tail = view.layer.tail
+        scales = (tail.fields["key_scale"], tail.fields["value_scale"]) if coded(view) else None
         with torch.cuda.device_of(view.query):  # of a large model's layers each may have another
             view.attended = decode.attend(
                 view.query[:, :, 0],
                 *(tail.fields["key"], tail.fields["value"], tail.starts, tail.ends, tail.width),
                 slots=view.slots,
                 positions=tail.positions if tail.vacant else None,
+                scales=scales,
                 scaling=view.scaling,
                 scoring=scoring,
             )

@@ -4,8 +4,9 @@ Each segment, or list, is split; a program works through one split for all query
 combines the splits by their log-sum-exps. Lengths are read on the device and all shapes follow from a bound on them, so
 that a captured step (`kvlib.core.capture`) can replay it.
 
-It serves the core through `kvlib.core.packed`. The reference is `kvlib.core.attention.weights` of the rectangle, or of
-what `View.gathered` gathers, and their product with the values.
+What is stored may be 8-bit codes with a scale for each slot. It serves the core through `kvlib.core.packed`. The
+reference is `kvlib.core.attention.weights` of the rectangle, or of what `View.gathered` gathers, and their product with
+the values.
 """
 
 import math
@@ -49,6 +50,8 @@ def _split(
     LENGTHS,
     SLOTS,
     POSITIONS,
+    KEY_SCALE,
+    VALUE_SCALE,
     PARTIAL,
     NORMS,
     LOGITS,
@@ -91,7 +94,10 @@ def _split(
         # hidden slots are not read: a weight of 0 does not hide what is not a number
         key = tl.load(K + slot[None, :] * DIM + d[:, None], seen[None, :] & (d < DIM)[:, None], 0.0)
         value = tl.load(V + slot[:, None] * DIM + d[None, :], seen[:, None] & (d < DIM)[None, :], 0.0)
-        logits = tl.where(seen[None, :], tl.dot(q, key, input_precision="ieee") * scale, float("-inf"))
+        logits = tl.dot(q, key.to(q.dtype), input_precision="ieee") * scale
+        if KEY_SCALE is not None:
+            logits *= tl.load(KEY_SCALE + start + slot, seen, 0.0).to(tl.float32)[None, :]
+        logits = tl.where(seen[None, :], logits, float("-inf"))
         if LOGITS is not None:
             tl.store(
                 LOGITS + head[:, None] * most + k[None, :], logits * LN2, (h < HEADS)[:, None] & (k < most)[None, :]
@@ -101,7 +107,10 @@ def _split(
         weights = tl.exp2(logits - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
-        output = tl.dot(weights.to(value.dtype), value, output * decay[:, None], input_precision="ieee")
+        value = value.to(q.dtype)
+        if VALUE_SCALE is not None:
+            value *= tl.load(VALUE_SCALE + start + slot, seen, 0.0).to(q.dtype)[:, None]
+        output = tl.dot(weights.to(q.dtype), value, output * decay[:, None], input_precision="ieee")
         top = higher
 
     some = total > 0
@@ -148,6 +157,7 @@ def attend(
     *,
     slots: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     scoring: bool = False,
     tiling: Tiling = TILING,
@@ -155,8 +165,8 @@ def attend(
     """Softmax attention of one query per row over packed segments (`kvlib.core.part`); nothing waits for the device.
 
     Args:
-        query: `(batch, query_heads, head_dim)`, of the dtype of keys and values, which is not float64.
-        key, value: flat `(allocated, head_dim)`.
+        query: `(batch, query_heads, head_dim)`, of the dtype of keys and values, unless they are codes; not float64.
+        key, value: flat `(allocated, head_dim)`, or int8 codes of them, of which `scales` are the factors.
         starts, lengths: `(batch, kv_heads)` integers on the device: where each segment begins in the flat tensors, and
             how many of its slots may be read. Query heads of a group follow each other.
         most: no length exceeds it, and `most x head_dim` is below 2^31. What is allocated and launched follows from it.
@@ -164,6 +174,7 @@ def attend(
             order; -1 = none, and those beyond the length are left out. One that is listed twice counts twice. With
             lists of their own the query heads of a group do not share what they read.
         positions: flat int32 `(allocated,)`; slots where it is -1 are not read.
+        scales: of codes of keys and of values, flat `(allocated, 1)` each, of any dtype.
         scaling: factor on the logits, default `head_dim ** -0.5`.
         scoring: write the logits, too.
 
@@ -191,7 +202,7 @@ def attend(
     pad = max(16, triton.next_power_of_2(dim))
     _split[units, splits](
         *(x.contiguous() for x in (query, key, value, starts, lengths)),
-        *(slots, positions, partial, norms, logits),
+        *(slots, positions, *(scales or (None, None)), partial, norms, logits),
         (dim**-0.5 if scaling is None else scaling) / math.log(2),
         *(most, chunk, group),
         *(shared, max(LEAST_ROWS, triton.next_power_of_2(shared)), dim, pad, tiling.block),

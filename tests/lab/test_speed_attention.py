@@ -61,6 +61,55 @@ def test_the_command_measures_once_and_leaves_out_what_is_wrong(tmp_path, monkey
     assert "tiny, batch 1, 320 tokens: in the table" in capsys.readouterr().out and file.read_text() == before
 
 
+class Library:
+    """What `Paged` uses of FlashInfer, by its documentation: sequences are lists of pages."""
+
+    __version__ = "of the tests"
+
+    class BatchDecodeWithPagedKVCacheWrapper:
+        def __init__(self, workspace, layout, use_tensor_cores):
+            assert workspace.dtype == torch.uint8 and layout == "NHD"
+
+        def plan(self, indptr, indices, last_page_len, heads, kv_heads, dim, page_size, q_data_type, kv_data_type):
+            assert (kv_heads, page_size) == (1, 1) and last_page_len.tolist() == [1] * (len(indptr) - 1)
+            assert indptr.dtype == indices.dtype == torch.int32 and indptr[-1] == len(indices)
+            self.ends, self._paged_kv_indices_buf, self.heads = indptr.tolist(), indices, heads
+
+        def run(self, query, stored):
+            assert query.shape[:2] == (len(self.ends) - 1, self.heads)
+            output = torch.empty_like(query)
+            for i, (begin, end) in enumerate(zip(self.ends, self.ends[1:])):
+                pages = self._paged_kv_indices_buf[begin:end].long()
+                key, value = (x[pages, 0, 0].float() for x in stored)
+                weights = (query[i].float() @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+                output[i] = (weights @ value).to(query.dtype)
+            return output
+
+
+def test_a_library_reads_what_the_kernel_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "flashinfer", Library)
+    monkeypatch.setattr(attention, "SMALL", replace(SMALL, batches=(2,), calls=(3, 3)))
+    file = tmp_path / "attention.csv"
+    main(["--small", "--out", str(file)])
+    rows = rows_of(file)
+    for kernel in ("flashinfer", "flashinfer, tensor cores"):
+        found = {row["read"]: row for row in rows if row["kernel"] == kernel}
+        assert set(found) == set(READS) - {"whole, logits"}
+        assert all(float(row["error"]) < 0.01 and row["flashinfer"] == "of the tests" for row in found.values())
+    assert not {row["baseline"] for row in rows} & {"decode", "flashinfer", "flashinfer, tensor cores"}
+
+
+def test_each_call_has_lists_of_its_own(monkeypatch):
+    monkeypatch.setattr(attention, "flashinfer", Library)
+    made = Case(replace(SMALL, calls=(3, 3)), "tiny", 2, 320, DEVICE)
+    made.fill()
+    kernels = [x for x in attention.own(made) if isinstance(x, attention.Kernel) and not x.scoring]
+    for kernel in kernels:
+        paged = attention.Paged(kernel, tensor_cores=False)
+        for call in range(3):
+            torch.testing.assert_close(paged(call).view_as(kernel(call)), kernel(call), rtol=0.02, atol=0.01)
+
+
 def test_without_a_gpu_there_is_the_small_run_only(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Microseconds of one layer's attention for one decoded token: torch's SDPA, and `kvlib.kernels.decode`.
+"""Microseconds of one layer's attention for one decoded token: torch's SDPA, `kvlib.kernels.decode`, FlashInfer.
 
     python -m kvlib.lab.speed.attention --out FILE.csv            what is not yet in the file; needs a CUDA GPU
     python -m kvlib.lab.speed.attention --out FILE.csv --small    does everything run? In seconds
@@ -24,6 +24,10 @@ storage far larger than the L2 cache. Graphs are replayed in turns (`kvlib.lab.s
 the quartiles of these turns, and of each turn's ratio to the baseline. `read_bytes` are keys and values as often as a
 call asks for them. The output of each graph's first call is compared with SDPA in float32; what is wrong, or does not
 run, has no row.
+
+FlashInfer takes part where it is installed, with pages of one token and each KV head of a row as a sequence of its own,
+so that heads may differ in length and share nothing; what it plans on the host beforehand is not timed. It does not
+write logits. Its kernels for several queries at a time are tried too (`flashinfer, tensor cores`).
 
 The kernel's tiling is the best of a few numbers of programs with its default blocks, and then of a few other blocks. A
 case's rows are written when it has ended, and a case that has rows is left out. `budget` in them is what is read, as a
@@ -55,12 +59,17 @@ from kvlib.lab.speed.rows import command, rounded, write
 from kvlib.lab.speed.settings import machine
 from kvlib.lab.speed.turns import now, take_turns
 
+try:
+    import flashinfer
+except ImportError:
+    flashinfer = None
+
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-KERNEL = "decode"
+KERNEL, LIBRARY = "decode", "flashinfer"
 IDENTITY = ("device", "model", "batch", "context", "read", "kernel")
 CASE = IDENTITY[:4]
 PAGE = 16
@@ -68,6 +77,7 @@ TRIES = 3  # replays of each tiling
 LIMIT = 20.0  # no new turn after so many seconds, and two turns
 WRONG = 0.02  # relative error of an output
 MEMORY = 0.7  # of what is free, for keys and values
+WORKSPACE = 2**28  # bytes that FlashInfer may use
 TITLE = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}"
 SHOWN = "read kernel us us_q1 us_q3 ratio gb_per_s error block programs warps stages"
 
@@ -222,6 +232,51 @@ class Kernel:
         tried[tiling] = median(block() for _ in range(TRIES))
 
 
+class Paged:
+    """FlashInfer's attention over what a `Kernel` reads."""
+
+    tiling = None
+
+    def __init__(self, kernel: Kernel, tensor_cores: bool):
+        self.case, self.read, self.entries, self.tensor_cores = kernel.case, kernel.read, kernel.entries, tensor_cores
+        self.kernel = f"{LIBRARY}, tensor cores" if tensor_cores else LIBRARY
+        self.total, self.expected, self.parent = kernel.total, kernel.expected, kernel
+        self.wrapper = None
+
+    def plan(self) -> None:
+        """Say which pages each sequence has, in every call."""
+        case, kernel, device = self.case, self.parent, self.case.device
+        lengths, begins = kernel.lengths.cpu(), kernel.starts.cpu()
+        if kernel.slots is None:
+            counts = lengths.flatten()
+            place = torch.arange(self.total) - starts(lengths).flatten().repeat_interleave(counts)
+            self.pages = [(begins.flatten().repeat_interleave(counts) + place).to(device, torch.int32)]
+        else:
+            counts = torch.full((kernel.slots[0].shape[:2].numel(),), kernel.slots[0].shape[2])
+            first = begins.repeat_interleave(kernel.slots[0].shape[1] // case.kv_heads, 1)[..., None].to(device)
+            self.pages = [(first + slots).flatten().to(torch.int32) for slots in kernel.slots]
+        ends = torch.cat([torch.zeros(1), counts.cumsum(0)]).to(torch.int32)
+        group, page = case.batch * case.query_heads // len(counts), torch.ones(len(counts), dtype=torch.int32)
+        self.query = case.query.view(len(counts), group, case.head_dim)
+        workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+        self.wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=self.tensor_cores
+        )
+        sizes = group, 1, case.head_dim, 1
+        self.wrapper.plan(
+            ends.to(device), self.pages[0], page.to(device), *sizes, q_data_type=case.dtype, kv_data_type=case.dtype
+        )
+
+    def __call__(self, call: int) -> torch.Tensor:
+        case, begin = self.case, self.case.place(call, self.total)
+        if self.wrapper is None:
+            self.plan()
+        # the plan follows from the lengths, which are the same in all calls
+        self.wrapper._paged_kv_indices_buf = self.pages[call % len(self.pages)]
+        stored = (x[begin : begin + self.total].view(-1, 1, 1, case.head_dim) for x in (case.key, case.value))
+        return self.wrapper.run(self.query, tuple(stored))
+
+
 def exact(case: Case, begins: torch.Tensor, lengths: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
     """Attention in float32 of each query over its segment, or over the slots of it that are listed."""
     lists = case.kv_heads if slots is None else slots.shape[1]
@@ -254,7 +309,15 @@ def listed(case: Case, heads: int, count: int, page: int = 1) -> torch.Tensor:
     return slots.flatten(2).to(torch.int32)
 
 
-def contestants(case: Case) -> Iterator[Dense | Kernel]:
+def contestants(case: Case) -> Iterator[Dense | Kernel | Paged]:
+    """All of them, FlashInfer's behind the kernel that reads the same."""
+    for contestant in own(case):
+        yield contestant
+        if flashinfer and isinstance(contestant, Kernel) and not contestant.scoring:
+            yield from (Paged(contestant, tensor_cores) for tensor_cores in (False, True))
+
+
+def own(case: Case) -> Iterator[Dense | Kernel]:
     whole = torch.full((case.batch, case.kv_heads), case.context)
     for read, length in (("whole", case.context), ("a fifth", case.context // 5)):
         for name in BACKENDS:
@@ -313,7 +376,7 @@ def measure(case: Case) -> list[dict]:
             if isinstance(contestant, Kernel):
                 contestant.tune()
             block, output = captured(contestant, case.calls(case.read_bytes(contestant.entries)))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             print(f"  {', '.join(name)} does not run: {str(error).splitlines()[0]}", flush=True)
             continue
         block()
@@ -325,7 +388,7 @@ def measure(case: Case) -> list[dict]:
         blocks[name], found[name] = block, (contestant, error)
     turns = take_turns(blocks, case.plan.turns, now, LIMIT)
 
-    dense = [name for name in found if name[0] == "whole" and name[1] != KERNEL]
+    dense = [name for name, (contestant, _) in found.items() if name[0] == "whole" and isinstance(contestant, Dense)]
     baseline = min(dense, key=lambda name: median(turn[name] for turn in turns))
     rows = []
     for name, (contestant, error) in found.items():
@@ -371,6 +434,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=UserWarning)  # SDPA's reasons for what a backend cannot do
     torch.manual_seed(0)
     facts = machine(device) | {"triton": triton.__version__, "command": command(parser, argv)}
+    facts[LIBRARY] = flashinfer and flashinfer.__version__
     plan, done = SMALL if given.small else FULL, set()
     if given.out.exists():
         with given.out.open(newline="") as file:

@@ -130,7 +130,8 @@ PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp,
     Case("Llama-2-7B", 320, 640, typed(384), alone=True),
     Case("Llama-2-7B", 384, 640, typed(384), alone=True),
 )
-CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS)
+CODED = (Case("Llama-3.1-8B", 8, 32_768, (kvlib.method("int8"),)),)  # beside evictors, at half of the bytes
+CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS, *CODED)
 SMALL = (
     Case("tiny", 1, 96, readers(16, page=4, dense=0), "float32", tokens=1, blocks=2, short=32),
     Case("tiny", 2, 64, evictors(0.5, 0.5)[:2], "float32", tokens=1, blocks=2, short=32),
@@ -448,7 +449,7 @@ def contest(model, case: Case, rows: dict, rate: float, out: Path, kernels_shown
 
 def label(x) -> dict:
     """Columns that name a contestant: a method, or what stands for stock."""
-    return {"method": x} if isinstance(x, str) else {"method": x.name, "budget": x.budget}
+    return {"method": x} if isinstance(x, str) else {"method": x.name, "budget": getattr(x, "budget", 1.0)}
 
 
 def main(argv: list[str] | None = None) -> None:

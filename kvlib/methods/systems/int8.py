@@ -16,6 +16,8 @@ class Int8(Method):
     its end; later tokens are encoded when they arrive, and read as they are stored.
     """
 
+    scaled = True
+
     def encode(self, run, layer, key, value, positions):
         if layer.tail is None or "key_scale" not in layer.tail.fields:
             return super().encode(run, layer, key, value, positions)
