@@ -87,6 +87,7 @@ def attended(view, scoring: bool):
                 scales=scales,
                 scaling=view.scaling,
                 scoring=scoring,
+                tiling=decode.CODED if scales else decode.TILING,
             )
     return view.attended
 

@@ -31,6 +31,7 @@ class Tiling(NamedTuple):
 
 
 TILING = Tiling()
+CODED = Tiling(128, 1024)  # for codes: conversion takes as long as reading them
 
 
 class Attended(NamedTuple):
@@ -107,10 +108,9 @@ def _split(
         weights = tl.exp2(logits - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(weights, 1)
-        value = value.to(q.dtype)
-        if VALUE_SCALE is not None:
-            value *= tl.load(VALUE_SCALE + start + slot, seen, 0.0).to(q.dtype)[:, None]
-        output = tl.dot(weights.to(q.dtype), value, output * decay[:, None], input_precision="ieee")
+        if VALUE_SCALE is not None:  # on the weights, of which there are fewer
+            weights *= tl.load(VALUE_SCALE + start + slot, seen, 0.0).to(tl.float32)[None, :]
+        output = tl.dot(weights.to(q.dtype), value.to(q.dtype), output * decay[:, None], input_precision="ieee")
         top = higher
 
     some = total > 0

@@ -10,6 +10,7 @@ Keys and values are random, in bfloat16 (float32 on a CPU), in the shapes of a m
     whole                   all of the context; the fastest of SDPA's backends is the baseline
     whole, logits           and the logits are written
     a fifth                 packed segments of a fifth
+    whole, 8 bits           and what is stored are codes of 8 bits with a scale for each token
     ragged                  packed segments of lengths that are exponentially distributed, a quarter on average
     4096 slots, kv head     a list for each KV head, in the order of a score, as TidalDecode makes it
     4096 slots, query head  a list for each query head, so that a group shares nothing
@@ -35,6 +36,7 @@ share of the whole.
 """
 
 import argparse
+import copy
 import csv
 import math
 import time
@@ -58,6 +60,7 @@ from kvlib.kernels.decode import TILING, Tiling
 from kvlib.lab.speed.rows import command, rounded, write
 from kvlib.lab.speed.settings import machine
 from kvlib.lab.speed.turns import now, take_turns
+from kvlib.methods.systems import int8
 
 try:
     import flashinfer
@@ -77,6 +80,7 @@ TRIES = 3  # replays of each tiling
 LIMIT = 20.0  # no new turn after so many seconds, and two turns
 WRONG = 0.02  # relative error of an output
 MEMORY = 0.7  # of what is free, for keys and values
+AT_ONCE = 2**22  # tokens of which codes are made
 WORKSPACE = 2**28  # bytes that FlashInfer may use
 TITLE = "{model}, batch {batch}, {context} tokens, {dtype}; {device}; baseline {baseline}"
 SHOWN = "read kernel us us_q1 us_q3 ratio gb_per_s error block programs warps stages"
@@ -166,6 +170,10 @@ class Dense:
     def entries(self) -> int:
         return self.case.batch * self.case.kv_heads * self.length
 
+    @property
+    def read_bytes(self) -> int:
+        return self.case.read_bytes(self.entries)
+
     def __call__(self, call: int) -> torch.Tensor:
         case, begin = self.case, self.case.place(call, self.entries)
         key, value = (
@@ -189,7 +197,7 @@ class Kernel:
         draw: makes the lists `(batch, kv_heads or query_heads, k)` of a call.
     """
 
-    kernel = KERNEL
+    kernel, stored = KERNEL, None
 
     def __init__(self, case: Case, read: str, lengths: torch.Tensor, draw: Callable | None = None, scoring=False):
         self.case, self.read, self.scoring, self.tiling = case, read, scoring, TILING
@@ -201,6 +209,10 @@ class Kernel:
         if draw:
             self.slots += [draw() for _ in range(1, calls)]
         self.begins = [(self.starts + case.place(call, self.total)).to(case.device) for call in range(calls)]
+
+    @property
+    def read_bytes(self) -> int:
+        return self.case.read_bytes(self.entries)
 
     def __call__(self, call: int) -> torch.Tensor:
         case = self.case
@@ -232,6 +244,33 @@ class Kernel:
         tried[tiling] = median(block() for _ in range(TRIES))
 
 
+class Coded(Kernel):
+    """`decode.attend` over codes of the whole context."""
+
+    def encode(self) -> None:
+        """Make codes of all keys and values, a few at a time."""
+        pairs = zip(self.case.key.split(AT_ONCE), self.case.value.split(AT_ONCE))
+        made = [int8.codes(*pair) for pair in pairs]
+        self.stored = {name: torch.cat([x[name] for x in made]) for name in made[0]}
+
+    @property
+    def read_bytes(self) -> int:
+        return 2 * self.entries * (self.case.head_dim + 2)
+
+    def __call__(self, call: int) -> torch.Tensor:
+        if self.stored is None:
+            self.encode()
+        case, stored = self.case, self.stored
+        scales = stored["key_scale"], stored["value_scale"]
+        tensors = case.query, stored["key"], stored["value"], self.begins[call], self.lengths
+        return decode.attend(*tensors, self.most, scales=scales, tiling=self.tiling).output
+
+    def expected(self) -> torch.Tensor:
+        like, stored = copy.copy(self.case), {name: x[: self.total].float() for name, x in self.stored.items()}
+        like.key, like.value = (stored[name] * stored[f"{name}_scale"] for name in ("key", "value"))
+        return exact(like, self.starts, self.lengths.cpu())
+
+
 class Paged:
     """FlashInfer's attention over what a `Kernel` reads."""
 
@@ -239,6 +278,7 @@ class Paged:
 
     def __init__(self, kernel: Kernel, tensor_cores: bool):
         self.case, self.read, self.entries, self.tensor_cores = kernel.case, kernel.read, kernel.entries, tensor_cores
+        self.read_bytes = kernel.read_bytes
         self.kernel = f"{LIBRARY}, tensor cores" if tensor_cores else LIBRARY
         self.total, self.expected, self.parent = kernel.total, kernel.expected, kernel
         self.wrapper = None
@@ -313,7 +353,7 @@ def contestants(case: Case) -> Iterator[Dense | Kernel | Paged]:
     """All of them, FlashInfer's behind the kernel that reads the same."""
     for contestant in own(case):
         yield contestant
-        if flashinfer and isinstance(contestant, Kernel) and not contestant.scoring:
+        if flashinfer and type(contestant) is Kernel and not contestant.scoring:
             yield from (Paged(contestant, tensor_cores) for tensor_cores in (False, True))
 
 
@@ -326,6 +366,7 @@ def own(case: Case) -> Iterator[Dense | Kernel]:
                 yield Dense(case, read, f"{name}, gqa", length, grouped=False)
         yield Kernel(case, read, whole * length // case.context)
     yield Kernel(case, "whole, logits", whole, scoring=True)
+    yield Coded(case, "whole, 8 bits", whole)
     yield Kernel(case, "ragged", ragged(case))
     for count, name in ((case.plan.slots, case.plan.slots), (case.context // 20 // PAGE * PAGE, "5 %")):
         yield Kernel(case, f"{name} slots, kv head", whole, partial(listed, case, case.kv_heads, count))
@@ -375,7 +416,7 @@ def measure(case: Case) -> list[dict]:
         try:
             if isinstance(contestant, Kernel):
                 contestant.tune()
-            block, output = captured(contestant, case.calls(case.read_bytes(contestant.entries)))
+            block, output = captured(contestant, case.calls(contestant.read_bytes))
         except (RuntimeError, ValueError) as error:
             print(f"  {', '.join(name)} does not run: {str(error).splitlines()[0]}", flush=True)
             continue
@@ -393,7 +434,7 @@ def measure(case: Case) -> list[dict]:
     rows = []
     for name, (contestant, error) in found.items():
         us = spread("us", [1e6 * turn[name] for turn in turns])
-        read = case.read_bytes(contestant.entries)
+        read = contestant.read_bytes
         rows.append(
             {"model": case.model, "query_heads": case.query_heads, "kv_heads": case.kv_heads}
             | {"head_dim": case.head_dim, "dtype": str(case.dtype).removeprefix("torch."), "batch": case.batch}
