@@ -23,6 +23,8 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
+    "adaptive": [0.6],
+    "combined": [0.3],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -57,6 +59,9 @@ METHODS = [
     kvlib.method("loki", budget=0.3, rank=3),
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
+    kvlib.method("adaptive", budget=12, host="snapkv", floor=0.0),
+    kvlib.method("combined", budget=0.6, evictor="h2o", store="int8"),
+    kvlib.method("combined", budget=12, evictor="keydiff", reader="loki", read=0.2),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.
@@ -240,12 +245,15 @@ def budgeted(method, length: int) -> int:
         return length
     if isinstance(method.budget, int):
         return method.budget
-    parts = 2 if {"h2o", "scissorhands", "uncomp_h2o"} & {method.name, *host(method)} else 1
+    parts = 2 if {"h2o", "scissorhands", "uncomp_h2o", "adaptive"} & {method.name, *host(method)} else 1
     return parts * int(method.budget / parts * length)
 
 
 # What stores otherwise, or has no budget, has tests of its bytes of its own.
-@spread("architecture", ARCHITECTURES, [m for m in METHODS if isinstance(m, Budgeted) and not m.own_prefill])
+EXACT = [m for m in METHODS if isinstance(m, Budgeted) and not (m.own_prefill or m.hooks("decode"))]
+
+
+@spread("architecture", ARCHITECTURES, EXACT)
 def test_bytes_are_what_the_budget_says(architecture, method):
     model, rows = tiny.model(architecture), [tiny.tokens(40), tiny.tokens(35, seed=1)]
     with method(model) as run:
@@ -262,7 +270,7 @@ def test_bytes_are_what_the_budget_says(architecture, method):
             assert run.full_bytes() == (75 + 2 * step) * properties.token_bytes(model)
             groups = model.config.num_attention_heads // model.config.num_key_value_heads
             # each head of a group may read a token, and choosing the keys of all
-            most = groups + 0.5 if isinstance(method, kvlib.Reader) else 1
+            most = groups + 0.5 if method.hooks("attend") and method.name != "streaming_llm" else 1
             assert 0 < run.read_bytes() <= most * run.stored_bytes()
 
 
@@ -309,7 +317,7 @@ def test_half_precision_errs_like_the_stock_model(architecture, dtype, method):
     assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
-@on([method for method in EVICTING if not method.own_prefill])
+@on([method for method in EVICTING if not (method.own_prefill or method.hooks("decode"))])
 def test_large_keys_do_not_overflow_in_float16(method):
     # Powers of two change no digit of attention or of ratios of norms, so the same tokens must stay; squares of these
     # keys exceed the largest float16.

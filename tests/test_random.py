@@ -56,6 +56,13 @@ ARGUMENTS = {  # what is drawn besides the budget
     "uncomp_reversed": UNCOMP,
     "uncomp_h2o": {"spread": st.floats(0, 0.9)},
     "uncomp_pyramidkv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3]), "spread": st.floats(0, 0.9)},
+    "adaptive": {"host": st.sampled_from(["h2o", "vatp", "snapkv", "knorm", "keydiff"]), "floor": st.floats(0, 1)},
+    "combined": {
+        "evictor": st.sampled_from(["h2o", "streaming_llm", "adakv", "keydiff", "tova"]),
+        "store": st.sampled_from([None, "int8"]),
+        "reader": st.sampled_from([None, "loki"]),
+        "read": st.floats(0.1, 1),
+    },
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},

@@ -127,7 +127,8 @@ class View:
     @property
     def copied(self) -> bool:
         """Were keys or values looked at, and are they copies of what is stored?"""
-        return "_decoded" in self.__dict__ and not (self.slots is None and self.layer.tail.uniform)
+        shown = self.slots is None and self.layer.tail.uniform and not self.run.method.hooks("decode")
+        return "_decoded" in self.__dict__ and not shown
 
     def fields(self, part: Part) -> dict[str, torch.Tensor]:
         """What a part stores: field -> rectangle."""

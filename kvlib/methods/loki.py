@@ -74,8 +74,9 @@ class Loki(Reader):
         query = view.query.to(key.dtype).unflatten(1, (-1, view.groups)).squeeze(3)
         directions = directions.to(key.dtype)
         score = (query @ directions @ directions.mT @ key.mT).flatten(1, 2)  # (q P) (k P)ᵀ, the keys left as they are
-        view.note_read(view.step.ends * (view.key.element_size() * directions[0, :, 0].numel()))
-        positions = view.positions[:, :1]  # nothing is evicted: all heads have the same tokens in each slot
+        held = (view.positions >= 0).sum((1, 2))
+        view.note_read(held * (view.key.element_size() * directions.shape[-1]))
+        positions = view.positions[:, :1]  # all heads hold as many tokens, the newest in the same slot
         score = score.masked_fill(positions == view.per_row(view.step.ends) - 1, torch.inf)
         return highest(score, positions, view.per_prompt("tokens", lambda view: self.tokens(view, self.budget)))
 

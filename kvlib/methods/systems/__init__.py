@@ -1,6 +1,8 @@
 """The systems that the four papers stand among, one small file each; importing this package registers them."""
 
 from kvlib.methods.systems import (  # noqa: F401
+    adaptive,
+    combined,
     int8,
     keydiff,
 )
