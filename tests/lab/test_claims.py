@@ -42,7 +42,7 @@ CLAIM = {
     "rule": {"above": 0},
 }
 REVISIONS = {"new": {"when": pd.Timestamp("2026-11-29").date(), "removed": "the old protocol"}}
-MARKED = "# Title\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
+MARKED = "# Title\n\n<!-- score -->\n<!-- end of score -->\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
 
 
 def as_file(*claims, **more) -> str:
@@ -727,6 +727,7 @@ def place(tmp_path):
     """Claims, results and a README, as arguments of `write`."""
     WINS.to_parquet(tmp_path / "small.parquet")
     later = CLAIM | {"id": "another", "claim": "a | b", "rule": {"above": 0.9}, "evidence": "abstract"}
+    later["paper"] = "VATP"
     later |= {"revised": ["narrowed"], "before": {"rule": {"above": 0}}}
     revisions = {"narrowed": {"when": pd.Timestamp("2026-11-28").date(), "removed": "more than nothing"}}
     (tmp_path / "claims.yaml").write_text(as_file(CLAIM | {"front": True}, later, revisions=revisions))
@@ -744,9 +745,14 @@ def test_written_files_are_fresh_until_something_changes(place):
     assert not stale(place)
     readme, table = place["readme"].read_text(), place["results"] / "ledger.csv"
     page = (place["claims"].parent / "VERDICTS.md").read_text()
-    assert readme.startswith(
-        "# Title\n\n<!-- verdicts -->\n- On minilm and smollm2: 1 claims of papers and the field: "
-    )
+    score, verdicts = readme.split("<!-- end of score -->\n\n<!-- verdicts -->\n")
+    assert score.splitlines()[:2] == ["# Title", ""] and score.splitlines()[3:] == [
+        "| claims of | all | reproduced | not reproduced | opposite | undecided | not testable |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        "| [VATP](https://arxiv.org/abs/2306.14040) | 1 | 0 | 1 | 0 | 0 | 0 |",
+        "| together | 1 | 0 | 1 | 0 | 0 | 0 |",
+    ]
+    assert verdicts.startswith("- On minilm and smollm2: 1 claims of papers and the field: ")
     assert readme.endswith("<!-- end of verdicts -->\n\nThe rest.\n") and "anything" not in readme
     assert "| [Paper](https://arxiv.org/abs/2306.14040): H2O beats random tokens. | – | minilm: +0.5" in readme
     assert r"a \| b" not in readme and r"a \| b (the abstract was read, not the paper) |" in page

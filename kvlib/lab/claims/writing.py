@@ -12,6 +12,15 @@ from kvlib.lab.claims.registered import CLAIMS, read
 
 README = paths.ROOT / "README.md"
 MARKERS = ("<!-- verdicts -->", "<!-- end of verdicts -->")
+SCORE = ("<!-- score -->", "<!-- end of score -->")
+FOUR = ("VATP", "UNComp", "AnchorCoder", "TidalDecode")
+COUNTED = {  # a column of the score -> verdicts
+    "reproduced": ("reproduced here",),
+    "not reproduced": ("not reproduced here",),
+    "opposite": ("opposite here", "contradicted"),
+    "undecided": ("undecided here",),
+    "not testable": (UNTESTABLE,),
+}
 HEADER = """# Verdicts
 
 Written by `make ledger` from the result tables and `claims.yaml`, where every claim stands with the rule that decides
@@ -52,6 +61,21 @@ def scores(table: pd.DataFrame) -> list[str]:
         said = [f"{len(part)} claims of {name}: {score(part)}" for name, part in parts.items() if len(part)]
         lines.append(f"- On {models}: {'. '.join(said)}.")
     return lines
+
+
+def of_four(claims: list[Claim], table: pd.DataFrame) -> str:
+    """How many claims of each of the four papers have which verdict, as a table of markdown; all together below."""
+    verdicts = table.set_index("id")["verdict"].map(plain)
+    links = {claim.paper: linked(claim) for claim in claims if claim.paper in FOUR}
+    rows = [
+        (link, verdicts[[claim.id for claim in claims if claim.paper == paper and not claim.ours]])
+        for paper, link in sorted(links.items(), key=lambda pair: FOUR.index(pair[0]))
+    ]
+    rows.append(("together", pd.concat([said for _, said in rows])))
+    lines = [line("claims of", "all", *COUNTED), "|---|" + "---:|" * (1 + len(COUNTED))]
+    for name, said in rows:
+        lines.append(line(name, str(len(said)), *(str(int(said.isin(words).sum())) for words in COUNTED.values())))
+    return "\n".join(lines)
 
 
 def full_table(claims: list[Claim], table: pd.DataFrame) -> list[str]:
@@ -111,13 +135,13 @@ def section(claims: list[Claim], table: pd.DataFrame) -> str:
     return "\n".join([*scores(table), "", *short_table(shown, table), "", link])
 
 
-def with_section(text: str, section: str) -> str:
+def with_section(text: str, section: str, markers: tuple[str, str] = MARKERS) -> str:
     """`text` with everything between the markers replaced.
 
     Raises:
         ValueError: if the markers are not there once each, in this order.
     """
-    start, end = MARKERS
+    start, end = markers
     if (text.count(start), text.count(end)) != (1, 1) or text.index(start) > text.index(end):
         raise ValueError(f"README.md needs a line {start} and, after it, a line {end}, once each")
     return text[: text.index(start) + len(start)] + f"\n{section}\n" + text[text.index(end) :]
@@ -128,6 +152,7 @@ def build(claims: Path, results: Path, readme: Path) -> tuple[pd.DataFrame, dict
     registered = read(claims, results)
     table = ledger(registered, results)
     text = with_section(readme.read_text(encoding="utf-8"), section(registered, table))
+    text = with_section(text, of_four(registered, table), SCORE)
     verdicts = claims.with_name("VERDICTS.md")
     return table, {results / "ledger.csv": to_csv(table), verdicts: page(registered, table), readme: text}
 
