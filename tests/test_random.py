@@ -59,6 +59,11 @@ ARGUMENTS = {  # what is drawn besides the budget
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
+    "kivi": {
+        "bits": st.sampled_from([2, 4]),
+        "group": st.sampled_from([4, 8]),
+        "residual": st.sampled_from([4, 8, 16, 24]),
+    },
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]
