@@ -4,5 +4,6 @@ from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
     kivi,
+    minicache,
     think,
 )
