@@ -64,6 +64,7 @@ ARGUMENTS = {  # what is drawn besides the budget
         "group": st.sampled_from([4, 8]),
         "residual": st.sampled_from([4, 8, 16, 24]),
     },
+    "kvsharer": {"pairs": st.just(((1, 0),))},
     "minicache": {"t": st.floats(0, 1), "gamma": st.floats(0, 1), "start": st.sampled_from([0.0, 0.5])},
     "think": {"ratio": st.floats(0, 0.95), "window": st.integers(1, 9), "recent": st.integers(0, 9)},
 }

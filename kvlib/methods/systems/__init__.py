@@ -4,6 +4,7 @@ from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
     kivi,
+    kvsharer,
     minicache,
     think,
 )
