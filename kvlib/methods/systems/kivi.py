@@ -18,11 +18,11 @@ class KIVI(Method):
     they came, they are encoded, so that the newest n mod `residual` of n are not. A prompt is read exactly and encoded
     at its end; what comes after it reads what is stored.
 
-    Follows jy-yuan/KIVI 876b4d2, `models/llama_kivi.py` and `quant/new_pack.py` (code); group 32 and residual 128 are
-    our reading. Departures: values follow the rule of the keys, where theirs always keep the newest `residual` in full
-    and encode one a step; codes are those of the lowest and the step as rounded to 16 bits, always float16; values of
-    heads whose width is no multiple of the group have the largest group that divides both; what is stored is decoded
-    as a whole to be read, without a kernel for codes.
+    Follows jy-yuan/KIVI 876b4d2, `models/llama_kivi.py` and `quant/new_pack.py`; group and residual are those of its
+    `mem_spd_test.py` (code), `example.py` has a residual of 32. Departures: values follow the rule of the keys, where
+    theirs always keep the newest `residual` in full and encode one a step; codes are those of the lowest and the step
+    as rounded to 16 bits, always float16; values of heads whose width is no multiple of the group have the largest
+    group that divides both; what is stored is decoded as a whole to be read, without a kernel for codes.
 
     Args:
         bits: of a code, 2 or 4.

@@ -18,12 +18,12 @@ class MiniCache(Method):
     angle exceeds d_max - `gamma` (d_max - d_min), the least and the largest angle of the row in each head. Prompts are
     read exactly and merged at their end; decoded tokens wait for the end of the next prompt.
 
-    Second hand: no code of the authors. The pairs and the norms are those of the abstract, t and gamma those of the
-    paper as quoted elsewhere; the inequality is our reading, since the one that is quoted keeps the tokens that are
-    most alike. That keys decide for values too is the rule of Zefan-Cai/KVCache-Factory c97f9d7 (code), which keeps a
-    twentieth of the tokens instead. Departures: angles and limits of each KV head; at the end of a later prompt the
-    tokens that stayed are compared again, among those that have come since. Both layers of a pair have to lie on one
-    device.
+    Second hand: the authors have released no code. Pairs and norms are those of the abstract, t and gamma those of the
+    paper as quoted elsewhere. SLERP for each KV head, and keys that decide for values too, are those of
+    Zefan-Cai/KVCache-Factory c97f9d7, `pyramidkv/minicache.py` (code) and `docs/algorithm_backlog.md`, where a
+    twentieth of the tokens stays instead. Our reading: limits of each KV head, and the inequality, since the one that
+    is quoted keeps the tokens that are most alike. Departures: at the end of a later prompt the tokens that stayed are
+    compared again, with those that have come since; both layers of a pair have to lie on one device.
 
     Args:
         t: in [0, 1], how far from the earlier layer's direction to the later one's.
@@ -39,9 +39,9 @@ class MiniCache(Method):
     start: float = 0.5
 
     def __post_init__(self):
-        for name, high in (("t", 1), ("gamma", 1)):
+        for name in ("t", "gamma"):
             value = getattr(self, name)
-            require(name, value, isinstance(value, int | float) and 0 <= value <= high, "a part in [0, 1]")
+            require(name, value, isinstance(value, int | float) and 0 <= value <= 1, "a part in [0, 1]")
         fits = isinstance(self.start, int | float) and 0 <= self.start < 1
         require("start", self.start, fits, "a share of the layers in [0, 1)")
 
@@ -59,13 +59,10 @@ class MiniCache(Method):
         counts = ((at >= 0) & ~stays).sum(-1).cpu()
         if not (most := int(counts.max())):
             return
-        order = stays.long().sort(dim=-1, stable=True).indices[..., :most]
-        chunk = {}
+        chunk, order = {}, stays.long().sort(dim=-1, stable=True).indices[..., :most]
         for name in FIELDS:
-            both = [
-                fields[name].gather(2, order[..., None].expand(-1, -1, -1, fields[name].shape[-1])) for fields in pair
-            ]
-            chunk[name], chunk[f"{name}_norms"] = merged(*both, self.t)
+            chunk[name], chunk[f"{name}_norms"] = merged(*(fields[name] for fields in pair), self.t)
+        chunk = {name: x.gather(2, order[..., None].expand(*order.shape, x.shape[-1])) for name, x in chunk.items()}
         body = one.body or Part(*at.shape[:2], at.device, memo=one.memo)
         body.append(chunk, at.gather(2, order), counts, torch.zeros_like(counts))
         for layer in (one, two):
