@@ -242,5 +242,9 @@ def beams_have_their_own_history(model, method, rows: list[torch.Tensor], beams:
 
 
 def _fields(layer) -> dict[str, torch.Tensor]:
-    """What a layer's tail stores: field -> rectangle."""
-    return {name: layer.tail.rectangle(flat) for name, flat in layer.tail.fields.items()}
+    """What a layer's tail stores: field -> rectangle, 0 in empty slots."""
+    empty, found = layer.tail.position_rectangle() < 0, {}
+    for name, flat in layer.tail.fields.items():
+        x = layer.tail.rectangle(flat)
+        found[name] = x.masked_fill(empty.view(*empty.shape, *[1] * (x.ndim - 3)), 0)
+    return found

@@ -66,6 +66,14 @@ ARGUMENTS = {  # what is drawn besides the budget
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
+    "kivi": {
+        "bits": st.sampled_from([2, 4]),
+        "group": st.sampled_from([4, 8]),
+        "residual": st.sampled_from([4, 8, 16, 24]),
+    },
+    "kvsharer": {"pairs": st.just(((1, 0),))},
+    "minicache": {"t": st.floats(0, 1), "gamma": st.floats(0, 1), "start": st.sampled_from([0.0, 0.5])},
+    "think": {"ratio": st.floats(0, 0.95), "window": st.integers(1, 9), "recent": st.integers(0, 9)},
 }
 GATE = [gate.Ragged, gate.RaggedPrompt, gate.Shorten, gate.Reader, gate.Handed]
 METHODS = [*sorted(kvlib.METHODS), *GATE]

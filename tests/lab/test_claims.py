@@ -42,7 +42,17 @@ CLAIM = {
     "rule": {"above": 0},
 }
 REVISIONS = {"new": {"when": pd.Timestamp("2026-11-29").date(), "removed": "the old protocol"}}
-MARKED = "# Title\n\n<!-- score -->\n<!-- end of score -->\n\n<!-- verdicts -->\nanything\n<!-- end of verdicts -->\n\nThe rest.\n"
+MARKED = """# Title
+
+<!-- score -->
+<!-- end of score -->
+
+<!-- verdicts -->
+anything
+<!-- end of verdicts -->
+
+The rest.
+"""
 
 
 def as_file(*claims, **more) -> str:

@@ -44,7 +44,7 @@ def test_on_h2o_a_layer_keeps_its_best_tokens_and_each_head_its_newest():
                 counts[h] += 1
             for h in range(heads):
                 mine = sorted(range(n - 5), key=lambda i: (-float(sums[h, i]), i))[: counts[h]]
-                assert first[row][layer][h] == sorted(mine) + [*range(n - 5, n)]
+                assert first[row][layer][h] == [*sorted(mine), *range(n - 5, n)]
             assert [len(x) for x in later[row][layer]] == [5 + c for c in counts]  # while decoding, too
             assert all(x[-5:] == [*range(n - 2, n + 3)] for x in later[row][layer])
             assert len(set(counts)) > 1

@@ -5,4 +5,8 @@ from kvlib.methods.systems import (  # noqa: F401
     combined,
     int8,
     keydiff,
+    kivi,
+    kvsharer,
+    minicache,
+    think,
 )

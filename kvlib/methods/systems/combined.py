@@ -9,6 +9,7 @@ from kvlib.core.part import Part
 from kvlib.nearest import unknown
 
 PER_TOKEN = ("int8",)  # stores in which a token can go by itself
+STORES = (*PER_TOKEN, "kivi", "think")
 READERS = ("loki",)  # they choose in every layer and head for itself, and by keys alone
 
 
@@ -22,7 +23,7 @@ class Combined(Budgeted):
 
     Args:
         budget: the evictor's.
-        evictor, store, reader: names of registered methods, with their defaults.
+        evictor, store, reader: names of registered methods, with their defaults, or methods; budgets are not theirs.
         read: the reader's budget, a share of the prompt, or tokens.
 
     Raises:
@@ -32,9 +33,9 @@ class Combined(Budgeted):
             heads or layers. In a block: a reader over heads of different lengths.
     """
 
-    evictor: str = "snapkv"
-    store: str | None = None
-    reader: str | None = None
+    evictor: str | Evictor = "snapkv"
+    store: str | Method | None = None
+    reader: str | Reader | None = None
     read: float | int = 1.0
 
     def __post_init__(self):
@@ -47,7 +48,7 @@ class Combined(Budgeted):
             return
         alone = not (first.hooks("prepare") and second.hooks("prepare"))
         require("evictor", self.evictor, alone, f"it prepares something of the model, and so does {second.name}")
-        if self.store is not None and self.store not in PER_TOKEN:
+        if self.store is not None and second.name not in PER_TOKEN:
             fits = not (first.evicts_in_decode or first.hooks("observe") or first.hooks("finish"))
             require(
                 "evictor", self.evictor, fits, f"one that evicts once, by keys and queries alone, over {self.store}"
@@ -59,17 +60,15 @@ class Combined(Budgeted):
     @cached_property
     def chosen(self) -> Evictor:
         """The evictor itself."""
-        evictors = {name: cls for name, cls in METHODS.items() if issubclass(cls, Evictor)}
-        return named("evictor", self.evictor, evictors)(self.budget)
+        evictors = (name for name, cls in METHODS.items() if issubclass(cls, Evictor))
+        return replace(named("evictor", self.evictor, evictors), budget=self.budget)
 
     @cached_property
     def second(self) -> Method | None:
         """The store or the reader."""
         if self.store is not None:
-            return named("store", self.store, {name: METHODS[name] for name in STORES if name in METHODS})()
-        if self.reader is not None:
-            return named("reader", self.reader, {name: METHODS[name] for name in READERS})(self.read)
-        return None
+            return named("store", self.store, STORES)
+        return None if self.reader is None else replace(named("reader", self.reader, READERS), budget=self.read)
 
     @property
     def parts(self) -> list[Method]:
@@ -145,13 +144,12 @@ class Combined(Budgeted):
             part.finish(run)
 
 
-STORES = (*PER_TOKEN, "kivi", "think")
-
-
-def named(kind: str, name: str, known: dict[str, type[Method]]) -> type[Method]:
-    if name not in [*known]:
+def named(kind: str, method: str | Method, known) -> Method:
+    """A method with its defaults, or as it is given, if its name is among the known ones."""
+    name, known = method.name if isinstance(method, Method) else method, [*known]
+    if name not in known:
         raise unknown(kind, name, known)
-    return known[name]
+    return method if isinstance(method, Method) else METHODS[name]()
 
 
 def unpack(view) -> None:
