@@ -62,6 +62,8 @@ METHODS = [
     kvlib.method("adaptive", budget=12, host="snapkv", floor=0.0),
     kvlib.method("combined", budget=0.6, evictor="h2o", store="int8"),
     kvlib.method("combined", budget=12, evictor="keydiff", reader="loki", read=0.2),
+    kvlib.method("combined", budget=14, evictor="keydiff", store=kvlib.method("kivi", group=4, residual=8)),
+    kvlib.method("combined", budget=0.6, evictor="keydiff", store=kvlib.method("think", window=4, recent=5)),
     kvlib.method("kivi", group=4, residual=8),
     kvlib.method("think", window=4, recent=5),
     kvlib.method("minicache", start=0.0, gamma=0.2),

@@ -1,10 +1,11 @@
 """Methods on top of each other: what is stored of the tokens that an evictor keeps, or what is read of them."""
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
-from kvlib.core.method import METHODS, Budgeted, Evictor, Method, register, require
+from kvlib.core.method import METHODS, Budgeted, Evictor, Method, Reader, register, require
 from kvlib.core.part import Part
 from kvlib.nearest import unknown
 
@@ -51,11 +52,11 @@ class Combined(Budgeted):
         if self.store is not None and second.name not in PER_TOKEN:
             fits = not (first.evicts_in_decode or first.hooks("observe") or first.hooks("finish"))
             require(
-                "evictor", self.evictor, fits, f"one that evicts once, by keys and queries alone, over {self.store}"
+                "evictor", self.evictor, fits, f"one that evicts once, by keys and queries alone, over {second.name}"
             )
         if self.reader is not None:
             fits = not (first.evicts_in_decode or first.hooks("attend"))
-            require("evictor", self.evictor, fits, f"one that evicts at the end of the prompt, below {self.reader}")
+            require("evictor", self.evictor, fits, f"one that evicts at the end of the prompt, below {second.name}")
 
     @cached_property
     def chosen(self) -> Evictor:
@@ -121,7 +122,7 @@ class Combined(Budgeted):
     def attend(self, view):
         if self.reader is not None:
             equal = bool((view.lengths == view.lengths[:, :1]).all())
-            require("evictor", self.evictor, equal, f"heads of one length, below {self.reader}")
+            require("evictor", self.evictor, equal, f"heads of one length, below {self.second.name}")
             return self.second.attend(view)
         return self.chosen.attend(view) if self.chosen.hooks("attend") else self.parts[-1].attend(view)
 
