@@ -58,6 +58,7 @@ METHODS = [
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
     kvlib.method("lorc"),
+    kvlib.method("eigen_attention"),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.
