@@ -58,6 +58,7 @@ METHODS = [
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
     kvlib.method("lorc"),
+    kvlib.method("cskv", recent=4),
     kvlib.method("eigen_attention"),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
