@@ -1,17 +1,14 @@
 """CSKV: fewer channels for all but the newest tokens (Wang et al., 2409.10593)."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from kvlib import calibration
 from kvlib.core.method import Method, register, require, whole
 from kvlib.core.part import Part
 from kvlib.core.rotary import rotaries
 from kvlib.core.support import attention_modules, kv_heads
-from kvlib.methods.systems.lowrank import exact, projection, turned
+from kvlib.methods.systems.lowrank import calibrated, exact, projection, require_source, turned
 
 FILE = "cskv.safetensors"
 
@@ -57,13 +54,11 @@ class CSKV(Method):
             share = getattr(self, name)
             require(name, share, isinstance(share, float) and 0 < share <= 1, "a share of head_dim in (0, 1]")
         require("recent", self.recent, whole(self.recent, 1), "a number of tokens >= 1")
-        named = self.calibration is None or isinstance(self.calibration, str | Path)
-        require("calibration", self.calibration, named, "the name of a model, a folder, or None")
+        require_source(self.calibration)
 
     def prepare(self, model):
         """For each layer D, B and the bias of its keys and its values, and its rotation."""
-        known = {} if self.calibration is None else load(calibration.find(self.calibration, FILE), model)
-        heads, found = kv_heads(model), []
+        known, heads, found = calibrated(self.calibration, FILE, model), kv_heads(model), []
         for i, module in enumerate(attention_modules(model)):
             pair = [projection(module, kind, heads) for kind in "kv"]
             maps = [
@@ -133,10 +128,3 @@ def first_maps(weight: torch.Tensor, activations: torch.Tensor | None, rank: int
     scaled = weight if activations is None else weight * (activations + 1e-6) ** 0.5
     down = torch.linalg.svd(scaled, full_matrices=False).U[:, :rank]
     return down, down.mT
-
-
-def load(file: Path, model) -> dict[str, torch.Tensor]:
-    """What a calibration has, for all layers together. Raises ValueError if it is another model's."""
-    with safe_open(file, "pt") as stored:
-        calibration.require_same(model, json.loads(stored.metadata()["fingerprint"]), file)
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dictionary

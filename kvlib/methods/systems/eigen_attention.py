@@ -1,16 +1,13 @@
 """Eigen Attention: keys and values live in few directions (Saxena et al., 2408.05646)."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from kvlib import calibration
 from kvlib.core.method import Method, register, require, whole
 from kvlib.core.rotary import rotaries
 from kvlib.core.support import attention_modules
-from kvlib.methods.systems.lowrank import exact, turned
+from kvlib.methods.systems.lowrank import calibrated, exact, require_source, turned
 
 FILE = "eigen_attention.safetensors"
 NOTHING = 1e-8  # of the largest square: less may be rounding of float32
@@ -50,8 +47,7 @@ class EigenAttention(Method):
     def __post_init__(self):
         fits = self.rank is None or whole(self.rank, 1) or (isinstance(self.rank, float) and 0 < self.rank <= 1)
         require("rank", self.rank, fits, "a share of head_dim in (0, 1], directions >= 1, or None")
-        named = self.calibration is None or isinstance(self.calibration, str | Path)
-        require("calibration", self.calibration, named, "the name of a model, a folder, or None")
+        require_source(self.calibration)
 
     @property
     def own_prefill(self):
@@ -60,12 +56,13 @@ class EigenAttention(Method):
 
     def prepare(self, model):
         """Each layer's rotation and, of a calibration, its bases of keys and values; else None."""
-        known = [None] * model.config.get_text_config().num_hidden_layers
-        if self.calibration is not None:
-            files = load(calibration.find(self.calibration, FILE), model)
-            places = [next(module.parameters()).device for module in attention_modules(model)]
-            known = [tuple(first(x.to(at), self.rank) for x in pair) for pair, at in zip(files, places, strict=True)]
-        return [*zip(rotaries(model), known, strict=True)]
+        stored, found = calibrated(self.calibration, FILE, model), []
+        for i, module in enumerate(attention_modules(model)):
+            device = next(module.parameters()).device
+            pair = [stored[f"{kind}.{i}"].to(device, torch.float32) for kind in ("keys", "values")] if stored else []
+            # the file is in float16, which does not leave columns orthonormal
+            found.append([first(torch.linalg.qr(basis).Q, self.rank) for basis in pair] or None)
+        return [*zip(rotaries(model), found, strict=True)]
 
     def bases(self, run, layer):
         """Bases of keys `(batch or 1, 1, head_dim, rank)` and values `(batch or 1, kv_heads, head_dim, rank)`.
@@ -126,12 +123,3 @@ def first(basis: torch.Tensor, rank: float | int | None) -> torch.Tensor:
     count = columns if rank is None else rank if isinstance(rank, int) else max(1, int(rank * size))
     require("rank", rank, count <= columns, f"{count} directions, but there are {columns}")
     return basis[..., :count]
-
-
-def load(file: Path, model) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Bases of each layer's keys and values, orthonormal in float32. Raises ValueError if they are another model's."""
-    with safe_open(file, "pt") as stored:
-        calibration.require_same(model, json.loads(stored.metadata()["fingerprint"]), file)
-        layers = range(model.config.get_text_config().num_hidden_layers)
-        named = [(f"keys.{i}", f"values.{i}") for i in layers]
-        return [tuple(torch.linalg.qr(stored.get_tensor(name).float()).Q for name in pair) for pair in named]

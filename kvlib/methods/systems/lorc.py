@@ -24,8 +24,8 @@ class LoRC(Method):
     is second hand; its formula, an SVD for each head and the whole W_k and W_v in condition numbers are our reading.
     Departures: nothing is merged into W_q and W_o, which changes speed only; biases are stored nowhere and added when
     read; on models that normalise keys (Qwen3) the SVD is that of W_k with the norm's weights, and keys are cut after
-    the norm instead of before it. `most` and `least` are ours: where the logarithm falls evenly 45 % is freed, as in the
-    paper's example of 27.5 GB in place of 50 (second hand).
+    the norm instead of before it. `most` and `least` are ours: where the logarithm falls evenly they free 45 %, as in
+    the paper's example of 27.5 GB in place of 50 (second hand).
 
     Args:
         most, least: shares of `head_dim` that the first and the last layer keep, 0 < least <= most <= 1.

@@ -1,7 +1,13 @@
 """What methods share that store keys and values in few numbers: keys as they were before rotary embedding."""
 
-import torch
+import json
+from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
+from kvlib import calibration
+from kvlib.core.method import require
 from kvlib.core.rotary import Rotary, rotate
 
 
@@ -13,6 +19,26 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 def turned(key: torch.Tensor, offset: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
     """Keys `(batch, kv_heads, tokens, head_dim)` moved by `offset` positions `(batch, 1 or kv_heads, tokens)`."""
     return key if rotary is None else rotate(key, offset, rotary)
+
+
+def require_source(source) -> None:
+    """Raise ValueError unless `source` can say where a calibration is."""
+    named = source is None or isinstance(source, str | Path)
+    require("calibration", source, named, "the name of a model, a folder, or None")
+
+
+def calibrated(source: str | Path | None, name: str, model) -> dict[str, torch.Tensor]:
+    """What the file `name` of a calibration has, nothing without one.
+
+    Raises:
+        ValueError: if there is none, or if it is another model's.
+    """
+    if source is None:
+        return {}
+    file = calibration.find(source, name)
+    with safe_open(file, "pt") as stored:
+        calibration.require_same(model, json.loads(stored.metadata()["fingerprint"]), file)
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - it is no dictionary
 
 
 def projection(module, kind: str, heads: int) -> tuple[torch.Tensor, torch.Tensor | float]:
