@@ -68,6 +68,9 @@ METHODS = [
     kvlib.method("think", window=4, recent=5),
     kvlib.method("minicache", start=0.0, gamma=0.2),
     kvlib.method("kvsharer", pairs=((1, 0),)),
+    kvlib.method("lorc"),
+    kvlib.method("cskv", recent=4),
+    kvlib.method("eigen_attention"),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.

@@ -64,6 +64,9 @@ ARGUMENTS = {  # what is drawn besides the budget
         "read": st.floats(0.1, 1),
     },
     "adakv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5]), "floor": st.floats(0, 1)},
+    "cskv": {"keys": st.floats(0.1, 1), "values": st.floats(0.1, 1), "recent": st.integers(1, 9)},
+    "eigen_attention": {"rank": st.one_of(st.none(), st.integers(1, 8), st.floats(0.01, 1))},
+    "lorc": {"most": st.floats(0.5, 1), "least": st.floats(0.05, 0.5)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
     "kivi": {

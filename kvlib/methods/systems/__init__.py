@@ -3,10 +3,13 @@
 from kvlib.methods.systems import (  # noqa: F401
     adaptive,
     combined,
+    cskv,
+    eigen_attention,
     int8,
     keydiff,
     kivi,
     kvsharer,
+    lorc,
     minicache,
     think,
 )
