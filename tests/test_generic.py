@@ -23,6 +23,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
+    "kv_compress": [0.3, 12],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -30,6 +31,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "quest": {"page": 4, "dense": 0},
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
+    "kv_compress": {**NARROW, "protected": 2},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [

@@ -3,4 +3,5 @@
 from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
+    kv_compress,
 )
