@@ -24,6 +24,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
     "kv_compress": [0.3, 12],
+    "kvzip": [0.3, 12],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -32,6 +33,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
     "kv_compress": {**NARROW, "protected": 2},
+    "kvzip": {"chunk": 7, "sinks": 2, "prompt_ids": (5, 6)},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [
@@ -59,6 +61,7 @@ METHODS = [
     kvlib.method("loki", budget=0.3, rank=3),
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
+    kvlib.method("kvzip", budget=0.6, chunk=9, layerwise=True),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.

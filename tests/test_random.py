@@ -62,6 +62,12 @@ ARGUMENTS = {  # what is drawn besides the budget
         "kernel": st.sampled_from([1, 3, 7]),
         "protected": st.integers(0, 9),
     },
+    "kvzip": {
+        "chunk": st.integers(1, 30),
+        "sinks": st.integers(0, 6),
+        "layerwise": st.booleans(),
+        "prompt_ids": st.sampled_from([(), (5,), (5, 6, 7)]),
+    },
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }

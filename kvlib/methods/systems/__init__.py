@@ -4,4 +4,5 @@ from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
     kv_compress,
+    kvzip,
 )
