@@ -26,6 +26,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "kv_compress": [0.3, 12],
     "kvzip": [0.3, 12],
     "elastic_cache": [0.6, 12],
+    "subgen": [0.3],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -36,6 +37,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "kv_compress": {**NARROW, "protected": 2},
     "kvzip": {"chunk": 7, "sinks": 2, "prompt_ids": (5, 6)},
     "elastic_cache": {"sinks": 2, "recent": 4},
+    "subgen": {"recent": 3},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [

@@ -69,6 +69,7 @@ ARGUMENTS = {  # what is drawn besides the budget
         "prompt_ids": st.sampled_from([(), (5,), (5, 6, 7)]),
     },
     "elastic_cache": {"sinks": st.integers(0, 6), "recent": st.integers(1, 9)},
+    "subgen": {"recent": st.integers(0, 9)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }

@@ -6,4 +6,5 @@ from kvlib.methods.systems import (  # noqa: F401
     keydiff,
     kv_compress,
     kvzip,
+    subgen,
 )
