@@ -66,6 +66,7 @@ METHODS = [
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
     kvlib.method("kvzip", budget=0.6, chunk=9, layerwise=True),
+    kvlib.method("subgen_sampled", samples=6, radius=0.9, per=2),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.

@@ -70,6 +70,12 @@ ARGUMENTS = {  # what is drawn besides the budget
     },
     "elastic_cache": {"sinks": st.integers(0, 6), "recent": st.integers(1, 9)},
     "subgen": {"recent": st.integers(0, 9)},
+    "subgen_sampled": {
+        "samples": st.integers(1, 9),
+        "radius": st.sampled_from([0, 0.5, 0.9, 1.3]),
+        "per": st.integers(1, 3),
+        "seed": st.integers(0, 9),
+    },
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }

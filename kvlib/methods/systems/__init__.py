@@ -7,4 +7,5 @@ from kvlib.methods.systems import (  # noqa: F401
     kv_compress,
     kvzip,
     subgen,
+    subgen_sampled,
 )
