@@ -80,6 +80,19 @@ def test_what_a_question_brings_drives_out_as_many():
             assert now == text
 
 
+def test_decoded_tokens_do_not_look():
+    # Scores of a later turn are attention from prompts alone.
+    model = tiny.model("llama-gqa")
+    with kvlib.method("elastic_cache", budget=12, sinks=2, recent=5)(model) as run:
+        logits = model(ROWS[0][None]).logits[:, -1]
+        before = [tiny.remembered(layer, "attention").clone() for layer in run.cache.layers]
+        tiny.decode(model, run, logits, new=4)  # three of them are read
+        for layer, sums in zip(run.cache.layers, before):
+            after = tiny.remembered(layer, "attention")
+            assert torch.equal(after[..., :7], sums[..., :7]) and (after[..., :7] > 0).all()
+            assert torch.equal(after[..., 7:9], sums[..., -2:]) and (after[..., 9:] == 0).all()
+
+
 @settings(max_examples=60)
 @given(st.lists(st.booleans(), min_size=1, max_size=12).filter(any), st.integers(0, 3))
 def test_the_earlier_of_two_neighbours_is_the_nearest(chosen, empty):
