@@ -102,7 +102,7 @@ class SubGenSampled(Method):
             rows["unit"] = norm.sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
         size = state.get("size", torch.zeros_like(leader)) * real
         joins = join(key, size > 0, slot, there, self.radius * rows["unit"])
-        members = size.gather(-1, joins) + 1 + earlier(joins.masked_fill(~there, leader.shape[-1]))
+        members = size.gather(-1, joins) + 1 + earlier(joins)
         size = state["size"] = size.scatter_add(-1, joins, there.long())
         leader = state["leader"] = leader.scatter(-1, slot, (joins + 1).where(there, leader.gather(-1, slot)))
         number = torch.arange(1, slot.shape[-1] + 1, device=key.device)[:, None]
