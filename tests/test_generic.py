@@ -25,6 +25,10 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "keydiff": [0.3],
     "adaptive": [0.6],
     "combined": [0.3],
+    "kv_compress": [0.3, 12],
+    "kvzip": [0.3, 12],
+    "elastic_cache": [0.6, 12],
+    "subgen": [0.3],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -32,6 +36,10 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "quest": {"page": 4, "dense": 0},
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
+    "kv_compress": {**NARROW, "protected": 2},
+    "kvzip": {"chunk": 7, "sinks": 2, "prompt_ids": (5, 6)},
+    "elastic_cache": {"sinks": 2, "recent": 4},
+    "subgen": {"recent": 3},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [
@@ -71,13 +79,17 @@ METHODS = [
     kvlib.method("lorc"),
     kvlib.method("cskv", recent=4),
     kvlib.method("eigen_attention"),
+    kvlib.method("kvzip", budget=0.6, chunk=9, layerwise=True),
+    kvlib.method("subgen_sampled", samples=6, radius=0.9, per=2),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.
+MERGING = ["elastic_cache"]
 MASKING = [
     m
     for m in METHODS
-    if not (m.own_prefill or m.hooks("decode")) and (not m.hooks("attend") or m.name == "streaming_llm")
+    if not (m.own_prefill or m.hooks("decode") or m.name in MERGING)
+    and (not m.hooks("attend") or m.name == "streaming_llm")
 ]
 
 # One per architecture: chunks that end in a single token, that are all padding, that fit exactly, and none.

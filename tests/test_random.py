@@ -67,6 +67,25 @@ ARGUMENTS = {  # what is drawn besides the budget
     "cskv": {"keys": st.floats(0.1, 1), "values": st.floats(0.1, 1), "recent": st.integers(1, 9)},
     "eigen_attention": {"rank": st.one_of(st.none(), st.integers(1, 8), st.floats(0.01, 1))},
     "lorc": {"most": st.floats(0.5, 1), "least": st.floats(0.05, 0.5)},
+    "kv_compress": {
+        "window": st.integers(1, 9),
+        "kernel": st.sampled_from([1, 3, 7]),
+        "protected": st.integers(0, 9),
+    },
+    "kvzip": {
+        "chunk": st.integers(1, 30),
+        "sinks": st.integers(0, 6),
+        "layerwise": st.booleans(),
+        "prompt_ids": st.sampled_from([(), (5,), (5, 6, 7)]),
+    },
+    "elastic_cache": {"sinks": st.integers(0, 6), "recent": st.integers(1, 9)},
+    "subgen": {"recent": st.integers(0, 9)},
+    "subgen_sampled": {
+        "samples": st.integers(1, 9),
+        "radius": st.sampled_from([0, 0.5, 0.9, 1.3]),
+        "per": st.integers(1, 3),
+        "seed": st.integers(0, 9),
+    },
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
     "kivi": {
