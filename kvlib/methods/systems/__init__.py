@@ -1,6 +1,7 @@
 """The systems that the four papers stand among, one small file each; importing this package registers them."""
 
 from kvlib.methods.systems import (  # noqa: F401
+    corm,
     int8,
     keydiff,
 )
