@@ -4,4 +4,5 @@ from kvlib.methods.systems import (  # noqa: F401
     corm,
     int8,
     keydiff,
+    keyformer,
 )
