@@ -59,6 +59,7 @@ METHODS = [
     kvlib.method("tokenselect", budget=12, sinks=2, recent=3, similarity=0.1),
     kvlib.method("int8"),
     kvlib.method("corm", window=4, recent=5),
+    kvlib.method("zipvl", tau=0.8),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.

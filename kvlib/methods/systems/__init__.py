@@ -5,4 +5,5 @@ from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
     keyformer,
+    zipvl,
 )
