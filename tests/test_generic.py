@@ -23,6 +23,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
+    "expected_attention": [0.3, 12],
     "keyformer": [0.3, 12],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")

@@ -60,6 +60,7 @@ ARGUMENTS = {  # what is drawn besides the budget
     "corm": {"window": st.integers(1, 9), "recent": st.integers(1, 9)},
     "keyformer": {"recent": st.floats(0, 1), "growth": st.sampled_from([0.0, 0.5]), "seed": st.integers(0, 9)},
     "zipvl": {"tau": st.floats(0.05, 1)},
+    "expected_attention": {"future": st.sampled_from([1, 7, 100]), "sinks": st.integers(0, 6)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }
