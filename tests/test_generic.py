@@ -23,6 +23,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_h2o": [0.6],
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
+    "critical_kv": [0.6],
     "expected_attention": [0.3, 12],
     "keyformer": [0.3, 12],
 }
@@ -51,6 +52,8 @@ METHODS = [
     kvlib.method("exact_error", budget=0.6, host="scissorhands", sinks=1),
     kvlib.method("exact_error", budget=0.6, host="pyramidkv"),
     kvlib.method("output_norm", budget=12, host="scissorhands"),
+    kvlib.method("critical_kv", budget=0.6, host="h2o", sinks=2),
+    kvlib.method("critical_kv", budget=12, host="scissorhands"),
     kvlib.method("output_norm", budget=0.6, host="snapkv", sinks=2),
     kvlib.method("anchorcoder", anchor=7, per=2, source=0, beyond=0, forced=False),
     kvlib.method("tidaldecode", budget=0.3, heads="group"),

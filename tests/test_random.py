@@ -61,6 +61,7 @@ ARGUMENTS = {  # what is drawn besides the budget
     "keyformer": {"recent": st.floats(0, 1), "growth": st.sampled_from([0.0, 0.5]), "seed": st.integers(0, 9)},
     "zipvl": {"tau": st.floats(0.05, 1)},
     "expected_attention": {"future": st.sampled_from([1, 7, 100]), "sinks": st.integers(0, 6)},
+    "critical_kv": HOSTED,
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
 }

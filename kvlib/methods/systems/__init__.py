@@ -2,6 +2,7 @@
 
 from kvlib.methods.systems import (  # noqa: F401
     corm,
+    critical_kv,
     expected_attention,
     int8,
     keydiff,
