@@ -24,6 +24,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "uncomp_pyramidkv": [0.3],
     "keydiff": [0.3],
     "critical_kv": [0.6],
+    "defensive_kv": [0.3, 12],
     "expected_attention": [0.3, 12],
     "keyformer": [0.3, 12],
 }
@@ -33,6 +34,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "quest": {"page": 4, "dense": 0},
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
+    "defensive_kv": NARROW,
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [

@@ -3,6 +3,7 @@
 from kvlib.methods.systems import (  # noqa: F401
     corm,
     critical_kv,
+    defensive_kv,
     expected_attention,
     int8,
     keydiff,
