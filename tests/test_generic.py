@@ -25,6 +25,7 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "keydiff": [0.3],
     "critical_kv": [0.6],
     "defensive_kv": [0.3, 12],
+    "lagkv": [0.3, 12],
     "expected_attention": [0.3, 12],
     "keyformer": [0.3, 12],
 }
@@ -35,6 +36,7 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     **{name: {**NARROW, "spread": 0.5} for name in UNCOMP},
     "uncomp_continuous": NARROW,
     "defensive_kv": NARROW,
+    "lagkv": {"sinks": 2, "lag": 3},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [

@@ -8,5 +8,6 @@ from kvlib.methods.systems import (  # noqa: F401
     int8,
     keydiff,
     keyformer,
+    lagkv,
     zipvl,
 )
