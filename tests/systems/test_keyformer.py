@@ -108,6 +108,12 @@ def test_the_noise_is_gumbels_and_differs_everywhere():
     assert abs(float(both.mean()) - 0.5772) < 0.03 and abs(float(both.var()) - math.pi**2 / 6) < 0.06
 
 
+def test_sums_of_half_precision_are_in_float32():
+    with kvlib.method("keyformer", budget=0.4)(tiny.model("llama-gqa", torch.bfloat16)) as run:
+        run.model(tiny.tokens(1, 40))
+    assert all(layer.tail.state["attention"].dtype == torch.float32 for layer in run.cache.layers)
+
+
 def test_another_seed_keeps_others():
     model, sets = tiny.model("llama-gqa"), []
     for seed in (0, 1):

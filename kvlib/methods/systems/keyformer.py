@@ -45,7 +45,8 @@ class Keyformer(Evictor):
     def observe(self, view):
         if not self.evicts:
             return
-        total = torch.zeros(view.positions.shape, dtype=torch.promote_types(view.key.dtype, torch.float32)).to(view.key)
+        dtype = torch.promote_types(view.key.dtype, torch.float32)
+        total = torch.zeros(view.positions.shape, dtype=dtype, device=view.device)
         temperature, end = self.temperature + self.growth * view.step.index, 0
         for logits in blocks(view.query, view.key, view.query_positions, view.positions, view.scaling, None):
             start, end, slots = end, end + logits.shape[3], logits.shape[4]
