@@ -58,7 +58,7 @@ class ExpectedAttention(Evictor):
         spread = rows["products"] / count[..., None] - mean[..., None] * mean[..., None, :]
         if rotary is not None:
             ahead = torch.arange(self.future, device=view.device)
-            turns = rotation(view.step.ends[:, None] + ahead, rotary, mean.shape[-1]).double().mean(1)
+            turns = rotation(view.step.ends.to(view.device)[:, None] + ahead, rotary, mean.shape[-1]).double().mean(1)
             mean, spread = mean @ turns, turns.mT[:, None] @ spread @ turns[:, None]
         return mean, spread
 
