@@ -1,22 +1,31 @@
 """CriticalKV against its two halves, one head, one query and one key at a time."""
 
+import math
+
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_corm import weights_of
 
 import kvlib
+from kvlib.methods.systems import critical_kv
+
+
+def rounded(x: float) -> float:
+    part, power = math.frexp(x)
+    return round(part * 2**20) / 2**20 * 2**power
 
 
 def norms_of(model, layer: int, value: torch.Tensor) -> list[list[float]]:
     """||W_O v||_1 of values `(kv_heads, tokens, head_dim)`, a mean over each group: `[kv_head][token]`."""
+    # to 20 binary digits, which are alike for repetitions of a word
     weight, groups = model.model.layers[layer].self_attn.o_proj.weight, model.config.num_attention_heads // len(value)
     dim, found = value.shape[-1], []
     for kv, tokens in enumerate(value):
         heads = [weight[:, h * dim : (h + 1) * dim] for h in range(kv * groups, (kv + 1) * groups)]
-        found.append([sum(float((part @ v).abs().sum()) for part in heads) / groups for v in tokens])
+        found.append([rounded(sum(float((part @ v).abs().sum()) for part in heads) / groups) for v in tokens])
     return found
 
 
@@ -35,6 +44,8 @@ def pooled_attention(weights: torch.Tensor, group: range, window: int) -> list[f
 
 
 @settings(max_examples=20, deadline=None)
+@example("llama-gqa", [90], 80, 0, 1)  # where the first half is more than the window
+@example("llama-gqa", [40], 24, 0, 73)  # where 1e-4 decides
 @given(
     st.sampled_from(["llama-mha", "llama-gqa"]),
     st.lists(st.integers(2, 40), min_size=1, max_size=2),
@@ -104,6 +115,14 @@ def test_h2o_s_halves_while_decoding(name):
                 stays = recent + sorted(others, key=lambda k: (-product[k], k))[:5]
                 assert kept[step][layer][kv] == sorted(stays)
                 received[kv] = {k: total[k] for k in stays}
+
+
+def test_what_the_host_protects_stays_even_if_its_values_are_0(monkeypatch):
+    monkeypatch.setattr(critical_kv, "mean_norms", lambda view, name: torch.zeros_like(view.new_value[..., 0]))
+    with kvlib.method("critical_kv", host="scissorhands", budget=12)(tiny.model("llama-gqa")) as run:
+        run.model(tiny.tokens(1, 30))
+        run.model(tiny.tokens(1, 1), past_key_values=run.cache)
+    assert tiny.kept(run) == [[[[0, 1, *range(21, 31)]] * 2] * 2]  # the last 10 are not of the first half alone
 
 
 def test_terms_of_each_host():

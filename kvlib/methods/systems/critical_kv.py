@@ -5,6 +5,8 @@ import torch
 from kvlib.core.method import register, strongest
 from kvlib.methods.vatp import EPSILON, ForcedSinks, output_norms
 
+BITS = 20  # of norms
+
 
 @register("critical_kv")
 class CriticalKV(ForcedSinks):
@@ -14,9 +16,9 @@ class CriticalKV(ForcedSinks):
     averaged over the query heads of a group, and computed when the token arrives. What the host protects counts in the
     first half, and stays in any case.
 
-    Follows kvpress 0.5.5 (code) on SnapKV. On other hosts A is our
-    reading: sums over queries and over a group are divided by how many they are, of Scissorhands, which begins with a
-    mean, by one more than the queries since the prompt. Departures: as in the hosts; no sinks are forced by default.
+    Follows kvpress 0.5.5 (code) on SnapKV. On other hosts A is our reading: sums over queries and over a group are
+    divided by how many they are, of Scissorhands, which begins with a mean, by one more than the queries since the
+    prompt. Departures: those of the hosts; no sinks are forced by default; norms to 20 binary digits.
 
     Raises:
         ValueError: on models whose attention has no `o_proj`; for what `ForcedSinks` refuses.
@@ -47,6 +49,9 @@ class CriticalKV(ForcedSinks):
 def mean_norms(view, name: str) -> torch.Tensor:
     """||W_O v||_1 of the tokens of this pass, a mean over the query heads of a group, `(batch, kv_heads, new)`.
 
+    In the first layer a word has the same value wherever it stands, and pooled or raised scores are equal, too. So that
+    rounding does not decide between its repetitions, `BITS` binary digits are left.
+
     Raises:
         ValueError: on models whose attention has no `o_proj`, which method `name` needs.
     """
@@ -54,4 +59,5 @@ def mean_norms(view, name: str) -> torch.Tensor:
     if project is None:
         raise ValueError(f"{type(view.module).__name__} has no o_proj, which {name} needs")
     norms = output_norms(project, view.new_value.repeat_interleave(view.groups, dim=1).transpose(1, 2))
-    return norms.unflatten(-1, (-1, view.groups)).mean(-1).transpose(1, 2)
+    part, power = norms.unflatten(-1, (-1, view.groups)).mean(-1).transpose(1, 2).frexp()
+    return ((part * 2**BITS).round() / 2**BITS).ldexp(power)

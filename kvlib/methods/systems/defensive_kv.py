@@ -25,9 +25,9 @@ class DefensiveKV(Evictor):
 
     Follows FFY0/DefensiveKV 9251b95, `efficient_defensivekv_press.py` (code), which judges and evicts once. Departures:
     the window's part of attention is that of the window, in each row (the code, having cut the window off, takes that
-    of the tokens before it, a mean over all rows); tokens of one score stay by position; the window takes at most half
-    of the budget; later turns go by what each head has stored. Knowing how many tokens a head keeps costs one wait for
-    the device.
+    of the tokens before it, a mean over all rows); norms to 20 binary digits, and tokens of one score by position; the
+    window takes at most half of the budget; later turns go by what each head has stored. Knowing how many tokens a head
+    keeps costs one wait for the device.
 
     Args:
         window: queries. kernel: neighbours.
