@@ -74,7 +74,7 @@ class DefensiveKV(Evictor):
         outside = mass.mean(1, keepdim=True) / view.per_row(window)
         share = attention.sort(dim=-1, descending=True).values.cumsum(-1) / mass
         count = (share < MASS - (1 - outside)).sum(-1)
-        return strongest(attention.masked_fill(~before, -1), view.positions, torch.minimum(count, view.on_device(room)))
+        return strongest(attention, view.positions, torch.minimum(count, view.on_device(room)))
 
 
 def peaks(query, key, query_positions=None, key_positions=None, scaling=None, *, before, kernel) -> torch.Tensor:
