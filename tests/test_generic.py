@@ -29,6 +29,11 @@ BUDGETS = {  # of what shares its code with a method that has all three, those t
     "kvzip": [0.3, 12],
     "elastic_cache": [0.6, 12],
     "subgen": [0.3],
+    "critical_kv": [0.6],
+    "defensive_kv": [0.3, 12],
+    "lagkv": [0.3, 12],
+    "expected_attention": [0.3, 12],
+    "keyformer": [0.3, 12],
 }
 UNCOMP = ("uncomp", "uncomp_random", "uncomp_reversed", "uncomp_stage")
 NARROW = {"window": 4, "kernel": 3}
@@ -40,6 +45,8 @@ SETTINGS = {  # their own read all of two layers and short prompts, and leave no
     "kvzip": {"chunk": 7, "sinks": 2, "prompt_ids": (5, 6)},
     "elastic_cache": {"sinks": 2, "recent": 4},
     "subgen": {"recent": 3},
+    "defensive_kv": NARROW,
+    "lagkv": {"sinks": 2, "lag": 3},
     "uncomp_release": {**NARROW, "spread": 0.0, "shortest": 0.01},  # of a window of 256 tokens
 }
 METHODS = [
@@ -59,6 +66,8 @@ METHODS = [
     kvlib.method("exact_error", budget=0.6, host="scissorhands", sinks=1),
     kvlib.method("exact_error", budget=0.6, host="pyramidkv"),
     kvlib.method("output_norm", budget=12, host="scissorhands"),
+    kvlib.method("critical_kv", budget=0.6, host="h2o", sinks=2),
+    kvlib.method("critical_kv", budget=12, host="scissorhands"),
     kvlib.method("output_norm", budget=0.6, host="snapkv", sinks=2),
     kvlib.method("anchorcoder", anchor=7, per=2, source=0, beyond=0, forced=False),
     kvlib.method("tidaldecode", budget=0.3, heads="group"),
@@ -81,6 +90,8 @@ METHODS = [
     kvlib.method("eigen_attention"),
     kvlib.method("kvzip", budget=0.6, chunk=9, layerwise=True),
     kvlib.method("subgen_sampled", samples=6, radius=0.9, per=2),
+    kvlib.method("corm", window=4, recent=5),
+    kvlib.method("zipvl", tau=0.8),
 ]
 EVICTING = [method for method in METHODS if method.evicts]
 # Methods that attend to everything they store (re-numbered or not) as it was, so that evicting a token is hiding it.

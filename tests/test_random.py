@@ -86,6 +86,13 @@ ARGUMENTS = {  # what is drawn besides the budget
         "per": st.integers(1, 3),
         "seed": st.integers(0, 9),
     },
+    "corm": {"window": st.integers(1, 9), "recent": st.integers(1, 9)},
+    "keyformer": {"recent": st.floats(0, 1), "growth": st.sampled_from([0.0, 0.5]), "seed": st.integers(0, 9)},
+    "zipvl": {"tau": st.floats(0.05, 1)},
+    "expected_attention": {"future": st.sampled_from([1, 7, 100]), "sinks": st.integers(0, 6)},
+    "critical_kv": HOSTED,
+    "defensive_kv": {"window": st.integers(1, 9), "kernel": st.sampled_from([1, 3, 5])},
+    "lagkv": {"sinks": st.integers(0, 6), "lag": st.integers(2, 9)},
     "uncomp_stage": {**UNCOMP, **STAGES, "shortest": st.floats(0.1, 1)},
     "uncomp_release": {**UNCOMP, **STAGES, "groups": st.just(1), "shortest": st.floats(0.01, 0.2)},
     "kivi": {
