@@ -101,7 +101,7 @@ def test_unknown_arguments(name):
     [
         ("snapkw", "did you mean 'snapkv'"),
         ("H2O", "did you mean 'h2o'"),
-        ("zzzzzz", "known: adakv, anchorcoder, exact_error, forced_sinks, full, "),
+        ("zzzzzz", "known: adakv, adaptive, anchorcoder, combined, corm, "),
     ],
 )
 def test_unknown_methods(name, near):

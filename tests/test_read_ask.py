@@ -13,7 +13,7 @@ import kvlib
 from kvlib.methods.uncomp import UNCompStage
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
-IN_DECODE = [m for m in METHODS if m.evicts and m.evicts_in_decode and hasattr(m, "budget")]
+IN_DECODE = [m for m in METHODS if isinstance(m, kvlib.Evictor) and m.evicts and m.evicts_in_decode]
 DOCUMENTS = [tiny.tokens(40), tiny.tokens(33, seed=1)]
 QUESTIONS = [tiny.tokens(4, seed=2), tiny.tokens(9, seed=3)]
 every = pytest.mark.parametrize("method", [*METHODS, *throwaway.METHODS], ids=repr)

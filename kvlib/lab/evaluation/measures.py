@@ -1,6 +1,17 @@
 """What a study measures: modules whose `evaluate` makes rows of a result table; protocols and columns of each."""
 
-from kvlib.lab.evaluation import anchored, arms, drift, evaluate, functions, recall, running, sinks, stepwise
+from kvlib.lab.evaluation import (
+    anchored,
+    arms,
+    drift,
+    evaluate,
+    functions,
+    recall,
+    running,
+    sinks,
+    sixteen_bits,
+    stepwise,
+)
 
 MEASURES = {
     "answers": evaluate,
@@ -11,6 +22,7 @@ MEASURES = {
     "running": running,
     "anchored": anchored,
     "functions": functions,
+    "sixteen bits": sixteen_bits,
 }
 PROTOCOLS = {
     "answers": evaluate.PROTOCOLS,
@@ -21,5 +33,6 @@ PROTOCOLS = {
     "running": tuple(running.PROTOCOLS),
     "anchored": arms.PROTOCOLS,
     "functions": arms.PROTOCOLS,
+    "sixteen bits": sixteen_bits.PROTOCOLS,
 }
 EXTRA = {"anchored": anchored.EXTRA, "functions": functions.EXTRA}  # columns of their own

@@ -3,6 +3,7 @@
 from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.anchored_studies import ANCHORED
+from kvlib.lab.results.field_studies import FIELD
 from kvlib.lab.results.study import FULL, Study, others, with_arguments
 
 HOSTS = ("h2o", "scissorhands", "snapkv")
@@ -353,4 +354,5 @@ STUDIES = {
         for first, last in ((1, 64), (65, 128), (129, 256), (257, 512))
     },
     **ANCHORED,
+    **FIELD,
 }

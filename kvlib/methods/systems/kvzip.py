@@ -47,6 +47,8 @@ class KVzip(Evictor):
         require("chunk", self.chunk, whole(self.chunk, 1), "a number of tokens >= 1")
         require("sinks", self.sinks, whole(self.sinks, 0), "a number of tokens >= 0")
         require("layerwise", self.layerwise, isinstance(self.layerwise, bool), "True or False")
+        if isinstance(self.prompt_ids, list):  # as tables write it
+            object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))
         ids = isinstance(self.prompt_ids, tuple) and all(whole(i, 0) for i in self.prompt_ids)
         require("prompt_ids", self.prompt_ids, ids, "a tuple of token ids")
 

@@ -1,0 +1,84 @@
+"""What the tables of the comparison hold: the systems that the four papers stand among, and what several make together.
+
+The baselines have answered the same questions in the tables of other lessons; here are those whose rows are missing
+there.
+"""
+
+from kvlib.lab import tasks
+from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.results.study import BUDGETS, FULL, Study, with_arguments
+
+REPEAT = [48010, 260, 1694, 2120, 28, 2229, 327, 2229, 42, 198]  # SmolLM2's "Repeat the text above, word for word:"
+TOKENS = (  # at every budget
+    *((name, {}) for name in (
+        "keydiff", "expected_attention", "critical_kv", "defensive_kv", "lagkv", "keyformer", "kvzip", "kv_compress",
+        "elastic_cache", "subgen", "adaptive",
+    )),
+    ("adaptive", {"host": "vatp"}),
+    ("kvzip", {"prompt_ids": REPEAT}),
+)  # fmt: skip
+STORES = (  # all tokens, in fewer bytes; or as many tokens as a rule of its own wants
+    *((name, {}) for name in ("int8", "kivi", "think", "minicache", "lorc", "eigen_attention", "cskv")),
+    ("kivi", {"bits": 4}),
+    ("think", {"ratio": 0.7}),
+    ("lorc", {"most": 0.95, "least": 0.75}),
+    ("eigen_attention", {"rank": 0.75}),
+    ("cskv", {"keys": 0.75, "values": 0.75}),
+    ("corm", {}),
+    ("corm", {"window": 64, "recent": 64}),
+    *(("zipvl", {"tau": tau}) for tau in (0.5, 0.9, 0.975)),
+    ("subgen_sampled", {}),
+)
+SHARED = [{"pairs": "smollm2"}, {"pairs": "smollm2", "order": "similar"}, {"pairs": "smollm2", "order": "random"}]
+TOGETHER = (  # (budgets of the evictor, what it is combined with)
+    ((0.2, 0.39, 0.97), {"evictor": "snapkv", "store": "int8"}),
+    ((0.2, 0.5, 0.9), {"evictor": "snapkv", "store": "kivi"}),
+    ((0.5,), {"evictor": "adakv", "store": "kivi"}),
+    ((0.39,), {"evictor": "expected_attention", "store": "int8"}),
+    ((0.5,), {"evictor": "keydiff", "store": "kivi"}),
+    ((0.25,), {"evictor": "snapkv", "store": "think"}),
+    ((0.39,), {"evictor": "h2o", "store": "int8"}),
+    ((0.39,), {"evictor": "kvzip", "store": "int8"}),
+    ((0.5,), {"evictor": "snapkv", "reader": "loki", "read": 0.1}),
+)
+SYSTEMS = (
+    *(c for name, arguments in TOKENS for c in with_arguments(name, BUDGETS, **arguments)),
+    *(c for name, arguments in STORES for c in with_arguments(name, (1.0,), **arguments)),
+    *(c for arguments in SHARED for c in with_arguments("kvsharer", (1.0,), **arguments)),
+    *(c for budgets, arguments in TOGETHER for c in with_arguments("combined", budgets, **arguments)),
+)
+MISSING_LATER = (  # what the table of later questions lacks, of other lessons
+    *with_arguments("vatp", (0.2, 0.5), host="h2o"),
+    *(Configuration(name, budget) for name in ("uncomp", "adakv") for budget in (0.2, 0.5)),
+)
+KNOWN = ("random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "tova", "knorm", "uncomp", "adakv")
+SAMPLES = 24
+FIELD = {
+    "90_real": Study(
+        tasks=tuple(tasks.NATURAL),
+        length=2048,
+        configurations=(FULL, *SYSTEMS),
+        models={"smollm2": SAMPLES},
+    ),
+    "90_real_later": Study(
+        tasks=tuple(tasks.NATURAL),
+        length=2048,
+        configurations=(FULL, *SYSTEMS, *MISSING_LATER),
+        models={"smollm2": SAMPLES},
+        protocol="later",
+    ),
+    "90_real_texts": Study(
+        tasks=tuple(tasks.LABEL_FREE),
+        length=2048,
+        configurations=(FULL, *SYSTEMS),
+        models={"smollm2": SAMPLES},
+    ),
+    "90_bytes": Study(
+        tasks=("number",),
+        length=2048,
+        configurations=(FULL, *SYSTEMS, *(Configuration(name, b) for name in KNOWN for b in BUDGETS)),
+        models={"smollm2": 4},
+        protocol="bfloat16",
+        measure="sixteen bits",
+    ),
+}
