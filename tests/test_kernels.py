@@ -167,12 +167,23 @@ def outcome(model, method, device):
     return out.tolist(), [run.kept(layer).tolist() for layer in range(len(run.cache.layers))]
 
 
-NEEDED = {"uncomp_release": {"spread": 0.0}}  # tiny models have no calibration
-methods = pytest.mark.parametrize(
-    "method",
-    [kvlib.method(name, budget=1.0 if name == "full" else 0.4, **NEEDED.get(name, {})) for name in budgeted()],
-    ids=lambda m: m.name,
-)
+NEEDED = {
+    "uncomp_release": {"spread": 0.0},  # tiny models have no calibration
+    "anchorcoder": {"anchor": 7, "per": 2, "source": 0, "beyond": 0, "forced": False},
+    "kvsharer": {"pairs": ((1, 0),)},
+    "kivi": {"group": 4, "residual": 8},  # of the defaults these prompts have too few tokens
+    "think": {"window": 4, "recent": 5},
+    "cskv": {"recent": 4},
+    "corm": {"window": 4, "recent": 5},
+}
+
+
+def some(name):
+    budget = {"budget": 1.0 if name == "full" else 0.4} if name in budgeted() else {}
+    return kvlib.method(name, **budget, **NEEDED.get(name, {}))
+
+
+methods = pytest.mark.parametrize("method", [some(name) for name in sorted(kvlib.METHODS)], ids=lambda m: m.name)
 
 
 @on_gpu

@@ -112,6 +112,19 @@ def test_each_call_has_lists_of_its_own(monkeypatch):
             torch.testing.assert_close(paged(call).view_as(kernel(call)), kernel(call), rtol=0.02, atol=0.01)
 
 
+def test_a_graph_of_many_calls_has_a_place_for_each():
+    plan = replace(SMALL, graph=2**19, calls=(2, 40))
+    made = Case(plan, "tiny", 1, 320, DEVICE)
+    made.fill()
+    contestants = [x for x in attention.own(made) if x.read in ("whole", "whole, 8 bits", "64 slots, kv head")]
+    calls = {x.read: made.calls(x.read_bytes) for x in contestants}
+    assert calls["whole, 8 bits"] > calls["whole"] > 2
+    for contestant in contestants:
+        if isinstance(contestant, attention.Kernel):
+            assert len(contestant.begins) == calls[contestant.read]
+            contestant(calls[contestant.read] - 1)
+
+
 def test_without_a_gpu_there_is_the_small_run_only(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):

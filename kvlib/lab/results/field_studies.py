@@ -15,7 +15,6 @@ TOKENS = (  # at every budget
         "elastic_cache", "subgen", "adaptive",
     )),
     ("adaptive", {"host": "vatp"}),
-    ("kvzip", {"prompt_ids": REPEAT}),
 )  # fmt: skip
 STORES = (  # all tokens, in fewer bytes; or as many tokens as a rule of its own wants
     *((name, {}) for name in ("int8", "kivi", "think", "minicache", "lorc", "eigen_attention", "cskv")),
@@ -44,6 +43,7 @@ TOGETHER = (  # (budgets of the evictor, what it is combined with)
 SYSTEMS = (
     *(c for name, arguments in TOKENS for c in with_arguments(name, BUDGETS, **arguments)),
     *(c for name, arguments in STORES for c in with_arguments(name, (1.0,), **arguments)),
+    *with_arguments("kvzip", (0.2,), prompt_ids=REPEAT),
     *(c for arguments in SHARED for c in with_arguments("kvsharer", (1.0,), **arguments)),
     *(c for budgets, arguments in TOGETHER for c in with_arguments("combined", budgets, **arguments)),
 )

@@ -205,7 +205,7 @@ class Kernel:
         self.lengths = lengths.to(case.device)
         self.slots = [draw()] if draw else None
         self.entries = self.slots[0].numel() if draw else self.total
-        calls = case.calls(case.read_bytes(self.entries))
+        calls = case.calls(self.read_bytes)
         if draw:
             self.slots += [draw() for _ in range(1, calls)]
         self.begins = [(self.starts + case.place(call, self.total)).to(case.device) for call in range(calls)]

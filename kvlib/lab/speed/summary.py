@@ -109,7 +109,7 @@ def steps(rows: pd.DataFrame) -> str:
         methods = group[~group["method"].isin([STOCK, NOTHING])].sort_values("ms")
         said = [
             f"{row.method}{'' if row.method == FULL else f' {row.budget:g}'}: {row.ms:.3g}"
-            + (f" ({ms[STOCK] / row.ms:.2f})" if STOCK in ms else "")
+            + (f" ({row.speed_up:.2f})" if STOCK in ms else "")  # over stock of the same run, if runs differ
             for row in methods.itertuples()
         ]
         cells = f"| {model} | {device} | {batch} x {context} | {'yes' if fused else ''} |"
