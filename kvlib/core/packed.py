@@ -13,6 +13,7 @@ from kvlib import kernels
 from kvlib.core import attention
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+CODED = torch.float32, torch.bfloat16  # in float16 a small weight times a scale would be 0
 UNIFORM = False  # should it serve equal segments without gaps whatever is asked? SDPA reads them as they are
 WIDEST = 512  # bytes of a key; blocks of wider ones do not fit into a GPU's shared memory
 
@@ -46,12 +47,14 @@ def serves(view) -> bool:
     key, value = (view.layer.tail.fields.get(name) for name in ("key", "value"))
     if key is None or value is None:
         return False
-    if coded(view):
-        return key.dtype == torch.int8 and view.query.dtype in DTYPES
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (view.query, key, value))
-    alike = view.query.dtype == key.dtype == value.dtype and view.query.shape[-1:] == key.shape[1:] == value.shape[1:]
-    fits = key.dtype in DTYPES and key[:1].nbytes <= WIDEST and view.layer.tail.width * key.shape[1] < 2**31
-    return alike and fits and not learning
+    alike = key.dtype == value.dtype and view.query.shape[-1:] == key.shape[1:] == value.shape[1:]
+    width = key.shape[1] * view.query.element_size()
+    if coded(view):  # blocks of twice as many keys
+        known, width = key.dtype == torch.int8 and view.query.dtype in CODED, 2 * width
+    else:
+        known = view.query.dtype == key.dtype and key.dtype in DTYPES
+    return alike and known and width <= WIDEST and view.layer.tail.width * key.shape[1] < 2**31 and not learning
 
 
 def coded(view) -> bool:

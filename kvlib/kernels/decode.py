@@ -165,7 +165,8 @@ def attend(
     """Softmax attention of one query per row over packed segments (`kvlib.core.part`); nothing waits for the device.
 
     Args:
-        query: `(batch, query_heads, head_dim)`, of the dtype of keys and values, unless they are codes; not float64.
+        query: `(batch, query_heads, head_dim)`, of the dtype of keys and values, not float64; for codes float32 or
+            bfloat16.
         key, value: flat `(allocated, head_dim)`, or int8 codes of them, of which `scales` are the factors.
         starts, lengths: `(batch, kv_heads)` integers on the device: where each segment begins in the flat tensors, and
             how many of its slots may be read. Query heads of a group follow each other.

@@ -27,7 +27,7 @@ def after(method, steps=0):
     return run, prompt, stored, read, found
 
 
-@pytest.mark.parametrize("evictor", ["keydiff", "h2o", "adakv", "streaming_llm"])
+@pytest.mark.parametrize("evictor", ["keydiff", "h2o", "adakv", "streaming_llm", "kvzip", "kv_compress"])
 def test_the_evictor_chooses_and_the_store_encodes(evictor):
     plain, fields, stored, _, _ = after(kvlib.method(evictor, budget=0.4))
     run, coded, bytes_of_codes, _, _ = after(combined(evictor=evictor, store="int8"))

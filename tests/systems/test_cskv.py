@@ -231,7 +231,7 @@ def test_a_calibration_is_read_and_is_of_one_model(short, tmp_path):
         kvlib.method("cskv", values=0.25, calibration=fitted).prepare(trained)
 
 
-@pytest.mark.parametrize("where", ["nowhere", "smollm2"])
+@pytest.mark.parametrize("where", ["nowhere", "minilm-T-4"])
 def test_a_calibration_that_is_not_there(where):
     with pytest.raises(ValueError, match=rf"no {FILE} for '{where}': a folder that has it, or one of minilm"):
         kvlib.method("cskv", calibration=where).prepare(tiny.model())

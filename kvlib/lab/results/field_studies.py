@@ -23,6 +23,7 @@ STORES = (  # all tokens, in fewer bytes; or as many tokens as a rule of its own
     ("lorc", {"most": 0.95, "least": 0.75}),
     ("eigen_attention", {"rank": 0.75}),
     ("cskv", {"keys": 0.75, "values": 0.75}),
+    *(("cskv", {"keys": share, "values": share, "calibration": "smollm2"}) for share in (0.5, 0.75)),
     ("corm", {}),
     ("corm", {"window": 64, "recent": 64}),
     *(("zipvl", {"tau": tau}) for tau in (0.5, 0.9, 0.975)),

@@ -133,16 +133,25 @@ class Combined(Budgeted):
     def compress(self, view):
         step = view.step
         for part in self.parts:
-            if not (step.ends_prompt or part.evicts_in_decode):
+            if not (step.ends_prompt or part.evicts_in_decode) or (
+                part is self.second and step.ends_prompt and self.late
+            ):
                 continue
             if part is self.chosen and self.evicts and view.layer.body is not None:
                 unpack(view)
                 view = view.other(view.layer_idx)
             part.compress(view)
 
+    @property
+    def late(self) -> bool:
+        """Does the evictor choose after the last layer, and the store has to wait for it?"""
+        return self.store is not None and self.chosen.hooks("finish")
+
     def finish(self, run):
-        for part in self.parts:
-            part.finish(run)
+        self.chosen.finish(run)
+        if self.late and run.step.ends_prompt:
+            for layer in range(len(run.cache.layers)):
+                self.second.compress(run.view(layer))
 
 
 def named(kind: str, method: str | Method, known) -> Method:

@@ -8,7 +8,7 @@ from kvlib.core.method import Method, register, require, whole
 from kvlib.core.part import Part
 from kvlib.core.rotary import rotaries
 from kvlib.core.support import attention_modules, kv_heads
-from kvlib.methods.systems.lowrank import calibrated, exact, projection, require_source, turned
+from kvlib.methods.systems.lowrank import calibrated, exact, left_directions, projection, require_source, turned
 
 FILE = "cskv.safetensors"
 
@@ -126,5 +126,5 @@ def first_maps(weight: torch.Tensor, activations: torch.Tensor | None, rank: int
         weight: `(width, hidden_size)`, as torch stores W.
     """
     scaled = weight if activations is None else weight * (activations + 1e-6) ** 0.5
-    down = torch.linalg.svd(scaled, full_matrices=False).U[:, :rank]
+    down = left_directions(scaled)[:, :rank]
     return down, down.mT

@@ -27,7 +27,8 @@ class Int8(Method):
         stored, dtype = view.fields(part), view.new_key.dtype
         if "key_scale" not in stored:
             return stored["key"], stored["value"]
-        return tuple((stored[name].to(dtype) * stored[f"{name}_scale"].to(dtype)) for name in FIELDS)
+        wide = torch.promote_types(dtype, torch.float32)
+        return tuple((stored[name].to(wide) * stored[f"{name}_scale"].to(wide)).to(dtype) for name in FIELDS)
 
     def compress(self, view):
         tail = view.layer.tail

@@ -19,10 +19,11 @@ class KIVI(Method):
     at its end; what comes after it reads what is stored.
 
     Follows jy-yuan/KIVI 876b4d2, `models/llama_kivi.py` and `quant/new_pack.py`; group and residual are those of its
-    `mem_spd_test.py` (code), `example.py` has a residual of 32. Departures: values follow the rule of the keys, where
-    theirs always keep the newest `residual` in full and encode one a step; codes are those of the lowest and the step
-    as rounded to 16 bits, always float16; values of heads whose width is no multiple of the group have the largest
-    group that divides both; what is stored is decoded as a whole to be read, without a kernel for codes.
+    `mem_spd_test.py` (code), `example.py` has a residual of 32. Departures: values follow the rule of the keys, so that
+    of 128, 256, ... tokens none stays as it came, where theirs always keep the newest `residual` values in full; codes
+    are those of the lowest and the step as rounded to 16 bits, always float16; values of heads whose width is no
+    multiple of the group have the largest group that divides both; what is stored is decoded as a whole to be read,
+    without a kernel for codes.
 
     Args:
         bits: of a code, 2 or 4.
@@ -91,7 +92,8 @@ def codes(x: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Ten
     """Codes as whole numbers, shaped like `x`, and float16 lowest entries and steps, of size 1 along `dim`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     low, high = x.aminmax(dim=dim, keepdim=True)
-    low, step = low.half(), ((high - low) / (2**bits - 1)).half()
+    most = torch.finfo(torch.float16).max
+    low, step = (y.clamp(-most, most).half() for y in (low, (high - low) / (2**bits - 1)))
     code = (x - low.to(x)) / step.where(step > 0, 1).to(x)
     return code.round().clamp(0, 2**bits - 1).to(torch.uint8), low, step  # rounding to 16 bits may leave some outside
 

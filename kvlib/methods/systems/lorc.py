@@ -7,7 +7,7 @@ import torch
 from kvlib.core.method import Method, register, require
 from kvlib.core.rotary import rotaries
 from kvlib.core.support import attention_modules, kv_heads
-from kvlib.methods.systems.lowrank import exact, projection, turned
+from kvlib.methods.systems.lowrank import exact, left_directions, projection, turned
 
 
 @register("lorc")
@@ -49,8 +49,7 @@ class LoRC(Method):
         conditions = [sum(log_condition(weight) for weight, _ in pair) for pair in pairs]
         ranks = self.ranks(conditions, pairs[0][0][0].shape[1])
         bases = [
-            [(torch.linalg.svd(weight, full_matrices=False).U[..., :rank], bias) for weight, bias in pair]
-            for pair, rank in zip(pairs, ranks)
+            [(left_directions(weight)[..., :rank], bias) for weight, bias in pair] for pair, rank in zip(pairs, ranks)
         ]
         return [(*pair, rotary) for pair, rotary in zip(bases, rotaries(model), strict=True)]
 
