@@ -26,6 +26,9 @@ UNIFORM = [
     kvlib.method("quest", budget=0.4, page=4, dense=0),
     kvlib.method("loki", budget=0.4),
     kvlib.method("tokenselect", budget=0.4, similarity=0.5),
+    kvlib.method("keyformer", budget=0.4, growth=2.0),
+    kvlib.method("critical_kv", budget=0.4, host="h2o"),
+    kvlib.method("elastic_cache", budget=0.4, sinks=2, recent=4),
 ]
 RAGGED = [  # segments of different lengths, by method or by padding
     *(kvlib.method(name, budget=0.4, window=4) for name in ("adakv", "uncomp", "uncomp_pyramidkv")),

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kvlib
-from kvlib.methods.systems.expected_attention import ExpectedAttention
+from kvlib.core.rotary import rotaries, rotation
+from kvlib.methods.systems.expected_attention import ExpectedAttention, mean_rotation
 
 
 def turned(x: list[float], angle: float, frequencies: list[float]) -> list[float]:
@@ -129,3 +130,10 @@ def test_a_second_turn_is_judged_by_its_own_queries():
 def test_impossible_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: a number of (positions >= 1|tokens >= 0)"):
         kvlib.method("expected_attention", **{name: value})
+
+
+def test_the_mean_of_rotations_is_that_of_all_of_them():
+    rotary = rotaries(tiny.model("llama-gqa"))[0]
+    offset = torch.tensor([[3, 4, 5, 6], [100, 101, 102, 103]])
+    expected = rotation(offset, rotary, 8).double().mean(1)
+    torch.testing.assert_close(mean_rotation(offset, rotary, 8), expected, rtol=0, atol=1e-6)

@@ -111,7 +111,7 @@ def test_embeddings_cannot_be_repeated():
         ({"chunk": 0}, r"chunk=0: a number of tokens >= 1"),
         ({"sinks": -1}, r"sinks=-1: a number of tokens >= 0"),
         ({"layerwise": 1}, r"layerwise=1: True or False"),
-        ({"prompt_ids": [1]}, r"prompt_ids=\[1\]: a tuple of token ids"),
+        ({"prompt_ids": [-1]}, r"prompt_ids=\(-1,\): a tuple of token ids"),
         ({"prompt_ids": (1, -1)}, r"prompt_ids=\(1, -1\): a tuple of token ids"),
         ({"prompt_ids": "ab"}, r"prompt_ids='ab': a tuple of token ids"),
     ],

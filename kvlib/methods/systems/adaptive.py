@@ -12,7 +12,8 @@ class Adaptive(Evictor):
     """A host whose heads share one budget for each layer as in Ada-KV (Feng et al., 2407.11550).
 
     What the host protects stays. How many other tokens a head keeps follows from the host's scores at the end of the
-    prompt (`kvlib.methods.adakv`); a host that evicts while decoding keeps these numbers. `host="vatp"` is the product
+    prompt (`kvlib.methods.adakv`); a host that evicts while decoding keeps these numbers, and one that scores by ranks
+    within a head, as `subgen` and `lagkv` do, gives its heads equal ones. `host="vatp"` is the product
     of attention and values with budgets of heads, "snapkv" is `adakv` itself. Ours.
 
     Args:
@@ -46,12 +47,19 @@ class Adaptive(Evictor):
         return self.hosted.evicts_in_decode
 
     @property
+    def text_order(self):
+        return self.hosted.text_order
+
+    @property
     def weighs(self):
         return self.hosted.weighs
 
     @property
     def window(self):
         return self.hosted.window
+
+    def prepare(self, model):
+        return self.hosted.prepare(model)
 
     def observe(self, view):
         self.hosted.observe(view)

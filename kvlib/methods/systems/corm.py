@@ -15,10 +15,10 @@ class Corm(Method):
     tokens. For every key one number is remembered: queries in a row that have found it minor. A prompt is read in full
     and judged by its last `window` queries; later tokens are judged one by one, and so is a question about a document.
 
-    No code was found; definitions and defaults are those of the paper's text. Our reading: of a group of query heads
-    any one can make a key important; t counts the whole text, evicted tokens included; a key is not judged by queries
-    from before it was there, so that it stays for `window` queries at least. How long segments are follows from
-    attention, and knowing it costs one wait for the device at every step.
+    No code was found; definitions and defaults are those of a translation of the paper's first version. Our reading: of
+    a group of query heads any one can make a key important; t counts the whole text, evicted tokens included; a key is
+    not judged by queries from before it was there, so that it stays for `window` queries at least. How long segments
+    are follows from attention, and knowing it costs one wait for the device at every step.
 
     Args:
         window: queries that have to agree. recent: tokens that stay whatever their attention.

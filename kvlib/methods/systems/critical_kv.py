@@ -41,7 +41,7 @@ class CriticalKV(ForcedSinks):
     def score(self, view):
         score = self.hosted.score(view)
         half = view.per_prompt("half", lambda view: (self.budgets(view) // 2).clamp(min=1))
-        certain = strongest(score, view.positions, half) | score.isposinf()
+        certain = strongest(score, view.positions, view.on_device(half)) | score.isposinf()
         product = (score + EPSILON * self.terms(view).to(score.dtype)) * view.state["norm"]
         return view.protect(product.masked_fill(certain, torch.inf), first=view.per_prompt("sinks", self.first))
 

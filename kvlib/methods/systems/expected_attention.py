@@ -4,7 +4,7 @@
 import torch
 
 from kvlib.core.method import Evictor, register, require, whole
-from kvlib.core.rotary import rotaries, rotate, rotation
+from kvlib.core.rotary import Rotary, rotaries, rotate
 
 
 @register("expected_attention")
@@ -58,7 +58,7 @@ class ExpectedAttention(Evictor):
         spread = rows["products"] / count[..., None] - mean[..., None] * mean[..., None, :]
         if rotary is not None:
             ahead = torch.arange(self.future, device=view.device)
-            turns = rotation(view.step.ends.to(view.device)[:, None] + ahead, rotary, mean.shape[-1]).double().mean(1)
+            turns = mean_rotation(view.step.ends.to(view.device)[:, None] + ahead, rotary, mean.shape[-1])
             mean, spread = mean @ turns, turns.mT[:, None] @ spread @ turns[:, None]
         return mean, spread
 
@@ -80,3 +80,13 @@ class ExpectedAttention(Evictor):
         super().compress(view)
         for name in ("queries", "sum", "products"):  # the next prompt begins anew
             view.layer.rows.pop(name, None)
+
+
+def mean_rotation(offset: torch.Tensor, rotary: Rotary, dim: int) -> torch.Tensor:
+    """The mean of `kvlib.core.rotary.rotation` over the offsets `(batch, offsets)`, `(batch, dim, dim)` in float64."""
+    channels = rotary.channels.to(offset.device)
+    angle = offset[..., None].double() * rotary.frequencies.to(offset.device).double()
+    cos, sin = angle.cos().mean(1)[:, None], angle.sin().mean(1)[:, None]
+    eye = torch.eye(dim, dtype=torch.float64, device=offset.device).repeat(len(offset), 1, 1)
+    first, second = eye.index_select(-1, channels).chunk(2, dim=-1)
+    return eye.index_copy(-1, channels, torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))

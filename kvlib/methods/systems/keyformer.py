@@ -14,8 +14,8 @@ class Keyformer(Evictor):
     the noise is Gumbel's. int(recent x budget) of the tokens are the newest ones, the others the highest scores. The
     temperature is `temperature` for prompts and questions, and rises by `growth` with each decoded token.
 
-    Follows d-matrix-ai/keyformer-llm f327831, `modeling_gptj.py` (code), and its defaults; what it keeps by default is
-    60 % of the prompt. Departures: the noise is a hash of (seed, layer, query head, positions of query and key), so
+    Follows d-matrix-ai/keyformer-llm f327831, `modeling_gptj.py` (code), and its defaults; 60 % of the prompt is
+    theirs. Departures: the noise is a hash of (seed, layer, query head, positions of query and key), so
     that neither padding nor chunks nor other rows change it, where theirs is drawn anew at every call; sums are those
     of a row, theirs run over the batch; what is evicted is freed, where theirs is hidden; the window is the last stored
     tokens (theirs counts the token to come, and loses the one before the window). Its heads are not grouped: the sum
@@ -47,7 +47,7 @@ class Keyformer(Evictor):
             return
         dtype = torch.promote_types(view.key.dtype, torch.float32)
         total = torch.zeros(view.positions.shape, dtype=dtype, device=view.device)
-        temperature, end = self.temperature + self.growth * view.step.index, 0
+        temperature, end = self.hotter(view).to(dtype)[:, None, None, None, None], 0
         for logits in blocks(view.query, view.key, view.query_positions, view.positions, view.scaling, None):
             start, end, slots = end, end + logits.shape[3], logits.shape[4]
             noise = self.noise(view, view.query_positions[:, start:end], view.positions[..., :slots])
@@ -55,12 +55,22 @@ class Keyformer(Evictor):
             total[..., :slots] += weights.nan_to_num(0.0).sum((2, 3))  # queries of padding see nothing
         view.accumulate("attention", total)
 
+    def hotter(self, view) -> torch.Tensor:
+        """The temperature of this pass, `(batch,)`; decoded tokens are counted on the device, for captured steps."""
+        steps = view.layer.rows.get("steps")
+        if view.step.decoding and steps is not None:
+            steps.add_(1)
+        else:
+            start = float(view.step.decoding)
+            steps = view.layer.rows["steps"] = torch.full((len(view.tokens),), start, device=view.device).double()
+        return self.temperature + self.growth * steps
+
     def noise(self, view, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Gumbel's noise `(batch, kv_heads, group, queries, keys)` in float64; arguments: positions."""
         heads = torch.arange(view.query.shape[1], device=view.device).view(keys.shape[1], -1, 1, 1)
         x = mixed(queries.long()[:, None, None, :, None] + (heads << 26) + (view.layer_idx << 35) + (self.seed << 44))
-        uniform = ((mixed(x + keys.long()[:, :, None, None]) >> 11 & 2**53 - 1).double() + 0.5) / 2**53
-        return -(-uniform.log()).log()
+        bits = mixed(x + keys.long()[:, :, None, None]).bitwise_right_shift_(11).bitwise_and_(2**53 - 1)
+        return bits.double().add_(0.5).div_(2**53).log_().neg_().log_().neg_()  # of a number in (0, 1)
 
     def score(self, view):
         newest = view.per_prompt("newest", lambda view: (self.recent * self.budgets(view)).long())
@@ -68,7 +78,7 @@ class Keyformer(Evictor):
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64, which spreads every bit of an int64 over all of them."""
+    """Spreads every bit of an int64 over all of them, after the finaliser of splitmix64, but with one factor."""
     for shift in (30, 27, 31):
-        x = (x ^ (x >> shift)) * -0x40A7B892E31B1A47
+        x = (x >> shift).bitwise_xor_(x).mul_(-0x40A7B892E31B1A47)
     return x

@@ -18,7 +18,7 @@ class KVzip(Evictor):
     token: the most attention that any of these queries, in any query head of the group, gives it, where the softmax is
     over the first `sinks` tokens, the chunk, and the repetition so far. The first `sinks` tokens stay. The highest
     scores of all layers and heads are kept together, or, with `layerwise`, those of all heads of a layer. Reading
-    costs about twice to three times as much as the prompt alone.
+    costs two to four times as much as the prompt alone.
 
     Follows kvpress 0.5.5, `kvzip_press.py` (code). Departures: what goes is freed (kvpress masks it); the instruction
     to repeat needs a tokenizer, which a cache has not, so that it is an argument, the same for every chunk, and stands

@@ -11,11 +11,13 @@ class SubGen(Evictor):
 
     At the end of the prompt, in every KV head for itself: the first token is the first centre, each next one is the
     token whose key is farthest from its nearest centre, by Euclidean distance, until the budget is full. No query is
-    looked at, attention to what is kept is as always, and no centre changes afterwards. This is what the experiments
+    looked at, attention to what is kept is as always, and nothing changes while decoding; a later turn chooses anew
+    from what is left. This is what the experiments
     evaluate; the streaming estimator of the paper's analysis is `subgen_sampled`.
 
     No code of the authors is known: the rule is second hand, which token is the first centre and how many of the newest
-    stay beside the centres is ours. Departures: none that we know.
+    stay beside the centres is ours. Departures: the newest tokens are no candidates, where the rule is over all keys.
+    One centre follows the other, which takes as many short passes over the keys as there are centres.
 
     Args:
         recent: how many of the newest tokens stay; at most half of the budget. They are no candidates for centres.
