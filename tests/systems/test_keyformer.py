@@ -11,24 +11,20 @@ from hypothesis import strategies as st
 import kvlib
 from kvlib.methods.systems.keyformer import Keyformer
 
-FINALISER = -0x40A7B892E31B1A47 % 2**64
+WORD = 2**64 - 1
 TEXTS: list[list] = []
 
 
-def signed(x):
-    return (x + 2**63) % 2**64 - 2**63
-
-
 def mixed(x):
-    """64-bit arithmetic in Python's integers; shifts copy the sign, as those of tensors do."""
-    for shift in (30, 27, 31):
-        x = signed((x ^ (x >> shift)) % 2**64 * FINALISER)
-    return x
+    """splitmix64's finaliser."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
+    return x ^ x >> 31
 
 
 def gumbel(seed, layer, head, query, key):
-    bits = mixed(signed(mixed(query + (head << 26) + (layer << 35) + (seed << 44)) + key)) % 2**64 >> 11
-    return -math.log(-math.log((bits + 0.5) / 2**53))
+    place = mixed(query + (head << 26) + (layer << 35) + (seed << 44) & WORD)
+    return -math.log(-math.log(((mixed(place + key & WORD) >> 12) + 0.5) / 2**52))
 
 
 class Watched(Keyformer):

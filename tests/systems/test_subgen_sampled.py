@@ -33,7 +33,7 @@ class Hand:
 
     def drawn(self, position: int, slot: int) -> float:
         x = mixed(position + self.place & WORD)
-        return (mixed(x + slot + 1 & WORD) >> 11) / 2**53
+        return ((mixed(x + slot + 1 & WORD) >> 12) + 0.5) / 2**52
 
     def fold(self):
         """Sample what has come."""
@@ -196,7 +196,9 @@ def test_chance_is_a_hash_of_the_place_alone():
     for head in range(3):
         for i, position in enumerate(at[0, head].tolist()):
             x = mixed(position + (head << 24) + (7 << 34) + (3 << 44))
-            assert found[0, head, i].tolist() == [(mixed(x + draw & WORD) >> 11) / 2**53 for draw in range(1, 5)]
+            assert found[0, head, i].tolist() == [
+                ((mixed(x + draw & WORD) >> 12) + 0.5) / 2**52 for draw in range(1, 5)
+            ]
     many = chance(torch.arange(5000)[None, None], 0, 0, 4).flatten()
     assert 0 <= many.min() < 0.001 < 0.999 < many.max() < 1 and abs(many.mean() - 0.5) < 0.01
 

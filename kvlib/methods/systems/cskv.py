@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from kvlib.core.method import Method, register, require, whole
-from kvlib.core.part import Part
 from kvlib.core.rotary import rotaries
 from kvlib.core.support import attention_modules, kv_heads
+from kvlib.methods.systems import body
 from kvlib.methods.systems.lowrank import calibrated, exact, left_directions, projection, require_source, turned
 
 FILE = "cskv.safetensors"
@@ -103,10 +103,7 @@ class CSKV(Method):
             name: split(together(old[name] - bias) @ down, tail.shape[1]).to(view.new_key.dtype)
             for name, (down, _, bias) in zip(("key", "value"), maps)
         }
-        layer.body = layer.body or Part(*tail.shape, view.device, memo=layer.memo)
-        layer.body.append(chunk, at[:, :, :most], moved, skip=torch.zeros_like(moved))
-        rest = torch.arange(at.shape[-1], device=at.device) >= moved[..., None].to(at.device)
-        layer.keep(rest & (at >= 0), tail.lengths - moved)
+        body.move(layer, chunk, moved)
 
 
 def together(x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import torch
 
 from kvlib.core.attention import blocks
 from kvlib.core.method import Evictor, register, require, whole
+from kvlib.methods.systems.chance import mixed, uniform
 
 
 @register("keyformer")
@@ -69,16 +70,8 @@ class Keyformer(Evictor):
         """Gumbel's noise `(batch, kv_heads, group, queries, keys)` in float64; arguments: positions."""
         heads = torch.arange(view.query.shape[1], device=view.device).view(keys.shape[1], -1, 1, 1)
         x = mixed(queries.long()[:, None, None, :, None] + (heads << 26) + (view.layer_idx << 35) + (self.seed << 44))
-        bits = mixed(x + keys.long()[:, :, None, None]).bitwise_right_shift_(11).bitwise_and_(2**53 - 1)
-        return bits.double().add_(0.5).div_(2**53).log_().neg_().log_().neg_()  # of a number in (0, 1)
+        return uniform(x + keys.long()[:, :, None, None]).log_().neg_().log_().neg_()
 
     def score(self, view):
         newest = view.per_prompt("newest", lambda view: (self.recent * self.budgets(view)).long())
         return view.protect(view.state["attention"], last=newest)
-
-
-def mixed(x: torch.Tensor) -> torch.Tensor:
-    """Spreads every bit of an int64 over all of them, after the finaliser of splitmix64, but with one factor."""
-    for shift in (30, 27, 31):
-        x = (x >> shift).bitwise_xor_(x).mul_(-0x40A7B892E31B1A47)
-    return x

@@ -5,7 +5,7 @@ import math
 import torch
 
 from kvlib.core.method import Method, register, require, whole
-from kvlib.core.part import Part
+from kvlib.methods.systems import body
 
 
 @register("kivi")
@@ -51,13 +51,9 @@ class KIVI(Method):
         groups = tail.lengths // self.residual * (self.residual // self.group)
         if not (most := int(groups.max())):
             return
-        at, taken = tail.position_rectangle(), most * self.group
+        taken = most * self.group
         chunk = {name: x[:, :, :taken].unflatten(2, (most, -1)) for name, x in view.fields(tail).items()}
-        layer.body = layer.body or Part(*tail.shape, at.device, self.group, layer.memo)
-        places = at[:, :, :taken].unflatten(2, (most, -1))
-        layer.body.append(encoded(chunk["key"], chunk["value"], self.bits), places, groups, torch.zeros_like(groups))
-        newer = torch.arange(at.shape[-1], device=at.device) >= (groups * self.group)[..., None].to(at.device)
-        layer.keep(newer, tail.lengths - groups * self.group)
+        body.move(layer, encoded(chunk["key"], chunk["value"], self.bits), groups, self.group)
 
     def decode(self, view, part):
         stored = view.fields(part)

@@ -4,6 +4,7 @@ import torch
 
 from kvlib.core import attention
 from kvlib.core.method import Method, register, require, whole
+from kvlib.methods.systems.chance import mixed, uniform
 
 BEYOND = 100  # times the largest entry of a stored value: no estimate may be larger, or half precision would overflow
 
@@ -153,15 +154,7 @@ def earlier(x: torch.Tensor) -> torch.Tensor:
 
 
 def chance(at: torch.Tensor, layer: int, seed: int, draws: int) -> torch.Tensor:
-    """Numbers in [0, 1) for tokens at `at` `(batch, heads, new)`: `(batch, heads, new, draws)`, float64."""
+    """Numbers in (0, 1) for tokens at `at` `(batch, heads, new)`: `(batch, heads, new, draws)`, float64."""
     heads = torch.arange(at.shape[1], device=at.device)[:, None]
     x = mixed(at + (heads << 24) + (layer << 34) + (seed << 44))
-    x = mixed(x[..., None] + torch.arange(1, draws + 1, device=at.device))
-    return ((x >> 11) & (2**53 - 1)).double() * 2.0**-53
-
-
-def mixed(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64, which spreads every input bit over all output bits."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & (2**33 - 1))
+    return uniform(x[..., None] + torch.arange(1, draws + 1, device=at.device))

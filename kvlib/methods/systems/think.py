@@ -3,7 +3,7 @@
 import torch
 
 from kvlib.core.method import Method, register, require, whole
-from kvlib.core.part import Part
+from kvlib.methods.systems import body
 
 
 @register("think")
@@ -47,17 +47,12 @@ class ThinK(Method):
             return
         fields, at = view.fields(tail), tail.position_rectangle()
         channels = self.channels(view, fields["key"], at)
-        if layer.body is None:
-            layer.body = Part(*tail.shape, at.device, memo=layer.memo)
-        else:
+        if layer.body is not None:
             chosen = (layer.body.lengths > 0)[..., None].to(at.device)
             channels = layer.rows["channels"].where(chosen, channels)
         layer.rows["channels"] = channels
         narrow = fields["key"][:, :, :most].gather(-1, channels[:, :, None].expand(-1, -1, most, -1))
-        chunk = {"key": narrow, "value": fields["value"][:, :, :most]}
-        layer.body.append(chunk, at[:, :, :most], counts, torch.zeros_like(counts))
-        newer = torch.arange(at.shape[-1], device=at.device) >= counts[..., None].to(at.device)
-        layer.keep(newer, tail.lengths - counts)
+        body.move(layer, {"key": narrow, "value": fields["value"][:, :, :most]}, counts)
 
     def channels(self, view, key: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The channels that stay, ascending, `(batch, kv_heads, kept)`."""
