@@ -508,7 +508,7 @@ class Run(Report):
         lengths = [layer.tail.lengths for layer in cache.layers]
         self._probing = True
         try:
-            self._pass_aside(ids.clamp(min=0), ids >= 0)
+            self._pass_aside(ids.clamp(min=0), ids >= 0, **self._last_logits)  # nobody asks for logits
         finally:
             self._probing = False
         for layer, length in zip(cache.layers, lengths):
@@ -550,14 +550,14 @@ class Run(Report):
             layer.reads = read + layer.row_reads()
         return logits
 
-    def _pass_aside(self, ids: torch.Tensor, mask: torch.Tensor | None):
+    def _pass_aside(self, ids: torch.Tensor, mask: torch.Tensor | None, **more):
         """A pass between two others, or inside of one, after which the text goes on as if there had been none."""
         step, cache, columns, inside = self.step, self.cache, self._prompt_columns, self._inside
         before = cache.ends, cache.steps, cache.interrupted
         self._prompt_columns, self._inside = None, step is not None
         cache.interrupted = False  # but for the method that is finishing
         try:
-            output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
         finally:
             self._prompt_columns, self._inside = columns, inside
         cache.ends, cache.steps, cache.interrupted = before

@@ -23,13 +23,11 @@ STORES = (  # all tokens, in fewer bytes; or as many tokens as a rule of its own
     ("lorc", {"most": 0.95, "least": 0.75}),
     ("eigen_attention", {"rank": 0.75}),
     ("cskv", {"keys": 0.75, "values": 0.75}),
-    *(("cskv", {"keys": share, "values": share, "calibration": "smollm2"}) for share in (0.5, 0.75)),
     ("corm", {}),
     ("corm", {"window": 64, "recent": 64}),
     *(("zipvl", {"tau": tau}) for tau in (0.5, 0.9, 0.975)),
     ("subgen_sampled", {}),
 )
-SHARED = [{"pairs": "smollm2"}, {"pairs": "smollm2", "order": "similar"}, {"pairs": "smollm2", "order": "random"}]
 TOGETHER = (  # (budgets of the evictor, what it is combined with)
     ((0.2, 0.39, 0.97), {"evictor": "snapkv", "store": "int8"}),
     ((0.2, 0.5, 0.9), {"evictor": "snapkv", "store": "kivi"}),
@@ -41,12 +39,33 @@ TOGETHER = (  # (budgets of the evictor, what it is combined with)
     ((0.39,), {"evictor": "kvzip", "store": "int8"}),
     ((0.5,), {"evictor": "snapkv", "reader": "loki", "read": 0.1}),
 )
+
+
+def low_rank(model: str, share: float) -> list[Configuration]:
+    return with_arguments("cskv", (1.0,), keys=share, values=share, calibration=model)
+
+
+def shared(model: str) -> list[Configuration]:
+    """Layers of the calibration, and of both controls."""
+    orders = {}, {"order": "similar"}, {"order": "random"}
+    return [c for order in orders for c in with_arguments("kvsharer", (1.0,), pairs=model, **order)]
+
+
 SYSTEMS = (
     *(c for name, arguments in TOKENS for c in with_arguments(name, BUDGETS, **arguments)),
     *(c for name, arguments in STORES for c in with_arguments(name, (1.0,), **arguments)),
+    *(c for share in (0.5, 0.75) for c in low_rank("smollm2", share)),
     *with_arguments("kvzip", (0.2,), prompt_ids=REPEAT),
-    *(c for arguments in SHARED for c in with_arguments("kvsharer", (1.0,), **arguments)),
+    *shared("smollm2"),
     *(c for budgets, arguments in TOGETHER for c in with_arguments("combined", budgets, **arguments)),
+)
+SYSTEMS_MINILM = (  # which has a calibration for Eigen Attention
+    *(c for name, arguments in TOKENS for c in with_arguments(name, (0.2,), **arguments)),
+    *(c for name, arguments in STORES for c in with_arguments(name, (1.0,), **arguments)),
+    *with_arguments("eigen_attention", (1.0,), calibration="minilm"),
+    *(c for share in (0.5, 0.75) for c in low_rank("minilm", share)),
+    *shared("minilm"),
+    *(c for host in ("snapkv", "kvzip") for c in with_arguments("combined", (0.39,), evictor=host, store="int8")),
 )
 MISSING_LATER = (  # what the table of later questions lacks, of other lessons
     *with_arguments("vatp", (0.2, 0.5), host="h2o"),
@@ -73,6 +92,12 @@ FIELD = {
         length=2048,
         configurations=(FULL, *SYSTEMS),
         models={"smollm2": SAMPLES},
+    ),
+    "90_comparison": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=(FULL, *SYSTEMS_MINILM),
+        models={"minilm": 8},
     ),
     "90_bytes": Study(
         tasks=("number",),

@@ -130,8 +130,11 @@ PAPERS = (  # what they measured: TidalDecode; SnapKV, with two batches; UNComp,
     Case("Llama-2-7B", 320, 640, typed(384), alone=True),
     Case("Llama-2-7B", 384, 640, typed(384), alone=True),
 )
+SMOL = tuple(  # the model that answers in the other lessons, whole
+    Case("SmolLM2-135M", batch, 8192, (*readers(1024)[:2], *evictors(0.2, 0.25)[1:4])) for batch in (1, 32)
+)
 CODED = (Case("Llama-3.1-8B", 8, 32_768, (kvlib.method("int8"),)),)  # beside evictors, at half of the bytes
-CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS, *CODED)
+CASES = (*TARGETS, *(replace(case, fused=True) for case in TARGETS), *GRID, *PAPERS, *CODED, *SMOL)
 SMALL = (
     Case("tiny", 1, 96, readers(16, page=4, dense=0), "float32", tokens=1, blocks=2, short=32),
     Case("tiny", 2, 64, evictors(0.5, 0.5)[:2], "float32", tokens=1, blocks=2, short=32),
