@@ -38,6 +38,12 @@ COLORS = {
     "anchorcoder": "#029e73",
     "tidaldecode": "#cc78bc",
     "adakv": "#a6761d",
+    "kvzip": "#ee3377",
+    "defensive_kv": "#7570b3",
+    "critical_kv": "#225555",
+    "int8": "#228833",
+    "kivi": "#6a8a00",
+    "think": "#b8860b",
 }
 NAMES = {  # as in print
     "full": "full cache",
@@ -84,7 +90,9 @@ NAMES = {  # as in print
     "adaptive": "budgets of heads",
     "combined": "combined",
 }
-MARKERS = dict(zip(COLORS, ".x<s^Dvp*>12+8HoPXdh", strict=True))
+MARKERS = dict(
+    zip(COLORS, [*".x<s^Dvp*>12+8HoPXdh", (4, 1, 0), (6, 1, 0), (3, 1, 0), "$8$", "$4$", "$T$"], strict=True)
+)
 DASHES = dict.fromkeys(COLORS, "--") | dict.fromkeys(("full", "random"), ":")
 DASHES |= dict.fromkeys(("vatp", "uncomp", "anchorcoder", "tidaldecode"), "-")
 

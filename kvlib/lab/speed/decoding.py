@@ -42,6 +42,7 @@ from kvlib.lab.speed.settings import (
     SAME,
     SETTINGS,
     STOCK,
+    SYSTEMS,
     WANTED,
     Setting,
     build,
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[*budgeted(), *RAGGED, *ARGUMENTS, *ANCHORED, *(name + CAPTURED for name in budgeted())],
+        choices=[*budgeted(), *RAGGED, *ARGUMENTS, *SYSTEMS, *ANCHORED, *(name + CAPTURED for name in budgeted())],
         metavar="METHOD",
         help="default: the setting's",
     )

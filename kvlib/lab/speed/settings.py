@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kvlib
+from kvlib.core.method import budgeted
 from kvlib.lab.speed.ragged import PerHead, Threshold
 
 CAPTURED = ", captured"  # behind a method's name: its steps are replayed as a CUDA graph
@@ -21,6 +22,15 @@ ARGUMENTS = {  # of methods that read a part, by a name that begins with theirs;
     "quest, page 16": {"page": 16},
     "loki, rank 0.25": {"rank": 0.25},
     "tokenselect, no vote stands": {"similarity": 1.0},  # votes take their time anyhow, but count if they do not stand
+}
+SYSTEMS = (  # of the comparison, whatever weights a model has
+    "snapkv", "h2o", "adakv", "uncomp", "critical_kv", "defensive_kv", "kv_compress", "lagkv", "keydiff",
+    "expected_attention", "keyformer", "kvzip", "int8", "kivi, 4 bits", "think", "minicache", "lorc", "cskv",
+    "combined, snapkv in 8 bits",
+)  # fmt: skip
+ARGUMENTS_OF_SYSTEMS = {
+    "kivi, 4 bits": {"bits": 4},
+    "combined, snapkv in 8 bits": {"evictor": "snapkv", "store": "int8"},
 }
 ANCHOR, LINE = 1, 10  # id of what ends a line, and tokens in one
 ANCHORED = {  # AnchorCoder, layers as of SmolLM2's arms; a model with random weights plants no anchors
@@ -109,14 +119,16 @@ def machine(device: str) -> dict:
 
 
 def method(name: str, budget: float):
-    """A registered method, to be captured or not, one of `ARGUMENTS` or `ANCHORED`, or one of `RAGGED`; full keeps
-    everything, and AnchorCoder knows no budget."""
+    """A registered method, to be captured or not, one of `ARGUMENTS`, `SYSTEMS` or `ANCHORED`, or one of `RAGGED`; full
+    keeps everything, and AnchorCoder and what stores all tokens know no budget."""
     if name in RAGGED:
         return RAGGED[name](budget)
     if name in ANCHORED:
         return kvlib.method("anchorcoder", **ANCHORED[name])
     name = name.removesuffix(CAPTURED)
-    return kvlib.method(name.split(",")[0], budget=1.0 if name == FULL else budget, **ARGUMENTS.get(name, {}))
+    registered, arguments = name.split(",")[0], (ARGUMENTS | ARGUMENTS_OF_SYSTEMS).get(name, {})
+    share = {"budget": 1.0 if name == FULL else budget} if registered in budgeted() else {}
+    return kvlib.method(registered, **share, **arguments)
 
 
 def processor() -> str:
@@ -134,6 +146,7 @@ SETTINGS = {
     "smollm2-1.8k-bf16": replace(SMOL, dtype="bfloat16"),
     "smollm2-1.8k-readers": READERS,
     "smollm2-8k-readers": replace(READERS, prompt=8192, prefills=1),
+    "smollm2-1.8k-systems": replace(SMOL, budget=0.2, methods=SYSTEMS, pairs=6, together=5),
     "smollm2-8k-anchored": replace(SMOL, prompt=8192, prefills=1, methods=tuple(ANCHORED), lined=True),
     "llama-32k": LLAMA,
     "llama-8k-x8": replace(LLAMA, prompt=8192, batch=8),
