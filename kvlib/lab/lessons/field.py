@@ -81,6 +81,8 @@ def label(method: str, arguments: str) -> str:
     if method == "combined":
         store = printed(given["store"]) if "store" in given else f"read by {printed(given['reader'])}"
         return f"{printed(given['evictor'])} + {store.replace('KIVI', 'KIVI, 2 bits')}"
+    if "host" in given:
+        return f"{printed(method)} on {printed(given['host'])}"
     said = {
         "kivi": f"{given.get('bits', 2)} bits",
         "cskv": f"{given.get('keys', 0.5):.0%}{', activations' if 'calibration' in given else ''}",
@@ -178,7 +180,27 @@ def draw(axes, found: pd.DataFrame, named_rows: dict) -> None:
         errors = [100 * (points["mean"] - points["low"]), 100 * (points["high"] - points["mean"])]
         axes.errorbar(
             points["share"], 100 * points["mean"], yerr=errors, capsize=2, elinewidth=0.8, zorder=3,
-            **series(name) | {"label": points["label"].iloc[0]},
+            **series(name) | {"label": points["label"].iloc[0], "markersize": 7},
         )  # fmt: skip
     whole = found.xs("full", level="configuration").iloc[0]
     axes.axhline(100 * whole["mean"], **{x: series("full")[x] for x in ("label", "color", "linestyle")})
+
+
+def beside(axes, sides: dict, zero: pd.Series) -> None:
+    """A row per setting, the first on top: a full marker with its interval, and an open one.
+
+    Args:
+        sides: two summaries of the same settings, as `summary` gives them, by what they are. zero: of the full cache.
+    """
+    first, second = sides.values()
+    for place, (cell, row) in enumerate(first.iterrows()):
+        look = series(cell[0].partition("evictor=")[2].partition(",")[0] or row["method"])
+        for other, face, lift in ((row, look["color"], -0.12), (second.loc[cell], "white", 0.14)):
+            errors = [[100 * (other["mean"] - other["low"])], [100 * (other["high"] - other["mean"])]]
+            style = {"marker": "o", "color": look["color"], "markerfacecolor": face, "linestyle": "", "capsize": 2}
+            axes.errorbar(100 * other["mean"], place + lift, xerr=errors, elinewidth=1, **style)
+    for name, face in zip(sides, ("#444444", "white")):
+        axes.plot([], [], marker="o", color="#444444", markerfacecolor=face, linestyle="", label=name)
+    axes.axvline(100 * zero["mean"], color="black", linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(first)), first["label"])
+    axes.set_ylim(len(first) - 0.5, -0.5)
