@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlib
-from kvlib.lab import statistics
+from kvlib.lab import statistics, tasks
 from kvlib.lab.lessons import field
 from kvlib.lab.lessons.exercises import lesson_90
 from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.results.summaries import named
+from kvlib.lab.tasks.natural.words import GOLDEN
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +126,19 @@ OTHERS = ([[0, 1, 0, 1], [0, 0, 0, 1]], [[1] * 4, [1] * 4])
 def test_maps_by_family_and_by_depth():
     cells = {"A": ("a", 0.5), "C": ("c", 0.5)}
     assert field.by_family(small(), cells).to_numpy().tolist() == [[75, 25], [100, 100]]
-    places = pd.DataFrame({"task": ["x", "x", "y", "y"], "sample": [0, 2, 0, 1], "depth": [0.0, 0.5, 0.51, 1.0]})
-    found = field.by_depth(small(), places, cells, 2)
-    assert list(found) == ["0–50 %", "50–100 %"] and found.loc["A"].tolist() == [50, 50]
+    table = small().replace({"task": {"x": "number", "y": "saying"}})  # depths of samples 0 to 3: 0, .62, .24, .85
+    found = field.by_depth(table, cells, 2)
+    assert list(found) == ["0–50 %", "50–100 %"] and found.loc["A"].tolist() == [50, 100]
 
 
-def test_depths_of_answers_are_where_they_stand(monkeypatch):
-    monkeypatch.setattr(field, "SAMPLES", 3)
+@pytest.mark.parametrize("task", field.ONE_PLACE)
+def test_answers_stand_where_the_samples_number_says(task):
     tokenizer = kvlib.load("minilm")[1]
-    found = field.depths(tokenizer, ["needle"], 512)
-    assert len(found) <= 3 and found["depth"].between(0, 1).all()
-    for row in found.itertuples():
-        prompt = field.tasks.sample("needle", 512, row.sample, tokenizer=tokenizer)
-        at = round(row.depth * len(prompt.context))
-        assert prompt.context[at:].startswith(prompt.answer.strip())
+    for number in (2, 5):
+        prompt = tasks.sample(task, 2048, number, tokenizer=tokenizer)
+        answer = prompt.answer.strip()
+        at = prompt.context.index(answer)
+        assert at / len(prompt.context) == pytest.approx(number * GOLDEN % 1, abs=0.1)
 
 
 def test_drawings_have_a_point_for_every_setting(asked):

@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from kvlib import paths
-from kvlib.lab import statistics, tasks
+from kvlib.lab import statistics
 from kvlib.lab.plotting import printed, series
 from kvlib.lab.results.summaries import named
+from kvlib.lab.tasks.natural.words import GOLDEN
 
 SAMPLES = 24  # of each family, those that every table has
 TABLES = {  # by protocol; what stands in several is taken from the first
@@ -32,6 +33,10 @@ KINDS = {  # what a method does, in the order of the lesson
 OLDER = [  # of the tables of other lessons, which hold controls and ablations too
     "full", "random", "streaming_llm", "h2o", "scissorhands", "tova", "knorm", "vatp (host=h2o)", "vatp (host=snapkv)",
     "snapkv", "snapkv (window=8, kernel=15)", "pyramidkv", "adakv", "adakv (window=8)", "uncomp",
+]  # fmt: skip
+ONE_PLACE = [  # families whose answer stands once, where their first fact is
+    "constant", "number", "number_of_four", "profession", "quantity", "recall", "register", "returned", "secret_word",
+    "year",
 ]  # fmt: skip
 CELL = ["configuration", "budget"]
 
@@ -134,28 +139,17 @@ def by_family(table: pd.DataFrame, cells: dict) -> pd.DataFrame:
     return 100 * pd.DataFrame({name: means.loc[cell] for name, cell in cells.items()}).T
 
 
-def depths(tokenizer, families, length: int) -> pd.DataFrame:
-    """Where the only answer of each prompt stands in what is read, from 0 to 1; columns task, sample, depth.
+def by_depth(table: pd.DataFrame, cells: dict, parts: int) -> pd.DataFrame:
+    """Percent right over `ONE_PLACE` by where the answer stands, in `parts` equal parts of the text.
 
-    Prompts whose answer stands in several places, or in none word for word, are left out.
+    A sample's number says where its first fact is put (`kvlib.lab.tasks.natural.words.Draw.depths`), between the first
+    tokens and the last ones of the text, which every method keeps.
     """
-    found = []
-    for task in families:
-        for sample in range(SAMPLES):
-            prompt = tasks.sample(task, length, sample, tokenizer=tokenizer)
-            answer = prompt.answer.strip()
-            if prompt.context.count(answer) == 1:
-                found.append((task, sample, prompt.context.index(answer) / len(prompt.context)))
-    return pd.DataFrame(found, columns=["task", "sample", "depth"])
-
-
-def by_depth(table: pd.DataFrame, places: pd.DataFrame, cells: dict, parts: int) -> pd.DataFrame:
-    """Percent right by where the answer stands, in `parts` equal parts of the text; arguments as above."""
     edges = np.linspace(0, 1, parts + 1)
     names = [f"{100 * low:.0f}–{100 * high:.0f} %" for low, high in pairwise(edges)]
-    binned = places.assign(part=pd.cut(places["depth"], edges, labels=names, include_lowest=True))
-    both = table.merge(binned, on=["task", "sample"])
-    means = both.groupby([*CELL, "part"], observed=False)["value"].mean().unstack("part")
+    some = table[table["task"].isin(ONE_PLACE)]
+    part = pd.cut(some["sample"] * GOLDEN % 1, edges, labels=names, include_lowest=True)
+    means = some.groupby([*CELL, part.rename("part")], observed=False)["value"].mean().unstack("part")
     return 100 * pd.DataFrame({name: means.loc[cell] for name, cell in cells.items()}).T[names]
 
 

@@ -106,7 +106,7 @@ FIELD = {
         tasks=tuple(tasks.SPELLED),
         length=2048,
         configurations=SPELLED,
-        models={"smollm2": SAMPLES},
+        models={"smollm2": 12},
     ),
     "90_comparison": Study(
         tasks=("dict_lookup", "two_hop", "collect", "transform", "needle", "completion"),  # of each group one

@@ -10,7 +10,7 @@ import pandas as pd
 from kvlib import checksums, paths
 from kvlib.lab.speed import prefill
 from kvlib.lab.speed.captured import NOTHING
-from kvlib.lab.speed.settings import FULL, SAME, SETTINGS, STOCK
+from kvlib.lab.speed.settings import FULL, SAME, SETTINGS, STOCK, SYSTEMS
 
 README = paths.ROOT / "README.md"
 DECODING = "decoding_speed.csv"
@@ -50,8 +50,9 @@ def reads(rows: pd.DataFrame) -> str:
     """Markdown: time beside bytes read, on a CPU, where these were counted. Stock reads a full cache."""
     lines = ["| setting | method | ms a token | / stock | MB read in a step | / full cache |"]
     lines.append("|---|---|---:|---:|---:|---:|")
-    on_cpu = rows["setting"].isin([name for name, setting in SETTINGS.items() if setting.device == "cpu"])
-    for setting, group in rows[on_cpu & rows.read_bytes.notna() & (rows.baseline == STOCK)].groupby("setting"):
+    shown = [name for name, setting in SETTINGS.items() if setting.device == "cpu" and setting.methods != SYSTEMS]
+    counted = rows["setting"].isin(shown) & rows.read_bytes.notna() & (rows.baseline == STOCK)
+    for setting, group in rows[counted].groupby("setting"):
         stock = group.iloc[0]
         lines.append(f"| {setting} | stock | {stock.baseline_ms:.3g} | 1.00 | {stock.full_bytes / 1e6:.1f} | 1.00 |")
         for row in group.itertuples():
