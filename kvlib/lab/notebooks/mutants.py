@@ -138,7 +138,7 @@ def plant(number: int, root: Path = ROOT) -> None:
 def write(mutant: Mutant, copy: Path, root: Path = ROOT) -> None:
     """Write kvlib with one mutant to the folder `copy`, in place of what is there; data stay those of `root`.
 
-    No mutant may change how a prompt is read: lessons keep prefills on disk, under a hash over the core of kvlib itself.
+    No mutant may change how a prompt is read: lessons keep prefills on disk, under a hash over kvlib's own core.
 
     Raises:
         ValueError: if the place to break is not there exactly once.
