@@ -29,8 +29,8 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup student lab model figures smoke check test test-deep lint bench publish results results-clean ledger \
-        verify verdicts minilm arms clean lock
+.PHONY: help setup student mutant lab model figures smoke check test test-deep lint bench publish results results-clean \
+        ledger verify verdicts minilm arms clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -39,6 +39,9 @@ setup: $(INSTALLED)  ## make the environment in .venv (the other targets do it w
 
 student: $(INSTALLED)  ## copy the lessons, without outputs, into student/; solutions are in notebooks/solutions/
 	@$(RUN) student
+
+mutant: $(INSTALLED)  ## break a copy of kvlib in student/, to find it: N=3, N=0 removes it; without N what there is
+	@$(RUN) mutant $(N)
 
 # Figures that students draw do not take the place of the committed ones.
 lab: student $(FETCHED)  ## work through the lessons in JupyterLab, in copies of your own

@@ -5,6 +5,7 @@
     python -m kvlib.lab.notebooks publish                 store the outputs of build/default in notebooks/
     python -m kvlib.lab.notebooks check                   fail if stored outputs are stale, missing or wrong
     python -m kvlib.lab.notebooks student                 copy the lessons, without outputs, into student/
+    python -m kvlib.lab.notebooks mutant [N]              break a copy of kvlib in student/, to be found; 0 removes it
     python -m kvlib.lab.notebooks compare MANIFEST        fail if figures drawn from tables differ from these
 
 A lesson is a path <root>/notebooks/NN_name.ipynb; its solutions are in <root>/notebooks/solutions/NN_name.ipynb, its
@@ -18,6 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from kvlib.lab.notebooks import mutants
 from kvlib.lab.notebooks.dependencies import makefile
 from kvlib.lab.notebooks.figures import compare
 from kvlib.lab.notebooks.outputs import check, publish
@@ -35,6 +37,7 @@ def main() -> None:
     commands.add_parser("publish")
     commands.add_parser("check")
     commands.add_parser("student")
+    commands.add_parser("mutant").add_argument("number", type=int, nargs="?")
     commands.add_parser("compare").add_argument("manifest", type=Path)
     arguments = parser.parse_args()
     try:
@@ -49,6 +52,8 @@ def main() -> None:
                 check()
             case "student":
                 copies()
+            case "mutant":
+                mutants.show() if arguments.number is None else mutants.plant(arguments.number)
             case "compare":
                 compare(arguments.manifest)
     except ValueError as error:
