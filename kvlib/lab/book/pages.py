@@ -1,0 +1,53 @@
+"""Which files the book is made of, and writing them to a folder for Sphinx.
+
+The folder mirrors the repository (notebooks/, figures/, data/ ...), so that relative links of lessons lead where they
+lead on a code host.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+from kvlib.lab.notebooks.files import all_notebooks
+from kvlib.lab.book import course, glossary, lessons, methods, references
+
+LINK = re.compile(r"\]\((\.\./[^)#\s]+|params/[^)#\s]+)\)")
+
+
+def pages(root: Path) -> dict[str, bytes]:
+    """Path in the book's source -> content. The same repository gives the same bytes."""
+    found = {path.name: path.read_text() for path in sorted((root / "docs").glob("*.md"))}
+    found |= {f"notebooks/{path.name}": lessons.copy(path) for path in all_notebooks(root)}
+    for path in sorted((root / "notebooks" / "solutions").glob("*.ipynb")):
+        found[f"notebooks/solutions/{path.name}"] = path.read_text()
+    found["notebooks/README.md"] = lessons.overview(root)
+    found["data/VERDICTS.md"] = (root / "data" / "VERDICTS.md").read_text()
+    found |= methods.pages(root)
+    found["generated/glossary.md"] = glossary.page(root)
+    found["generated/references.md"] = references.page(root)
+    found |= {f"generated/{name}.md": text for name, text in course.parts(root).items()}
+    content = {name: text.encode() for name, text in found.items()}
+    return content | linked(root, found)
+
+
+def linked(root: Path, texts: dict[str, str]) -> dict[str, bytes]:
+    """The files of the repository that pages link to or show, and that are not pages themselves."""
+    found = {}
+    for name, text in texts.items():
+        folder = Path("lecturer.md" if name.startswith("generated/") else name).parent
+        shown = [target for target in LINK.findall(text)] + re.findall(r"\]\((figures/[^)#\s]+)\)", text)
+        for target in shown:
+            path = (root / folder / target).resolve()
+            relative = path.relative_to(root.resolve()).as_posix()
+            if path.suffix not in (".md", ".ipynb") and path.is_file():
+                found[relative] = path.read_bytes()
+    return found
+
+
+def lay(folder: Path, content: dict[str, bytes]) -> None:
+    """Make `folder` hold these files and no others."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in content.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
