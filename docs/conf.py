@@ -1,5 +1,7 @@
 """Sphinx's settings for the book. Sources are in build/site-source, written by `python -m kvlib.lab.book`."""
 
+from importlib.resources import files
+
 project = "kvlib"
 author = "the authors of kvlib"
 extensions = ["myst_nb", "kvlib.lab.book.mathml"]
@@ -12,7 +14,7 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "kvlib: KV-cache compression, tested"
-html_static_path = ["_static"]
+html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["book.css"]
 html_math_renderer = "mathml"
 html_copy_source = False

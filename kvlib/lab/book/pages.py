@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from kvlib.lab.notebooks.files import all_notebooks
-from kvlib.lab.book import course, glossary, lessons, methods, references
+from kvlib.lab.book import course, glossary, lessons, methods, references, verdicts
 
 LINK = re.compile(r"\]\((\.\./[^)#\s]+|params/[^)#\s]+)\)")
 
@@ -24,6 +24,7 @@ def pages(root: Path) -> dict[str, bytes]:
     found["data/VERDICTS.md"] = (root / "data" / "VERDICTS.md").read_text()
     found |= methods.pages(root)
     found["generated/glossary.md"] = glossary.page(root)
+    found["generated/verdicts.md"] = verdicts.page(root)
     found["generated/references.md"] = references.page(root)
     found |= {f"generated/{name}.md": text for name, text in course.parts(root).items()}
     content = {name: text.encode() for name, text in found.items()}

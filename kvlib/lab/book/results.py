@@ -4,7 +4,6 @@ import csv
 import re
 from pathlib import Path
 
-from kvlib.lab.notebooks.dependencies import tables
 from kvlib.lab.notebooks.files import all_notebooks, read
 from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.book.tables import table
@@ -15,13 +14,11 @@ HEAD = ["settings", "budget", "stored", "points", "95 %", "prompts"]
 
 
 def lessons(root: Path) -> dict[str, str]:
-    """Lesson, as a link -> its text, in which methods are looked for, and the names of its tables."""
-    found = {}
-    for path in all_notebooks(root):
-        text = "\n".join(cell["source"] for cell in read(path)["cells"])
-        link = f"[{path.stem.partition('_')[0]}](../notebooks/{path.name})"
-        found[link] = text + "".join(f"\n{file.stem}.table" for file in tables(path))
-    return found
+    """Lesson, as a link -> its text, in which methods and tables are looked for."""
+    return {
+        f"[{path.stem.partition('_')[0]}](../notebooks/{path.name})": "\n".join(c["source"] for c in read(path)["cells"])
+        for path in all_notebooks(root)
+    }
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -43,8 +40,9 @@ def section(name: str, texts: dict[str, str], measured: dict[str, list[dict]]) -
     parts = [f"Lessons that use it: {', '.join(about)}." if about else "No lesson uses it."]
     for study, body in measured.items():
         own = [row for row in body if re.fullmatch(rf"{name}(?: \(.*\))?", row["configuration"])]
+        own.sort(key=lambda row: row["configuration"] != name)  # the defaults first
         if own:
-            where = [link for link, text in texts.items() if f"\n{study}.table" in text]
+            where = [link for link, text in texts.items() if f'"{study}"' in text or f"{study}.parquet" in text]
             parts += [scope(study, own[0], where), table(HEAD, [line(row, name) for row in own], numbers=5)]
             parts += full(body)
     if len(parts) == 1:
