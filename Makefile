@@ -29,8 +29,8 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup student lab model figures smoke check test test-deep lint bench publish results results-clean ledger \
-        verify verdicts minilm arms clean lock
+.PHONY: help setup student lab model figures smoke check test test-deep lint bench publish site results results-clean \
+        ledger verify verdicts minilm arms clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -77,6 +77,9 @@ bench: $(INSTALLED)  ## time decoding and prefill on this machine against stock 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default
 	@$(RUN) publish
+
+site: $(INSTALLED)  ## build the book, build/site/index.html, from stored outputs; offline
+	$(PYTHON) -m kvlib.lab.book
 
 results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without), then the ledger
 	$(PYTHON) -m kvlib.lab.results

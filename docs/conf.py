@@ -1,10 +1,13 @@
 """Sphinx's settings for the book. Sources are in build/site-source, written by `python -m kvlib.lab.book`."""
 
-from importlib.resources import files
+from importlib.metadata import distribution
 
 project = "kvlib"
 author = "the authors of kvlib"
 extensions = ["myst_nb", "kvlib.lab.book.mathml"]
+# The one OpenType font for mathematics that comes as a Python package; nothing else of the package is used.
+FONT = str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf"))
+
 exclude_patterns = ["generated"]  # parts that pages include
 
 nb_execution_mode = "off"  # outputs are those that the notebooks store
@@ -14,7 +17,7 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "kvlib: KV-cache compression, tested"
-html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
+html_static_path = ["_static", FONT]
 html_css_files = ["book.css"]
 html_math_renderer = "mathml"
 html_copy_source = False

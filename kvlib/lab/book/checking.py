@@ -51,7 +51,7 @@ def missing(path: Path, address: str) -> bool:
 
 
 def problems(folder: Path) -> list[str]:
-    """One line for each link into nothing, each thing loaded from elsewhere, and each image without alternative text."""
+    """A line for each link into nothing, each thing loaded from elsewhere, each image without alternative text."""
     found = []
     for path in sorted(folder.resolve().rglob("*.html")):
         page, name = parsed(path), path.relative_to(folder.resolve())

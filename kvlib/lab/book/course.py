@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from kvlib.lab.notebooks.files import read
 from kvlib.lab.book.lessons import Lesson, alt_texts, every
 from kvlib.lab.book.tables import rows, table
+from kvlib.lab.notebooks.files import read
 
 
 def parts(root: Path) -> dict[str, str]:
@@ -48,7 +48,9 @@ def runtimes(root: Path) -> dict[str, str]:
 
 def picture(root: Path, lesson: Lesson, shown: dict) -> str:
     name = f"{lesson.stem}_{shown['figure']}"
-    alt = alt_texts(read(root / "notebooks" / f"{lesson.stem}.ipynb"))[name].translate({ord(mark): " " for mark in "[]"})
+    alt = alt_texts(read(root / "notebooks" / f"{lesson.stem}.ipynb"))[name].translate(
+        {ord(mark): " " for mark in "[]"}
+    )
     return f"![{alt}](figures/{name}.svg)"
 
 
@@ -56,7 +58,10 @@ def guide(root: Path, lesson: Lesson, said: dict, times: str) -> str:
     """The lecturer's notes on one lesson."""
     lines = [f"## {lesson.number} {lesson.title}"]
     lines += [f"{lesson.link}, {lesson.minutes}. Its code runs in: {times}."]
-    lines += ["**Show**", "\n".join(f"1. {shown['say']}\n\n   {picture(root, lesson, shown)}\n" for shown in said["show"])]
+    lines += [
+        "**Show**",
+        "\n".join(f"1. {shown['say']}\n\n   {picture(root, lesson, shown)}\n" for shown in said["show"]),
+    ]
     lines += ["**Discuss**", "\n".join(f"- {question}" for question in said["questions"])]
     pairs = [f"- *“{pair['wrong']}”* {pair['right']}" for pair in said["misconceptions"]]
     return "\n\n".join([*lines, "**Common misconceptions**", "\n".join(pairs)])

@@ -45,7 +45,7 @@ def in_short(root: Path) -> dict[str, tuple[str, str]]:
     """Method -> what it keeps and its source, from README's table; a row may be about several."""
     found = {}
     for names, keeps, source in rows((root / "README.md").read_text(), "## Methods"):
-        found |= {name: (keeps, source) for name in re.findall(r"`(\w+)`", names)}
+        found |= dict.fromkeys(re.findall(r"`(\w+)`", names), (keeps, source))
     return found
 
 
@@ -58,7 +58,7 @@ def known_from(root: Path, name: str) -> str:
 def call(cls: type[Method]) -> str:
     """The call that makes the method with its defaults."""
     arguments = [f"{field.name}={field.default!r}" for field in dataclasses.fields(cls)]
-    whole = f'kvlib.method({", ".join([repr(cls.name), *arguments])})'.replace("'", '"')
+    whole = f"kvlib.method({', '.join([repr(cls.name), *arguments])})".replace("'", '"')
     return "\n".join(textwrap.wrap(whole, 88, subsequent_indent=" " * 13, break_long_words=False))
 
 
@@ -97,6 +97,4 @@ def code(cls: type[Method]) -> str:
     source = textwrap.dedent(inspect.getsource(cls)).replace(f'"""{cls.__doc__}"""\n', "", 1)
     lines = re.sub(r"(?m)^ +(?=\n)|(?<=:\n)\n", "", source).strip()
     summary = f"<summary><code>{cls.__module__}</code></summary>"
-    return (
-        f"```{{raw}} html\n<details>{summary}\n```\n\n```python\n{lines}\n```\n\n```{{raw}} html\n</details>\n```"
-    )
+    return f"```{{raw}} html\n<details>{summary}\n```\n\n```python\n{lines}\n```\n\n```{{raw}} html\n</details>\n```"

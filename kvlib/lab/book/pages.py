@@ -8,10 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from kvlib.lab.notebooks.files import all_notebooks
 from kvlib.lab.book import course, glossary, lessons, methods, references, verdicts
+from kvlib.lab.notebooks.files import all_notebooks
 
-LINK = re.compile(r"\]\((\.\./[^)#\s]+|params/[^)#\s]+)\)")
+LINK = re.compile(r"\]\(((?:\.\./|params/|figures/)[^)#\s]+)\)")
 
 
 def pages(root: Path) -> dict[str, bytes]:
@@ -35,13 +35,13 @@ def linked(root: Path, texts: dict[str, str]) -> dict[str, bytes]:
     """The files of the repository that pages link to or show, and that are not pages themselves."""
     found = {}
     for name, text in texts.items():
-        folder = Path("lecturer.md" if name.startswith("generated/") else name).parent
-        shown = [target for target in LINK.findall(text)] + re.findall(r"\]\((figures/[^)#\s]+)\)", text)
-        for target in shown:
+        folder = (
+            Path(name).parent if not name.startswith("generated/") else Path()
+        )  # those stand where they are included
+        for target in LINK.findall(text):
             path = (root / folder / target).resolve()
-            relative = path.relative_to(root.resolve()).as_posix()
             if path.suffix not in (".md", ".ipynb") and path.is_file():
-                found[relative] = path.read_bytes()
+                found[path.relative_to(root.resolve()).as_posix()] = path.read_bytes()
     return found
 
 

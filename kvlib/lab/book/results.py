@@ -4,9 +4,9 @@ import csv
 import re
 from pathlib import Path
 
+from kvlib.lab.book.tables import table
 from kvlib.lab.notebooks.files import all_notebooks, read
 from kvlib.lab.results.studies import STUDIES
-from kvlib.lab.book.tables import table
 
 CATALOGUES = {"natural": "sixteen families of questions", "families": "fourteen families of questions"}
 ANSWERS = {"answers", "stepwise"}  # measures whose values are shares of right answers
@@ -16,7 +16,9 @@ HEAD = ["settings", "budget", "stored", "points", "95 %", "prompts"]
 def lessons(root: Path) -> dict[str, str]:
     """Lesson, as a link -> its text, in which methods and tables are looked for."""
     return {
-        f"[{path.stem.partition('_')[0]}](../notebooks/{path.name})": "\n".join(c["source"] for c in read(path)["cells"])
+        f"[{path.stem.partition('_')[0]}](../notebooks/{path.name})": "\n".join(
+            c["source"] for c in read(path)["cells"]
+        )
         for path in all_notebooks(root)
     }
 

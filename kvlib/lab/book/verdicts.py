@@ -17,6 +17,8 @@ def page(root: Path) -> str:
     for own, claims in groupby(ledger, key=lambda row: row["evidence"] == OWN):
         parts += ["## Ours, controls among them" if own else "## Of papers and of the field"]
         for paper, of_paper in groupby(claims, key=lambda row: row["paper"]):
-            body = [[row["claim"], row["theirs"] or "–", row["ours"] or "–", f"**{row['verdict']}**"] for row in of_paper]
+            body = [
+                [row["claim"], row["theirs"] or "–", row["ours"] or "–", f"**{row['verdict']}**"] for row in of_paper
+            ]
             parts += [f"### {'On ' if own else ''}{paper}", table(HEAD, body)]
     return "\n\n".join(parts) + "\n"
