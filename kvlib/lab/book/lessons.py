@@ -9,7 +9,7 @@ from kvlib.lab.notebooks.files import all_notebooks, code_cells, read, to_text
 SAVED = re.compile(r'(?m)^\s*save\(\w+, "(\w+)"')
 CAPTION = re.compile(r"(?m)^\*\*Figure (\d+)\.\*\* (.*)$")
 
-ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./(?!data/VERDICTS)[\w/]+\.md\)")
+ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./(?!data/VERDICTS|kvlib/methods/)[\w/]+\.md\)")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def alt_texts(notebook: dict) -> dict[str, str]:
     Captions are numbered in the order in which figures are saved.
     """
     prose = "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    captions = [re.sub(r"[*`$\\]", "", text) for _, text in CAPTION.findall(prose)]
+    captions = {int(number): re.sub(r"[*`$\\]", "", text) for number, text in CAPTION.findall(prose)}
     saved = [(name, cell) for cell in code_cells(notebook) for name in SAVED.findall(cell["source"])]
     own = [cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "") for _, cell in saved]
-    return {name: alt or caption for (name, _), alt, caption in zip(saved, own, captions, strict=True)}
+    return {name: own[i] or captions.get(i + 1, "") for i, (name, _) in enumerate(saved)}
 
 
 def copy(path: Path) -> str:

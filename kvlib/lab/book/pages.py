@@ -13,6 +13,8 @@ from kvlib.lab.notebooks.files import all_notebooks
 
 LINK = re.compile(r"\]\(((?:\.\./|params/|figures/)[^)#\s]+)\)")
 
+AS_THEY_ARE = ("data/VERDICTS.md", "kvlib/methods/README.md", "kvlib/methods/systems/README.md")
+
 
 def pages(root: Path) -> dict[str, bytes]:
     """Path in the book's source -> content. The same repository gives the same bytes."""
@@ -21,7 +23,7 @@ def pages(root: Path) -> dict[str, bytes]:
     for path in sorted((root / "notebooks" / "solutions").glob("*.ipynb")):
         found[f"notebooks/solutions/{path.name}"] = path.read_text()
     found["notebooks/README.md"] = lessons.overview(root)
-    found["data/VERDICTS.md"] = (root / "data" / "VERDICTS.md").read_text()
+    found |= {name: (root / name).read_text() for name in AS_THEY_ARE}
     found |= methods.pages(root)
     found["generated/glossary.md"] = glossary.page(root)
     found["generated/verdicts.md"] = verdicts.page(root)
@@ -35,9 +37,7 @@ def linked(root: Path, texts: dict[str, str]) -> dict[str, bytes]:
     """The files of the repository that pages link to or show, and that are not pages themselves."""
     found = {}
     for name, text in texts.items():
-        folder = (
-            Path(name).parent if not name.startswith("generated/") else Path()
-        )  # those stand where they are included
+        folder = Path() if name.startswith("generated/") else Path(name).parent  # parts stand where they are included
         for target in LINK.findall(text):
             path = (root / folder / target).resolve()
             if path.suffix not in (".md", ".ipynb") and path.is_file():
