@@ -7,7 +7,6 @@ from pathlib import Path
 from kvlib.lab.notebooks.files import all_notebooks, code_cells, read, to_text
 
 SAVED = re.compile(r'(?m)^\s*save\(\w+, "(\w+)"')
-CAPTION = re.compile(r"(?m)^\*\*Figure (\d+)\.\*\* (.*)$")
 
 ELSEWHERE = re.compile(r"\[([^]]+)\]\(\.\./(?!data/VERDICTS|kvlib/methods/)[\w/]+\.md\)")
 
@@ -59,28 +58,23 @@ def seen_from_above(text: str) -> str:
 
 
 def alt_texts(notebook: dict) -> dict[str, str]:
-    """Figure name -> alternative text: that of the cell, or else the caption under the figure.
-
-    Captions are numbered in the order in which figures are saved.
-    """
-    prose = "\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
-    captions = {int(number): re.sub(r"[*`$\\]", "", text) for number, text in CAPTION.findall(prose)}
-    saved = [(name, cell) for cell in code_cells(notebook) for name in SAVED.findall(cell["source"])]
-    own = [cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "") for _, cell in saved]
-    return {name: own[i] or captions.get(i + 1, "") for i, (name, _) in enumerate(saved)}
+    """Figure name -> the alternative text of the cell that saves it."""
+    return {
+        name: cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+        for cell in code_cells(notebook)
+        for name in SAVED.findall(cell["source"])
+    }
 
 
 def copy(path: Path) -> str:
-    """The lesson with an alternative text for every image. Captions are in its prose, so that the cell's own goes.
+    """The lesson as it is stored, with two differences.
 
-    Links to READMEs of the repository, which are no pages of the book, become plain words.
+    Captions of figures are in its prose, so that those that cells have go. Links to READMEs of the repository that are
+    no pages of the book become plain words.
     """
     notebook = read(path)
-    texts = alt_texts(notebook)
-    for cell in code_cells(notebook):
-        if names := SAVED.findall(cell["source"]):
-            cell["metadata"]["mystnb"] = {"image": {"alt": texts[names[0]]}}
     for cell in notebook["cells"]:
+        cell["metadata"].get("mystnb", {}).pop("figure", None)
         if cell["cell_type"] == "markdown":
             cell["source"] = ELSEWHERE.sub(r"\1", cell["source"])
     return to_text(notebook)
