@@ -114,6 +114,12 @@ def test_a_page_s_numbers_are_those_of_the_table(content):
     assert section.index(f"| {mean} | {low} to {high} | {row['samples']} |") < section.index("The full cache has")
 
 
+def test_verdicts_stand_with_the_method_that_was_run_and_not_with_its_baseline(content):
+    claim = "Choosing by the end of the prompt beats choosing by all attention so far at equal bytes."
+    assert claim in content["methods/snapkv.md"].decode()
+    assert claim not in content["methods/h2o.md"].decode() and claim in content["generated/verdicts.md"].decode()
+
+
 def test_docstrings_become_lists():
     class Toy:
         """Keep the first.

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from kvlib.core.method import METHODS, Budgeted, Method
-from kvlib.lab.book import results
+from kvlib.lab.book import results, verdicts
 from kvlib.lab.book.tables import cells, rows, table
 
 DEFAULTS = "its authors' class or library", "its authors' experiments", "kvpress 0.5.5", "here"
@@ -22,12 +22,15 @@ def pages(root: Path) -> dict[str, str]:
     index = "# Methods\n\nOne page each, made from its class, the tables and the tests.\n\n"
     index += table(["method", "keeps", "source"], body)
     index += "\n```{toctree}\n:hidden:\n\n" + "".join(f"{name}\n" for name in names if name in METHODS) + "```\n"
-    lessons, measured = results.lessons(root), results.means(root)
-    made = {f"methods/{name}.md": page(root, name, short.get(name, ("", "")), lessons, measured) for name in METHODS}
-    return {"methods/index.md": index} | made
+    lessons, measured, claims = results.lessons(root), results.means(root), verdicts.ledger(root)
+    made = {"methods/index.md": index}
+    for name in METHODS:
+        found = results.section(name, lessons, measured), verdicts.about(name, claims)
+        made[f"methods/{name}.md"] = page(root, name, short.get(name, ("", "")), *found)
+    return made
 
 
-def page(root: Path, name: str, short: tuple[str, str], lessons: dict[str, str], measured: dict) -> str:
+def page(root: Path, name: str, short: tuple[str, str], measured: str, decided: str) -> str:
     cls, (keeps, source) = METHODS[name], short
     parts = [f"# {name}"]
     parts += [f"**Keeps** {keeps}."] if keeps else []
@@ -36,7 +39,7 @@ def page(root: Path, name: str, short: tuple[str, str], lessons: dict[str, str],
     parts += [f"**Budget:** {BUDGET if issubclass(cls, Budgeted) else 'none'}.", f"```python\n{call(cls)}\n```"]
     parts += ["## What it does", *docstring(cls)]
     parts += ["## Whose defaults", whose(root, name)]
-    parts += ["## Results", results.section(name, lessons, measured)]
+    parts += ["## Results", measured, "## Verdicts", decided]
     parts += ["## Tests", tests(root, name), "## Code", code(cls)]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,7 @@
-"""The ledger in short, paper by paper. The whole of it, with scopes and p-values, is data/VERDICTS.md."""
+"""The ledger in short, paper by paper and method by method. The whole of it, with scopes and p-values, is VERDICTS.md."""
 
 import csv
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -10,15 +11,30 @@ HEAD = ["claim", "theirs", "here, with 95 % interval", "verdict"]
 OWN = "ours"  # the evidence of claims that nobody made but this project
 
 
-def page(root: Path) -> str:
+def ledger(root: Path) -> list[dict]:
+    """All claims, those of papers first."""
     with (root / "data" / "results" / "ledger.csv").open() as file:
-        ledger = sorted(csv.DictReader(file), key=lambda row: (row["evidence"] == OWN, row["paper"].lower(), row["id"]))
+        return sorted(csv.DictReader(file), key=lambda row: (row["evidence"] == OWN, row["paper"].lower(), row["id"]))
+
+
+def short(claims) -> str:
+    """A table of claims, without scopes."""
+    said = [(row["claim"], row["theirs"], row["ours"], f"**{row['verdict']}**") for row in claims]
+    return table(HEAD, [[cell or "–" for cell in row] for row in said])
+
+
+def about(name: str, claims: list[dict]) -> str:
+    """The claims of papers and of the field that a run of the method decides; not those in which it is the baseline."""
+    ran = re.compile(rf"; (?:\S+ under )?{name}(?!\w)")
+    own = [row for row in claims if row["evidence"] != OWN and ran.search(row["scope"])]
+    return short(own) if own else "No claim that was tested is about it."
+
+
+def page(root: Path) -> str:
+    """All claims, in sections by paper."""
     parts = []
-    for own, claims in groupby(ledger, key=lambda row: row["evidence"] == OWN):
+    for own, claims in groupby(ledger(root), key=lambda row: row["evidence"] == OWN):
         parts += ["## Ours, controls among them" if own else "## Of papers and of the field"]
         for paper, of_paper in groupby(claims, key=lambda row: row["paper"]):
-            body = [
-                [row["claim"], row["theirs"] or "–", row["ours"] or "–", f"**{row['verdict']}**"] for row in of_paper
-            ]
-            parts += [f"### {'On ' if own else ''}{paper}", table(HEAD, body)]
+            parts += [f"### {'On ' if own else ''}{paper}", short(of_paper)]
     return "\n\n".join(parts) + "\n"
