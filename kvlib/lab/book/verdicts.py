@@ -1,4 +1,4 @@
-"""The ledger in short, paper by paper and method by method. The whole of it, with scopes and p-values, is VERDICTS.md."""
+"""The ledger in short, by paper and by method. The whole of it, with scopes and p-values, is data/VERDICTS.md."""
 
 import csv
 import re
