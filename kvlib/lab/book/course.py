@@ -35,10 +35,16 @@ def notes(root: Path, lesson: Lesson) -> dict:
 def sessions(lessons: list[Lesson]) -> str:
     """One row a lesson, with what its own first cell says."""
     body = [
-        [f"{lesson.link} {lesson.title}", lesson.question, lesson.minutes, lesson.needs, "; ".join(lesson.exercises)]
+        [
+            f"{lesson.link} {lesson.title}",
+            lesson.question,
+            lesson.minutes,
+            lesson.needs,
+            "; ".join(lesson.exercises).replace(" minutes", ""),
+        ]
         for lesson in lessons
     ]
-    return table(["session", "question", "time", "you need", "exercises"], body)
+    return table(["session", "question", "time", "you need", "exercises, minutes"], body)
 
 
 def runtimes(root: Path) -> dict[str, str]:
