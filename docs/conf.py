@@ -5,7 +5,7 @@ from importlib.metadata import distribution
 project = "kvlib"
 author = "the authors of kvlib"
 extensions = ["myst_nb", "kvlib.lab.book.mathml"]
-# The one OpenType font for mathematics that comes as a Python package; nothing else of the package is used.
+# An OpenType font for mathematics, under the Open Font License; of the package that brings it nothing else is used.
 FONT = str(distribution("ziamath").locate_file("ziamath/fonts/STIXTwoMath-Regular.ttf"))
 
 exclude_patterns = ["generated"]  # parts that pages include

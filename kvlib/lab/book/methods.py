@@ -16,15 +16,15 @@ BUDGET = "a share of the prompt, or a number of tokens (of what is kept or, by a
 
 def pages(root: Path) -> dict[str, str]:
     """An index and one page a method, in the order of README's table."""
-    short = in_short(root)
-    names = [*short, *sorted(set(METHODS) - set(short))]
-    body = [[f"[`{name}`]({name}.md)", *short.get(name, ("", ""))] for name in names if name in METHODS]
+    short, shipped = in_short(root), [name for name, cls in METHODS.items() if cls.__module__.startswith("kvlib.")]
+    names = sorted(shipped, key=lambda name: list(short).index(name) if name in short else len(short))
+    body = [[f"[`{name}`]({name}.md)", *short.get(name, ("", ""))] for name in names]
     index = "# Methods\n\nOne page each, made from its class, the tables and the tests.\n\n"
     index += table(["method", "keeps", "source"], body)
-    index += "\n```{toctree}\n:hidden:\n\n" + "".join(f"{name}\n" for name in names if name in METHODS) + "```\n"
+    index += "\n```{toctree}\n:hidden:\n\n" + "".join(f"{name}\n" for name in names) + "```\n"
     lessons, measured, claims = results.lessons(root), results.means(root), verdicts.ledger(root)
     made = {"methods/index.md": index}
-    for name in METHODS:
+    for name in names:
         found = results.section(name, lessons, measured), verdicts.about(name, claims)
         made[f"methods/{name}.md"] = page(root, name, short.get(name, ("", "")), *found)
     return made
@@ -80,9 +80,9 @@ def whose(root: Path, name: str) -> str:
     text = (root / "kvlib" / "methods" / "README.md").read_text()
     line = re.search(rf"(?m)^\| `{name}` \|.*$", text)
     if not line:
-        return "It has no settings that a source could have chosen otherwise."
+        return "No source has settings for it."
     said = [list(pair) for pair in zip(DEFAULTS, cells(line[0])[1:]) if pair[1] != "–"]
-    return table(["where", "settings"], said) + "\nSettings that nobody is known to have chosen are left out."
+    return table(["where", "settings"], said) + "\nWhere no settings are known the row is left out."
 
 
 def tests(root: Path, name: str) -> str:
@@ -98,6 +98,6 @@ def tests(root: Path, name: str) -> str:
 def code(cls: type[Method]) -> str:
     """The class without its docstring, folded."""
     source = textwrap.dedent(inspect.getsource(cls)).replace(f'"""{cls.__doc__}"""\n', "", 1)
-    lines = re.sub(r"(?m)^ +(?=\n)|(?<=:\n)\n", "", source).strip()
+    lines = re.sub(r":\n\s*\n", ":\n", source, count=1).strip()
     summary = f"<summary><code>{cls.__module__}</code></summary>"
     return f"```{{raw}} html\n<details>{summary}\n```\n\n```python\n{lines}\n```\n\n```{{raw}} html\n</details>\n```"
