@@ -29,7 +29,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup student mutant lab model figures smoke check test test-deep lint bench publish results results-clean \
+.PHONY: help setup student mutant lab model figures smoke check test test-deep lint bench publish site results results-clean \
         ledger verify verdicts minilm arms clean lock
 
 help:       ## list the targets
@@ -80,6 +80,9 @@ bench: $(INSTALLED)  ## time decoding and prefill on this machine against stock 
 publish: $(INSTALLED)  ## run the default profile and store its outputs in notebooks/
 	@$(MAKE) --no-print-directory figures PROFILE=default
 	@$(RUN) publish
+
+site: $(INSTALLED)  ## build the book, build/site/index.html, from stored outputs; offline
+	$(PYTHON) -m kvlib.lab.book
 
 results: $(INSTALLED)  ## make what is missing of the result tables (minutes on a GPU, hours without), then the ledger
 	$(PYTHON) -m kvlib.lab.results
