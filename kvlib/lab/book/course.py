@@ -1,6 +1,6 @@
 """What the pages for teaching are made of: the syllabus, the lecturer's notes, the slides.
 
-Notes on a lesson are in docs/lecturer/<lesson>.yaml: `show`, two figures with what to say; `questions` to discuss;
+Notes on a lesson are in docs/lecturer/<lesson>.yaml: `show`, the two best figures (a lesson may have one only) with what to say; `questions` to discuss;
 `misconceptions`, each with what is right.
 """
 
@@ -74,6 +74,6 @@ def guide(root: Path, lesson: Lesson, said: dict, times: str) -> str:
 
 
 def slide(root: Path, lesson: Lesson, said: dict) -> str:
-    """One page with the question and the two pictures."""
+    """One page with the question and its best pictures, two if the lesson has two."""
     pictures = [f"{picture(root, lesson, shown)}\n\n{shown['say']}" for shown in said["show"]]
     return "\n\n".join([f"## {lesson.number} {lesson.title}", f"**{lesson.question}**", *pictures])
