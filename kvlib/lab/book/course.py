@@ -1,7 +1,7 @@
 """What the pages for teaching are made of: the syllabus, the lecturer's notes, the slides.
 
-Notes on a lesson are in docs/lecturer/<lesson>.yaml: `show`, the two best figures (a lesson may have one only) with what to say; `questions` to discuss;
-`misconceptions`, each with what is right.
+Notes on a lesson are in docs/lecturer/<lesson>.yaml: `show`, its two best figures (or its only one) with what to say;
+`questions` to discuss; `misconceptions`, each with what is right.
 """
 
 from pathlib import Path
