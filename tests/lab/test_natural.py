@@ -1,8 +1,10 @@
 """Tasks in natural language: what a prompt promises, for a base model's tokenizer and for one with a chat format."""
 
 import hashlib
+import random
 import re
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,13 +17,15 @@ from kvlib.lab.evaluation.answers import write
 from kvlib.lab.evaluation.blockwise import divided
 from kvlib.lab.evaluation.prompts import compressed
 from kvlib.lab.tasks import natural
-from kvlib.lab.tasks.natural import pilot, texts
+from kvlib.lab.tasks.natural import needles, pilot, spelled, texts
+from kvlib.lab.tasks.natural.words import Draw
 from kvlib.verified import end_tokens
 
 CHAT = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+SPELLINGS = (needles.number, spelled.number_short, spelled.number_in_words)
 families = pytest.mark.parametrize("task", natural.FAMILIES)
 formats = pytest.mark.parametrize("chat", [False, True], ids=["base", "chat"])
 
@@ -324,3 +328,18 @@ def test_a_family_stays_if_it_passes_at_one_length():
     assert found.passes.tolist() == [False, True, False, False]
     assert found.stays.tolist() == [True, True, False, False]
     assert found.full.tolist() == [1.0, 0.9, 0.1, 0.1] and found.samples.eq(100).all()
+
+
+def test_a_needle_in_fewer_tokens_has_the_wording_of_the_needle():
+    def counted(text, **_):
+        return SimpleNamespace(input_ids=[0] * (2 if text.endswith("r") else 1))
+
+    made = [make(Draw(random.Random(1), 3, 512, counted)) for make in SPELLINGS]
+    assert [draft.facts[0][0] for draft in made] == [made[0].facts[0][0]] * 3  # the same depth
+    answers = [draft.answers[0] for draft in made]
+    assert re.fullmatch(r" \d{7}", answers[0]) and re.fullmatch(r" \d{3}", answers[1])
+    words = answers[2].split()
+    assert len(words) == len(set(words)) == 3 and not any(word.endswith("r") for word in words)  # one token each
+    for draft in made[1:]:
+        city = re.search(r"number for (\w+) mentioned", draft.question).group(1)
+        assert draft.facts[0][1] == needles.hide(city, draft.answers[0].strip()) and draft.instruction == needles.HIDDEN
