@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_exercises import refused
 
 import kvlib
 from kvlib.lab import statistics, tasks
@@ -153,12 +154,6 @@ def test_drawings_have_a_point_for_every_setting(asked):
 
 
 # Exercises
-
-
-def refused(check, message: str, *arguments) -> None:
-    with pytest.raises(AssertionError) as error:
-        check(*arguments)
-    assert message in str(error.value)
 
 
 def share(bits, group, tokens, raw):

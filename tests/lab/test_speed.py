@@ -13,7 +13,6 @@ from kvlib.lab.speed.rows import write
 from kvlib.lab.speed.settings import (
     ANCHORED,
     ARGUMENTS,
-    ARGUMENTS_OF_SYSTEMS,
     CAPTURED,
     FULL,
     RAGGED,
@@ -244,8 +243,7 @@ def test_arguments_that_cannot_work(arguments, tmp_path, capsys):
 def test_targets_are_those_of_methods_that_are_measured():
     methods = {name for setting in SETTINGS.values() for name in setting.methods}
     assert {method for method, _, _ in WANTED} <= methods
-    others = {*RAGGED, *ARGUMENTS, *ARGUMENTS_OF_SYSTEMS, *ANCHORED}
-    assert {name.removesuffix(CAPTURED) for name in methods - others} <= {*kvlib.METHODS}
+    assert {name.removesuffix(CAPTURED) for name in methods - {*RAGGED, *ARGUMENTS, *ANCHORED}} <= {*kvlib.METHODS}
 
 
 def test_prompts_in_lines_are_for_methods_that_forget_lines(monkeypatch):

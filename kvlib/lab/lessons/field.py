@@ -103,11 +103,11 @@ def label(method: str, arguments: str) -> str:
     return f"{printed(method)}, {said}" if said else printed(method)
 
 
-def front(found: pd.DataFrame, value: str = "mean") -> pd.DataFrame:
-    """The Pareto front: rows that no other beats in `value` with as small a share, or in share with as high a value."""
-    by_bytes = found.sort_values(["share", value], ascending=[True, False])
-    best = by_bytes[value].cummax()
-    return by_bytes[(by_bytes[value] == best) & ~best.duplicated()]
+def front(found: pd.DataFrame) -> pd.DataFrame:
+    """The Pareto front: rows that no other beats in the mean with as small a share, or in share with as high a mean."""
+    by_bytes = found.sort_values(["share", "mean"], ascending=[True, False])
+    best = by_bytes["mean"].cummax()
+    return by_bytes[(by_bytes["mean"] == best) & ~best.duplicated()]
 
 
 def differences(table: pd.DataFrame, pairs: dict) -> pd.DataFrame:

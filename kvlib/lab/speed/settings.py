@@ -15,23 +15,21 @@ from kvlib.lab.speed.ragged import PerHead, Threshold
 
 CAPTURED = ", captured"  # behind a method's name: its steps are replayed as a CUDA graph
 RAGGED = {cls.name: cls for cls in (PerHead, Threshold)}  # heads of different lengths, beside the registered methods
-ARGUMENTS = {  # of methods that read a part, by a name that begins with theirs; layers are those found for SmolLM2
+ARGUMENTS = {  # of readers, and of two of SYSTEMS, by a name that begins with theirs; layers as found for SmolLM2
     "tidaldecode, query": {"selection_layers": (2, 14), "heads": "query"},
     "tidaldecode, group": {"selection_layers": (2, 14), "heads": "group"},
     "tidaldecode, all": {"selection_layers": (2, 14), "heads": "all"},
     "quest, page 16": {"page": 16},
     "loki, rank 0.25": {"rank": 0.25},
     "tokenselect, no vote stands": {"similarity": 1.0},  # votes take their time anyhow, but count if they do not stand
+    "kivi, 4 bits": {"bits": 4},
+    "combined, snapkv in 8 bits": {"evictor": "snapkv", "store": "int8"},
 }
 SYSTEMS = (  # of the comparison, whatever weights a model has
     "snapkv", "h2o", "adakv", "uncomp", "critical_kv", "defensive_kv", "kv_compress", "lagkv", "keydiff",
     "expected_attention", "keyformer", "kvzip", "int8", "kivi, 4 bits", "think", "minicache", "lorc", "cskv",
     "combined, snapkv in 8 bits",
 )  # fmt: skip
-ARGUMENTS_OF_SYSTEMS = {
-    "kivi, 4 bits": {"bits": 4},
-    "combined, snapkv in 8 bits": {"evictor": "snapkv", "store": "int8"},
-}
 ANCHOR, LINE = 1, 10  # id of what ends a line, and tokens in one
 ANCHORED = {  # AnchorCoder, layers as of SmolLM2's arms; a model with random weights plants no anchors
     "anchorcoder, per 4": {"anchor": ANCHOR, "per": 4, "source": 8, "beyond": 22, "forced": False},
@@ -126,7 +124,7 @@ def method(name: str, budget: float):
     if name in ANCHORED:
         return kvlib.method("anchorcoder", **ANCHORED[name])
     name = name.removesuffix(CAPTURED)
-    registered, arguments = name.split(",")[0], (ARGUMENTS | ARGUMENTS_OF_SYSTEMS).get(name, {})
+    registered, arguments = name.split(",")[0], ARGUMENTS.get(name, {})
     share = {"budget": 1.0 if name == FULL else budget} if registered in budgeted() else {}
     return kvlib.method(registered, **share, **arguments)
 
@@ -139,7 +137,9 @@ def processor() -> str:
 
 
 SMOL = Setting("SmolLM2-135M", "cpu", "float32", 1800, 0.5, pairs=12, tokens=8, prefills=2, threads=1)
-READERS = replace(SMOL, budget=0.1, methods=(FULL, "snapkv", "h2o", *ARGUMENTS))
+READERS = replace(
+    SMOL, budget=0.1, methods=(FULL, "snapkv", "h2o", *(name for name in ARGUMENTS if name not in SYSTEMS))
+)
 LLAMA = Setting("Llama-3.1-8B, 8 layers", "cuda", "bfloat16", 32_768, 0.2)
 SETTINGS = {
     "smollm2-1.8k": SMOL,
