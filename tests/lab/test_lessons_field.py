@@ -23,11 +23,13 @@ def asked() -> pd.DataFrame:
     return field.rows("asked")
 
 
-@pytest.mark.parametrize("protocol", ["asked", "later"])
-def test_all_settings_have_answered_the_same_prompts(protocol):
-    found = field.rows(protocol)
+@pytest.mark.parametrize("kind", field.TABLES)
+def test_all_settings_have_answered_the_same_prompts(kind):
+    found, study = field.rows(kind), STUDIES[field.TABLES[kind][0]]
     prompts = found.groupby(field.CELL)[["task", "sample"]].apply(lambda cell: frozenset(map(tuple, cell.to_numpy())))
-    assert prompts.nunique() == 1 and len(prompts.iloc[0]) == 16 * field.SAMPLES
+    (samples,) = study.models.values()
+    assert prompts.nunique() == 1 and prompts.iloc[0] == {(t, n) for t in study.tasks for n in range(samples)}
+    assert found["model"].nunique() == 1 and found["protocol"].nunique() == 1
     assert not found.duplicated([*field.CELL, "task", "sample"]).any()
 
 

@@ -171,6 +171,13 @@ def test_verdicts_shown_are_those_of_the_ledger(path):
         )
 
 
+def test_a_lesson_follows_from_tables_that_its_helpers_or_loops_name():
+    found = {path.stem: {file.name for file in dependencies.tables(path)} for path in files.all_notebooks()}
+    assert {"00_real.parquet", "00_real_later.parquet"} <= found["00b_eviction"]  # names in a tuple, without an ending
+    assert {"90_real.parquet", "90_bytes.parquet", "02_uncomp.parquet"} <= found["90_comparison"]  # in a helper
+    assert "90_real.parquet" not in found["91_performance"] and not found["00a_cache"]
+
+
 @pytest.mark.parametrize("profile", ["smoke", "default", "paper"])
 def test_profiles_set_known_parameters_only(profile):
     content = yaml.safe_load((NOTEBOOKS / "params" / f"{profile}.yaml").read_text())

@@ -12,11 +12,13 @@ from kvlib.lab.plotting import printed, series
 from kvlib.lab.results.summaries import named
 from kvlib.lab.tasks.natural.words import GOLDEN
 
-SAMPLES = 24  # of each family, those that every table has
-TABLES = {  # by protocol; what stands in several is taken from the first
+SAMPLES = 24  # of each family of SmolLM2's
+TABLES = {  # what stands in several is taken from the first, which says of which prompts
     "asked": ("90_real", "00_real", "01_real", "02_real"),
     "later": ("90_real_later", "00_real_later"),
     "texts": ("90_real_texts", "00_real_texts"),
+    "minilm, asked": ("90_comparison", "00_kv_cache", "01_vatp", "02_uncomp"),
+    "minilm, later": ("90_comparison_later",),
 }
 KINDS = {  # what a method does, in the order of the lesson
     "position": "random streaming_llm",
@@ -41,16 +43,16 @@ ONE_PLACE = [  # families whose answer stands once, where their first fact is
 CELL = ["configuration", "budget"]
 
 
-def rows(protocol: str) -> pd.DataFrame:
-    """What all methods have answered of SmolLM2's prompts: the first `SAMPLES` of each family.
+def rows(kind: str) -> pd.DataFrame:
+    """What all methods have answered of the same prompts, those of the first table of a kind.
 
     Args:
-        protocol: a key of `TABLES`.
+        kind: a key of `TABLES`: a protocol, of SmolLM2 if no model is named.
     """
-    tables = [named(pd.read_parquet(paths.RESULTS / f"{name}.parquet")) for name in TABLES[protocol]]
+    tables = [named(pd.read_parquet(paths.RESULTS / f"{name}.parquet")) for name in TABLES[kind]]
     found = [tables[0], *(table[table["configuration"].isin(OLDER)] for table in tables[1:])]
-    together = pd.concat(table[table["sample"] < SAMPLES] for table in found)
-    together = together.drop_duplicates([*CELL, "task", "sample"], ignore_index=True)
+    together = pd.concat(found).drop_duplicates([*CELL, "task", "sample"], ignore_index=True)
+    together = together.merge(tables[0][["task", "sample"]].drop_duplicates())
     counts = together.groupby(CELL)["value"].transform("size")
     return together[counts == counts.max()]
 

@@ -54,11 +54,15 @@ def files(path: Path) -> list[Path]:
 
 
 def tables(path: Path) -> list[Path]:
-    """The result tables that the code of a notebook names, those of times among them."""
-    cells = "\n".join(cell["source"] for cell in code_cells(lesson(path)))
+    """The result tables, those of times among them, that a notebook names, or what it reaches in `kvlib.lab.lessons`.
+
+    They are named as files, or by themselves in a text of their own.
+    """
+    helpers = [trees for name, trees in reached(path).items() if name.startswith("kvlib.lab.lessons.")]
+    text = code(path) + str(helpers)
     results = root_of(path) / "data" / "results"
     there = (file for pattern in ("*.parquet", "*_speed.csv") for file in results.glob(pattern))
-    return sorted(file for file in there if file.name in cells)
+    return sorted(file for file in there if file.name in text or f"'{file.stem}'" in text)
 
 
 def makefile(root: Path, profile: str) -> str:

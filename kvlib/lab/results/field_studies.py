@@ -36,7 +36,9 @@ TOGETHER = (  # (budgets of the evictor, what it is combined with)
     ((0.5,), {"evictor": "keydiff", "store": "kivi"}),
     ((0.25,), {"evictor": "snapkv", "store": "think"}),
     ((0.39,), {"evictor": "h2o", "store": "int8"}),
-    ((0.39,), {"evictor": "kvzip", "store": "int8"}),
+    ((0.19, 0.39), {"evictor": "kvzip", "store": "int8"}),
+    ((0.19, 0.39), {"evictor": "defensive_kv", "store": "int8"}),
+    *(((0.39,), {"evictor": name, "store": "int8"}) for name in ("uncomp", "streaming_llm", "lagkv", "kv_compress")),
     ((0.5,), {"evictor": "snapkv", "reader": "loki", "read": 0.1}),
 )
 
@@ -60,16 +62,29 @@ SYSTEMS = (
     *(c for budgets, arguments in TOGETHER for c in with_arguments("combined", budgets, **arguments)),
 )
 SYSTEMS_MINILM = (  # which has a calibration for Eigen Attention
-    *(c for name, arguments in TOKENS for c in with_arguments(name, (0.2,), **arguments)),
+    *(c for name, arguments in TOKENS for c in with_arguments(name, BUDGETS, **arguments)),
     *(c for name, arguments in STORES for c in with_arguments(name, (1.0,), **arguments)),
     *with_arguments("eigen_attention", (1.0,), calibration="minilm"),
     *(c for share in (0.5, 0.75) for c in low_rank("minilm", share)),
     *shared("minilm"),
-    *(c for host in ("snapkv", "kvzip") for c in with_arguments("combined", (0.39,), evictor=host, store="int8")),
+    *(
+        c
+        for host in ("snapkv", "kvzip", "defensive_kv", "h2o")
+        for c in with_arguments("combined", (0.39,), evictor=host, store="int8")
+    ),
 )
+KNOWN = ("random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "tova", "knorm", "uncomp", "adakv")
 MISSING_LATER = (  # what the table of later questions lacks, of other lessons
-    *with_arguments("vatp", (0.2, 0.5), host="h2o"),
-    *(Configuration(name, budget) for name in ("uncomp", "adakv") for budget in (0.2, 0.5)),
+    *with_arguments("vatp", BUDGETS, host="h2o"),
+    *with_arguments("vatp", BUDGETS, host="snapkv"),
+    *(Configuration(name, budget) for name in ("uncomp", "adakv") for budget in BUDGETS),
+    *with_arguments("adakv", BUDGETS, window=8),
+    *(Configuration(name, 0.1) for name in (*KNOWN[:7], "scissorhands")),
+    *with_arguments("snapkv", (0.1,), window=8, kernel=15),
+)
+MISSING_MINILM = (  # of which no table has later questions
+    *(Configuration(name, budget) for name in KNOWN for budget in BUDGETS),
+    *with_arguments("vatp", BUDGETS, host="h2o"),
 )
 SPELLED = (  # a needle in fewer tokens: methods at a fifth, and what others store
     FULL,
@@ -80,7 +95,6 @@ SPELLED = (  # a needle in fewer tokens: methods at a fifth, and what others sto
     Configuration("kivi", 1.0, '{"bits": 4}'),
     *with_arguments("combined", (0.39,), evictor="snapkv", store="int8"),
 )  # fmt: skip
-KNOWN = ("random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "tova", "knorm", "uncomp", "adakv")
 SAMPLES = 24
 FIELD = {
     "90_real": Study(
@@ -109,10 +123,17 @@ FIELD = {
         models={"smollm2": 12},
     ),
     "90_comparison": Study(
-        tasks=("dict_lookup", "two_hop", "collect", "transform", "needle", "completion"),  # of each group one
+        tasks=tuple(tasks.FAMILIES),
         length=2048,
         configurations=(FULL, *SYSTEMS_MINILM),
-        models={"minilm": 4},
+        models={"minilm": 12},
+    ),
+    "90_comparison_later": Study(
+        tasks=tuple(tasks.FAMILIES),
+        length=2048,
+        configurations=(FULL, *SYSTEMS_MINILM, *MISSING_MINILM),
+        models={"minilm": 12},
+        protocol="later",
     ),
     "90_bytes": Study(
         tasks=("number",),
