@@ -165,56 +165,6 @@ def test_before_and_after_rotation():
         assert torch.equal(each, layers) and torch.equal(entropies[1], pair[1])
 
 
-def test_bends_over_heads():
-    curves = torch.tensor([[8.0, 4, 2, 1, 0.9, 0.8, 0.7, 0.6], [5.0, 4.9, 4.8, 4.7, 4.6, 4.5, 4.4, 1.0]])[None]
-    found = typing_heads.bends(curves, {"linear": "linear axes", "log": "logarithmic"})
-    ends = [typing_heads.elbow(curves, axes).flatten().tolist() for axes in ("linear", "log")]
-    assert found["k = d/4"] == 2 and found["elbow, linear axes"] == min(ends[0])  # torch's median is the lower one
-    assert [found["from"], found["to"]] == [min(map(min, ends)), max(map(max, ends))]
-    assert list(found) == ["k = d/4", "elbow, linear axes", "elbow, logarithmic", "from", "to"]
-
-
-def test_before_and_after_rotation():
-    generator = torch.Generator().manual_seed(0)
-    before, after = (torch.rand(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
-    before, after = (x / x.sum(-1, keepdim=True) for x in (before, after))
-    found, in_layers = typing_heads.before_and_after(
-        {("a", "prose", "query", "before"): before, ("a", "prose", "query", "after"): after}
-    )
-    for kind, count in (("truncated", 2), ("full", 8)):
-        pair = [entropy(x, count) for x in (before, after)]
-        (like, same), layers = typing_heads.two_typings(*pair)
-        expected = [pair[0].mean().item(), pair[1].mean().item(), like, same]
-        assert found.loc["a", "query", "prose", kind].tolist() == pytest.approx(expected)
-        entropies, each = in_layers["a", "query", "prose", kind]
-        assert torch.equal(each, layers) and torch.equal(entropies[1], pair[1])
-
-
-def test_bends_over_heads():
-    curves = torch.tensor([[8.0, 4, 2, 1, 0.9, 0.8, 0.7, 0.6], [5.0, 4.9, 4.8, 4.7, 4.6, 4.5, 4.4, 1.0]])[None]
-    found = typing_heads.bends(curves, {"linear": "linear axes", "log": "logarithmic"})
-    ends = [typing_heads.elbow(curves, axes).flatten().tolist() for axes in ("linear", "log")]
-    assert found["k = d/4"] == 2 and found["elbow, linear axes"] == min(ends[0])  # torch's median is the lower one
-    assert [found["from"], found["to"]] == [min(map(min, ends)), max(map(max, ends))]
-    assert list(found) == ["k = d/4", "elbow, linear axes", "elbow, logarithmic", "from", "to"]
-
-
-def test_before_and_after_rotation():
-    generator = torch.Generator().manual_seed(0)
-    before, after = (torch.rand(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
-    before, after = (x / x.sum(-1, keepdim=True) for x in (before, after))
-    found, in_layers = typing_heads.before_and_after(
-        {("a", "prose", "query", "before"): before, ("a", "prose", "query", "after"): after}
-    )
-    for kind, count in (("truncated", 2), ("full", 8)):
-        pair = [entropy(x, count) for x in (before, after)]
-        (like, same), layers = typing_heads.two_typings(*pair)
-        expected = [pair[0].mean().item(), pair[1].mean().item(), like, same]
-        assert found.loc["a", "query", "prose", kind].tolist() == pytest.approx(expected)
-        entropies, each = in_layers["a", "query", "prose", kind]
-        assert torch.equal(each, layers) and torch.equal(entropies[1], pair[1])
-
-
 def test_other_numbers_of_eigenvalues():
     spectra = torch.rand(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(-1).values
     spectra = spectra.flip(-1) / spectra.sum(-1, keepdim=True)

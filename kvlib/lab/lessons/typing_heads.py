@@ -66,36 +66,6 @@ def bends(spectra: torch.Tensor, scales: dict[str, str]) -> dict[str, float]:
     return {"k = d/4": truncation(spectra.shape[-1])} | medians | ends
 
 
-def bends(spectra: torch.Tensor, scales: dict[str, str]) -> dict[str, float]:
-    """Where the elbows of heads are, beside the number of eigenvalues that UNComp counts.
-
-    Args:
-        spectra: `(layers, heads, d)`. scales: axes as of `elbow` -> what they are called.
-
-    Returns:
-        "k = d/4"; for each scale "elbow, ...", the median over heads; "from" and "to", over all scales.
-    """
-    found = {label: elbow(spectra, axes).double() for axes, label in scales.items()}
-    medians = {f"elbow, {label}": x.median().item() for label, x in found.items()}
-    ends = {"from": min(x.min().item() for x in found.values()), "to": max(x.max().item() for x in found.values())}
-    return {"k = d/4": truncation(spectra.shape[-1])} | medians | ends
-
-
-def bends(spectra: torch.Tensor, scales: dict[str, str]) -> dict[str, float]:
-    """Where the elbows of heads are, beside the number of eigenvalues that UNComp counts.
-
-    Args:
-        spectra: `(layers, heads, d)`. scales: axes as of `elbow` -> what they are called.
-
-    Returns:
-        "k = d/4"; for each scale "elbow, ...", the median over heads; "from" and "to", over all scales.
-    """
-    found = {label: elbow(spectra, axes).double() for axes, label in scales.items()}
-    medians = {f"elbow, {label}": x.median().item() for label, x in found.items()}
-    ends = {"from": min(x.min().item() for x in found.values()), "to": max(x.max().item() for x in found.values())}
-    return {"k = d/4": truncation(spectra.shape[-1])} | medians | ends
-
-
 def distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
     """How far two texts move the spectrum of a head, and how far apart two heads of a layer are on one text.
 
@@ -154,52 +124,6 @@ def two_typings(first: torch.Tensor, second: torch.Tensor) -> tuple[tuple[float,
     in_layers = torch.full((len(first),), torch.nan) if few else rank_correlation(first, second)
     halves = (by_rank(first, 2) == by_rank(second, 2)).double().mean().item()
     return (in_layers.mean().item(), 100 * halves), in_layers
-
-
-def before_and_after(found: dict) -> tuple[pd.DataFrame, dict]:
-    """Entropies of heads before and after rotation: are heads of a layer ranked alike by both?
-
-    Args:
-        found: (model, text, tensor, "before" or "after") -> spectra `(layers, heads, d)`.
-
-    Returns:
-        (a row per model, tensor, text and entropy, "truncated" or "full": before, after, means over heads; "rank
-        correlation" and "same half, %" as of `two_typings`; (model, tensor, text, entropy) -> (entropies before and
-        after, rank correlation of each layer))
-    """
-    rows, in_layers = {}, {}
-    for model, text, tensor in dict.fromkeys(place[:3] for place in found):
-        both = [found[model, text, tensor, when] for when in ("before", "after")]
-        for kind, count in {"truncated": truncation(both[0].shape[-1]), "full": None}.items():
-            pair = [entropy(spectra, count) for spectra in both]
-            numbers, each = two_typings(*pair)
-            rows[model, tensor, text, kind] = [*(x.mean().item() for x in pair), *numbers]
-            in_layers[model, tensor, text, kind] = pair, each
-    index = pd.MultiIndex.from_tuples(rows, names=["model", "tensor", "text", "entropy"])
-    return pd.DataFrame(list(rows.values()), index, ["before", "after", "rank correlation", "same half, %"]), in_layers
-
-
-def before_and_after(found: dict) -> tuple[pd.DataFrame, dict]:
-    """Entropies of heads before and after rotation: are heads of a layer ranked alike by both?
-
-    Args:
-        found: (model, text, tensor, "before" or "after") -> spectra `(layers, heads, d)`.
-
-    Returns:
-        (a row per model, tensor, text and entropy, "truncated" or "full": before, after, means over heads; "rank
-        correlation" and "same half, %" as of `two_typings`; (model, tensor, text, entropy) -> (entropies before and
-        after, rank correlation of each layer))
-    """
-    rows, in_layers = {}, {}
-    for model, text, tensor in dict.fromkeys(place[:3] for place in found):
-        both = [found[model, text, tensor, when] for when in ("before", "after")]
-        for kind, count in {"truncated": truncation(both[0].shape[-1]), "full": None}.items():
-            pair = [entropy(spectra, count) for spectra in both]
-            numbers, each = two_typings(*pair)
-            rows[model, tensor, text, kind] = [*(x.mean().item() for x in pair), *numbers]
-            in_layers[model, tensor, text, kind] = pair, each
-    index = pd.MultiIndex.from_tuples(rows, names=["model", "tensor", "text", "entropy"])
-    return pd.DataFrame(list(rows.values()), index, ["before", "after", "rank correlation", "same half, %"]), in_layers
 
 
 def before_and_after(found: dict) -> tuple[pd.DataFrame, dict]:
