@@ -23,6 +23,7 @@ from kvlib.lab.lessons.exercises import (
     lesson_01b,
     lesson_02,
     lesson_02b,
+    lesson_02c,
     lesson_04,
     lesson_04b,
     lesson_91,
@@ -693,27 +694,11 @@ def matrix_entropy(tokens, k):
     return torch.special.entr(eigenvalues(unit_rows(tokens))[:k]).sum()
 
 
-def tokens_per_layer(scores, threshold, longest, shortest, fell=lambda now, before, t: before - now > t, fewer=1):
-    groups = [0]
-    for before, now in pairwise(scores):
-        groups.append(groups[-1] + fell(now, before, threshold))
-    step = (longest - shortest) // max(1, groups[-1] + 1 - fewer)
-    if groups[-1] == 0:
-        return [longest] * len(scores)
-    return [shortest + (groups[-1] - group) * step for group in groups]
-
-
-def needle_score(answer, prefix, needle):
-    return needles.rouge1(answer, needle[len(prefix) :])
-
-
 def test_right_answers_of_02_pass(capsys):
     lesson_02.check_native_share(native_share)
     lesson_02.check_matrix_entropy(matrix_entropy)
     lesson_02.check_matrix_entropy(lambda x, k: float(matrix_entropy(x, k)))
-    lesson_02.check_tokens_per_layer(tokens_per_layer)
-    lesson_02.check_needle_score(needle_score)
-    names = ["native_share", *["matrix_entropy"] * 2, "tokens_per_layer", "needle_score"]
+    names = ["native_share", *["matrix_entropy"] * 2]
     assert capsys.readouterr().out.splitlines() == [f"{name} is right" for name in names]
 
 
@@ -764,70 +749,6 @@ def naive(tokens, k):
 )
 def test_wrong_entropies(answer, message):
     refused(lesson_02.check_matrix_entropy, message, answer)
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda *a: None, "tokens_per_layer returned None"),
-        (lambda s, *a: tokens_per_layer(s, *a)[1:], "one number for each of 5 layers"),
-        (
-            lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: now - before > t),
-            "where the score falls, not where it rises",
-        ),
-        (lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: abs(now - before) > t), "a rise begins no group"),
-        (
-            lambda s, t, x, y: lesson_02.per_layer(lesson_02.from_start(s, t), len(s), x, y),
-            "a fall is measured from the layer before",
-        ),
-        (lambda *a: [*tokens_per_layer(*a)[1:], tokens_per_layer(*a)[-1]], "whose score is lower begins the group"),
-        (lambda *a: tokens_per_layer(*a)[::-1], "deeper groups have fewer tokens"),
-        (lambda *a: [x + 0.5 for x in tokens_per_layer(*a)], "whole numbers of tokens"),
-        (lambda s, t, x, y: tokens_per_layer(s, 2 * t, x, y), "twelve layers: [998, 853, 708"),
-        (
-            lambda s, t, x, y: [x - g * ((x - y) // 3) for g in (0, 0, 1, 1, 2)] if len(s) == 5 else None,
-            "there is one step less than groups",
-        ),
-        (lambda s, *a: tokens_per_layer(s, *a) if s.sort() else [0] * len(s), "changes its argument"),
-    ],
-)
-def test_wrong_tokens_per_layer(answer, message):
-    refused(lesson_02.check_tokens_per_layer, message, answer)
-
-
-def right_words(answer, prefix, needle):
-    """Words in common, words said, words wanted."""
-    said, wanted = (Counter(re.findall("[a-z]+", text.lower())) for text in (answer, needle[len(prefix) :]))
-    return (said & wanted).total(), said.total(), wanted.total(), len(said.keys() & wanted.keys())
-
-
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda *a: None, "needle_score returned None"),
-        (
-            lambda a, p, n: needles.rouge1(f"{p}{a}", n),
-            "has 60.0, 0 is expected; the words of the prefix",
-        ),
-        (lambda a, p, n: needle_score(a, p, n) / 100, "a share of 1 is not asked for"),
-        (lambda a, p, n: needles.rouge1(a, n), "the right answer has 72.7, 100 is expected"),
-        (lambda a, p, n: 100.0 * (a.strip() in n), "an empty answer has 100.0"),
-        (lambda a, p, n: 100.0 * (a.strip(" .").lower() == n[len(p) :].strip(" .").lower()), "each further right word"),
-        (lambda a, p, n: 100 * right_words(a, p, n)[0] / right_words(a, p, n)[2], "whoever says everything"),
-        (lambda *a: 100 * right_words(*a)[0] / max(1, right_words(*a)[1]), "each further right word has to count"),
-        (
-            lambda a, p, n: needle_score(a, p, n) if a == a.lower() else needle_score(a, p, n.lower()) - 1,
-            "100 is expected",
-        ),
-        (lambda a, p, n: needle_score(a, p, n) if "zebra" not in a else 5, "none of its words is right"),
-        (
-            lambda a, p, n: 100 * (len([w for w in a.lower().strip(".").split() if w in n.lower()]) > 5) if a else 0,
-            "each further right word has to count",
-        ),
-    ],
-)
-def test_wrong_needle_scores(answer, message):
-    refused(lesson_02.check_needle_score, message, answer)
 
 
 # 02b_uncomp_parts
@@ -941,6 +862,93 @@ def by_mean(labels, groups):
 )
 def test_wrong_greedy_rules(answer, message):
     refused(lesson_02b.check_greedy, message, answer)
+
+
+# 02c_uncomp_stages
+
+
+def tokens_per_layer(scores, threshold, longest, shortest, fell=lambda now, before, t: before - now > t, fewer=1):
+    groups = [0]
+    for before, now in pairwise(scores):
+        groups.append(groups[-1] + fell(now, before, threshold))
+    step = (longest - shortest) // max(1, groups[-1] + 1 - fewer)
+    if groups[-1] == 0:
+        return [longest] * len(scores)
+    return [shortest + (groups[-1] - group) * step for group in groups]
+
+
+def needle_score(answer, prefix, needle):
+    return needles.rouge1(answer, needle[len(prefix) :])
+
+
+def test_right_answers_of_02c_pass(capsys):
+    lesson_02c.check_tokens_per_layer(tokens_per_layer)
+    lesson_02c.check_needle_score(needle_score)
+    assert capsys.readouterr().out.splitlines() == ["tokens_per_layer is right", "needle_score is right"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "tokens_per_layer returned None"),
+        (lambda s, *a: tokens_per_layer(s, *a)[1:], "one number for each of 5 layers"),
+        (
+            lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: now - before > t),
+            "where the score falls, not where it rises",
+        ),
+        (lambda *a: tokens_per_layer(*a, fell=lambda now, before, t: abs(now - before) > t), "a rise begins no group"),
+        (
+            lambda s, t, x, y: lesson_02c.per_layer(lesson_02c.from_start(s, t), len(s), x, y),
+            "a fall is measured from the layer before",
+        ),
+        (lambda *a: [*tokens_per_layer(*a)[1:], tokens_per_layer(*a)[-1]], "whose score is lower begins the group"),
+        (lambda *a: tokens_per_layer(*a)[::-1], "deeper groups have fewer tokens"),
+        (lambda *a: [x + 0.5 for x in tokens_per_layer(*a)], "whole numbers of tokens"),
+        (lambda s, t, x, y: tokens_per_layer(s, 2 * t, x, y), "twelve layers: [998, 853, 708"),
+        (
+            lambda s, t, x, y: [x - g * ((x - y) // 3) for g in (0, 0, 1, 1, 2)] if len(s) == 5 else None,
+            "there is one step less than groups",
+        ),
+        (lambda s, *a: tokens_per_layer(s, *a) if s.sort() else [0] * len(s), "changes its argument"),
+    ],
+)
+def test_wrong_tokens_per_layer(answer, message):
+    refused(lesson_02c.check_tokens_per_layer, message, answer)
+
+
+def right_words(answer, prefix, needle):
+    """Words in common, words said, words wanted."""
+    said, wanted = (Counter(re.findall("[a-z]+", text.lower())) for text in (answer, needle[len(prefix) :]))
+    return (said & wanted).total(), said.total(), wanted.total(), len(said.keys() & wanted.keys())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda *a: None, "needle_score returned None"),
+        (
+            lambda a, p, n: needles.rouge1(f"{p}{a}", n),
+            "has 60.0, 0 is expected; the words of the prefix",
+        ),
+        (lambda a, p, n: needle_score(a, p, n) / 100, "a share of 1 is not asked for"),
+        (lambda a, p, n: needles.rouge1(a, n), "the right answer has 72.7, 100 is expected"),
+        (lambda a, p, n: 100.0 * (a.strip() in n), "an empty answer has 100.0"),
+        (lambda a, p, n: 100.0 * (a.strip(" .").lower() == n[len(p) :].strip(" .").lower()), "each further right word"),
+        (lambda a, p, n: 100 * right_words(a, p, n)[0] / right_words(a, p, n)[2], "whoever says everything"),
+        (lambda *a: 100 * right_words(*a)[0] / max(1, right_words(*a)[1]), "each further right word has to count"),
+        (
+            lambda a, p, n: needle_score(a, p, n) if a == a.lower() else needle_score(a, p, n.lower()) - 1,
+            "100 is expected",
+        ),
+        (lambda a, p, n: needle_score(a, p, n) if "zebra" not in a else 5, "none of its words is right"),
+        (
+            lambda a, p, n: 100 * (len([w for w in a.lower().strip(".").split() if w in n.lower()]) > 5) if a else 0,
+            "each further right word has to count",
+        ),
+    ],
+)
+def test_wrong_needle_scores(answer, message):
+    refused(lesson_02c.check_needle_score, message, answer)
 
 
 # 04_tidaldecode

@@ -1,4 +1,4 @@
-"""What lesson 02 measures of heads and of needles, by hand and by loops."""
+"""What lessons 02 and 02c measure of heads and of needles, by hand and by loops."""
 
 import math
 

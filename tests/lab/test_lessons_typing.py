@@ -10,7 +10,8 @@ import tiny
 import torch
 
 import kvlib
-from kvlib.lab.lessons import typing_heads
+from kvlib.lab.lessons import comparing, spreads, typing_heads
+from kvlib.methods.entropy import entropy
 from kvlib.methods.head_groups import Measured, by_rank, clean, group_sizes, release
 
 N = 24
@@ -137,6 +138,81 @@ def test_stability_against_other_windows():
     assert found["value"].tolist() == [0, 0] and found.index.name == "windows"
     assert typing_heads.stability(entropies, 2, (2,), against=entropies[:1], draws=3)["value"].tolist() == [1]
     assert torch.equal(by_rank(entropies[0], 2), torch.tensor([[0, 0, 1, 1]]))
+
+
+def test_bends_over_heads():
+    curves = torch.tensor([[8.0, 4, 2, 1, 0.9, 0.8, 0.7, 0.6], [5.0, 4.9, 4.8, 4.7, 4.6, 4.5, 4.4, 1.0]])[None]
+    found = typing_heads.bends(curves, {"linear": "linear axes", "log": "logarithmic"})
+    ends = [typing_heads.elbow(curves, axes).flatten().tolist() for axes in ("linear", "log")]
+    assert found["k = d/4"] == 2 and found["elbow, linear axes"] == min(ends[0])  # torch's median is the lower one
+    assert [found["from"], found["to"]] == [min(map(min, ends)), max(map(max, ends))]
+    assert list(found) == ["k = d/4", "elbow, linear axes", "elbow, logarithmic", "from", "to"]
+
+
+def test_before_and_after_rotation():
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.rand(2, 5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    before, after = (x / x.sum(-1, keepdim=True) for x in (before, after))
+    found, in_layers = typing_heads.before_and_after(
+        {("a", "prose", "query", "before"): before, ("a", "prose", "query", "after"): after}
+    )
+    for kind, count in (("truncated", 2), ("full", 8)):
+        pair = [entropy(x, count) for x in (before, after)]
+        (like, same), layers = typing_heads.two_typings(*pair)
+        expected = [pair[0].mean().item(), pair[1].mean().item(), like, same]
+        assert found.loc["a", "query", "prose", kind].tolist() == pytest.approx(expected)
+        entropies, each = in_layers["a", "query", "prose", kind]
+        assert torch.equal(each, layers) and torch.equal(entropies[1], pair[1])
+
+
+def test_other_numbers_of_eigenvalues():
+    spectra = torch.rand(3, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(-1).values
+    spectra = spectra.flip(-1) / spectra.sum(-1, keepdim=True)
+    found = typing_heads.other_counts(spectra, (1 / 4, 1)).set_index(["kind", "k / d"])
+    assert found.loc[("as released", 1 / 4)].tolist() == pytest.approx([1, 100])  # 4 of 16, as UNComp
+    assert found.loc[("as released", 1)].tolist() == pytest.approx(found.loc[("renormalised", 1)].tolist())
+    kept = spectra[..., :4] / spectra[..., :4].sum(-1, keepdim=True)
+    (like, same), _ = typing_heads.two_typings(entropy(spectra, 4), -(kept * kept.log()).sum(-1))
+    assert found.loc[("renormalised", 1 / 4)].tolist() == pytest.approx([like, same])
+
+
+def test_a_prompt_types_as_a_calibration():
+    """Four query heads on two KV heads; the prompt ranks these as prose does, and the other way round than code."""
+    flat, narrow = torch.full((8,), 1 / 8).double(), torch.tensor([1.0] + 7 * [0.0]).double()
+    spectra = torch.stack([narrow, flat, flat, flat])[None]  # (layers, query_heads, d)
+    prose, code = torch.tensor([[[0.0, 1, 3, 3]]]), torch.tensor([[[3.0, 3, 0, 1]]])
+    measured = Measured({"prose": prose, "code": code}, {}, 2, 8, 2)
+    found = typing_heads.as_calibrated(spectra, measured, 2)
+    assert [found["typed by prose"], found["typed by code"], found["by lot"]] == [100, 0, 50]
+    assert list(found) == ["typed by prose", "typed by code", "typed by both", "by lot"]
+
+
+def test_stability_within_and_between_texts():
+    """Every window of a text is the same; code has the order of prose the other way round."""
+    prose = torch.tensor([1.0, 2, 3, 4]).expand(4, 2, 4)
+    measured = Measured({"prose": prose, "code": -prose}, {}, 4, 8, 2)
+    rows = typing_heads.between_texts(measured, 2, draws=3)
+    assert rows.groupby("kind")["value"].agg(list).to_dict() == {
+        "prose by prose": [100, 100],
+        "code by code": [100, 100],
+        "prose by code": [0, 0, 0],
+    }
+    assert rows["windows"].tolist() == [1, 2, 1, 2, 1, 2, 4] and rows["at"].is_unique
+
+
+def test_settings_against_one_budget(monkeypatch):
+    """By hand: one prompt more of two is answered; groups of all heads move what their number of heads says."""
+    rows = [("{}", 0, 1.0), ("{}", 1, 1.0), ('{"spread": 0.0}', 0, 1.0), ('{"spread": 0.0}', 1, 0.0)]
+    table = pd.DataFrame(rows, columns=["arguments", "sample", "value"])
+    table = table.assign(model="a", method="uncomp", budget=0.2, task="number")
+    settings = [("by entropy", 3, 0.5, "uncomp"), ("over all layers", 2, 0.5, "uncomp")]
+    monkeypatch.setattr(spreads, "SETTINGS", {"a": settings})
+    measured = {"a": Measured({}, {"prose": torch.zeros(1, 5)}, 3, 8, 2)}
+    found = spreads.above({"a": table}, {"a": ["number"]}, measured)
+    assert found["value"].tolist() == [50, 50] and found["prompts"].tolist() == [2, 2]
+    expected = [100 * typing_heads.moved(3, 3, 0.5), 100 * typing_heads.moved(15, 2, 0.5)]
+    assert found["moved, %"].tolist() == pytest.approx(expected)
+    assert found["low"][0] == comparing.changes(table, {"": ("uncomp", spreads.UNIFORM, 0.2)}, ["number"])["low"].item()
 
 
 def test_intervals_are_drawn_by_kind():

@@ -1,13 +1,15 @@
 """What decides how UNComp types heads: eigenvalues that count, windows of text, rules, and the rotary embedding."""
 
 from dataclasses import replace
+from itertools import product
 
 import pandas as pd
 import torch
 
 from kvlib.core.rotary import rotaries, rotate
 from kvlib.lab.lessons.value_norms import rank_correlation
-from kvlib.methods.head_groups import RULES, Measured, by_rank, group_sizes
+from kvlib.methods.entropy import entropy, truncation
+from kvlib.methods.head_groups import RULES, Measured, by_rank, group_sizes, per_kv_head
 
 LEAST = 1e-12  # eigenvalues below are rounding, and have no logarithm worth drawing
 
@@ -47,6 +49,21 @@ def elbow(curve: torch.Tensor, axes: str) -> torch.Tensor:
     along = (x - x[0]) / (x[-1] - x[0])
     chord = y[..., :1] + along * (y[..., -1:] - y[..., :1])
     return (y - chord).abs().argmax(-1) + 1
+
+
+def bends(spectra: torch.Tensor, scales: dict[str, str]) -> dict[str, float]:
+    """Where the elbows of heads are, beside the number of eigenvalues that UNComp counts.
+
+    Args:
+        spectra: `(layers, heads, d)`. scales: axes as of `elbow` -> what they are called.
+
+    Returns:
+        "k = d/4"; for each scale "elbow, ...", the median over heads; "from" and "to", over all scales.
+    """
+    found = {label: elbow(spectra, axes).double() for axes, label in scales.items()}
+    medians = {f"elbow, {label}": x.median().item() for label, x in found.items()}
+    ends = {"from": min(x.min().item() for x in found.values()), "to": max(x.max().item() for x in found.values())}
+    return {"k = d/4": truncation(spectra.shape[-1])} | medians | ends
 
 
 def distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
@@ -109,6 +126,64 @@ def two_typings(first: torch.Tensor, second: torch.Tensor) -> tuple[tuple[float,
     return (in_layers.mean().item(), 100 * halves), in_layers
 
 
+def before_and_after(found: dict) -> tuple[pd.DataFrame, dict]:
+    """Entropies of heads before and after rotation: are heads of a layer ranked alike by both?
+
+    Args:
+        found: (model, text, tensor, "before" or "after") -> spectra `(layers, heads, d)`.
+
+    Returns:
+        (a row per model, tensor, text and entropy, "truncated" or "full": before, after, means over heads; "rank
+        correlation" and "same half, %" as of `two_typings`; (model, tensor, text, entropy) -> (entropies before and
+        after, rank correlation of each layer))
+    """
+    rows, in_layers = {}, {}
+    for model, text, tensor in dict.fromkeys(place[:3] for place in found):
+        both = [found[model, text, tensor, when] for when in ("before", "after")]
+        for kind, count in {"truncated": truncation(both[0].shape[-1]), "full": None}.items():
+            pair = [entropy(spectra, count) for spectra in both]
+            numbers, each = two_typings(*pair)
+            rows[model, tensor, text, kind] = [*(x.mean().item() for x in pair), *numbers]
+            in_layers[model, tensor, text, kind] = pair, each
+    index = pd.MultiIndex.from_tuples(rows, names=["model", "tensor", "text", "entropy"])
+    return pd.DataFrame(list(rows.values()), index, ["before", "after", "rank correlation", "same half, %"]), in_layers
+
+
+def other_counts(spectra: torch.Tensor, shares) -> pd.DataFrame:
+    """Are heads of a layer ranked by other numbers of eigenvalues as by the number that UNComp counts?
+
+    Args:
+        spectra: `(layers, heads, d)`. shares: of the d eigenvalues, how many count.
+
+    Returns:
+        a row per share and kind, "as released" or "renormalised" (the eigenvalues that count are divided by their sum):
+        kind, "k / d", "rank correlation", "same half", as `two_typings` returns them.
+    """
+    d, rows = spectra.shape[-1], []
+    usual = entropy(spectra, truncation(d))
+    for share, (kind, renormalised) in product(shares, {"as released": False, "renormalised": True}.items()):
+        (like, same), _ = two_typings(usual, entropy(spectra, round(share * d), renormalised))
+        rows.append({"kind": kind, "k / d": share, "rank correlation": like, "same half": same})
+    return pd.DataFrame(rows)
+
+
+def as_calibrated(spectra: torch.Tensor, measured: Measured, groups: int) -> dict[str, float]:
+    """Of KV heads, the percentage that a prompt puts into the group that a calibration has found.
+
+    Args:
+        spectra: of the prompt's queries, `(layers, query_heads, d)`.
+
+    Returns:
+        "typed by ..." each text of the calibration, and "both"; "by lot", what two random typings would have.
+    """
+    found = by_rank(per_kv_head(entropy(spectra, truncation(spectra.shape[-1])), measured.kv_heads), groups)
+    shares = {}
+    for text in (*measured.entropy, None):
+        same = found == measured.groups(groups, corpus=text)
+        shares[f"typed by {text or 'both'}"] = 100 * same.double().mean().item()
+    return shares | {"by lot": 100 * chance(measured.kv_heads, groups)}
+
+
 def stability(
     entropies: torch.Tensor,
     groups: int,
@@ -141,6 +216,25 @@ def stability(
         low, high = shares.quantile(torch.tensor([0.05, 0.95], dtype=shares.dtype)).tolist()
         rows[count] = {"value": shares.mean().item(), "low": low, "high": high}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("windows")
+
+
+def between_texts(measured: Measured, groups: int, draws: int = 50, seed: int = 0) -> pd.DataFrame:
+    """`stability` of a calibration's KV heads within prose, within code, and of prose typed by code.
+
+    Returns:
+        its rows in percent, with windows as a column; kind, "prose by code" being the last; at, an abscissa that keeps
+        the kinds apart.
+    """
+    prose, code = (per_kv_head(measured.entropy[text], measured.kv_heads) for text in ("prose", "code"))
+    cases = {"prose by prose": (prose, None), "code by code": (code, None), "prose by code": (code, prose)}
+    rows = []
+    for place, (kind, (windows, against)) in enumerate(cases.items()):
+        counts = [
+            2**power for power in range(len(windows).bit_length()) if against is not None or 2**power < len(windows)
+        ]
+        same = 100 * stability(windows, groups, counts, against=against, draws=draws, seed=seed)
+        rows.append(same.reset_index().assign(kind=kind, at=same.index * (0.96 + 0.04 * place)))
+    return pd.concat(rows)
 
 
 def intervals(axes, rows: pd.DataFrame, looks: dict[str, dict]) -> None:
