@@ -1,4 +1,4 @@
-"""`python -m kvlib`: a one-minute demonstration, the list of methods, and generation from a file or about one."""
+"""`python -m kvlib`: a one-minute demonstration, the list of methods, generation from a file or about one, sweeps."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from kvlib.core.method import budgeted
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one of the three commands; errors a user can mend are printed in one line."""
+    """Run one of the four commands; errors a user can mend are printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m kvlib", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     demo = commands.add_parser("demo", help="a number found, lost and found again (the default)")
@@ -37,6 +37,26 @@ def main(arguments: list[str] | None = None) -> None:
     generate.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
     generate.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
     generate.add_argument("--max-new-tokens", type=int, default=64)
+    sweep = commands.add_parser(
+        "sweep", help="make the table of a study, here or on a cluster, for another model if you like"
+    )
+    sweep.add_argument(
+        "study", metavar="STUDY", help="the name of a table; `python -m kvlib.lab.results -h` lists them"
+    )
+    sweep.add_argument("--model", help="a hub id or a folder instead of the study's models")
+    sweep.add_argument("--samples", type=int, metavar="N", help="of every task; default: as many as the study has")
+    sweep.add_argument("--folder", metavar="SHARED", help="for a folder of this sweep's own (default: build/sweeps)")
+    sweep.add_argument("--block", type=int, metavar="N", help="prompts per prefill; fewer take less memory")
+    sweep.add_argument(
+        "--processes", type=int, metavar="N", help="side by side here, shared among the GPUs; default: 1"
+    )
+    sweep.add_argument(
+        "--ray", metavar="ADDRESS", help="a running cluster, auto or HOST:PORT, or local for one of N processes here"
+    )
+    sweep.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 for named models, else as stored"
+    )
+    sweep.add_argument("--device-map", metavar="MAP", help="auto spreads a model over the GPUs that a process sees")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
@@ -44,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             list_methods()
         elif options.command == "generate":
             generate_text(options)
+        elif options.command == "sweep":
+            make_table(options)
         else:
             without = os.environ.get("MODEL") == "minilm"  # as for make
             demonstrate(getattr(options, "model", None) or ("minilm" if without else "smollm2"))
@@ -142,6 +164,20 @@ def generate_text(options) -> None:
     print(f"\n{kind} tokens".ljust(22) + f"{inputs.input_ids.shape[1]}", file=sys.stderr)
     print(kept.format(included), file=sys.stderr)
     print(f"time                 {seconds:.2f} s", file=sys.stderr)
+
+
+def make_table(options) -> None:
+    """Make what is missing of a study's table, and say where it is."""
+    from kvlib.lab.sweeps.sweep import sweep
+
+    given = {name: value for name, value in vars(options).items() if name != "command" and value is not None}
+    try:
+        table = sweep(**given)
+    except RuntimeError as error:
+        sys.exit(f"kvlib: {error}")
+    except KeyboardInterrupt:
+        sys.exit("kvlib: interrupted; the same command goes on")
+    print(f"{table}, and its means in {table.with_suffix('.csv').name}")
 
 
 def report(run) -> str:

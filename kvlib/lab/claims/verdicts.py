@@ -30,7 +30,7 @@ from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import keys
-from kvlib.lab.results.making import Block, Loader, as_file, blocks, gathered, make_block
+from kvlib.lab.results.making import Block, Loader, as_file, blocks, gathered, make_block, places
 from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.results.study import Study
 
@@ -55,7 +55,7 @@ class Making:
 
     def __init__(self, name: str, study: Study, folder: Path, size: int, load: Callable):
         self.name, self.study, self.size, self.load = name, study, size, load
-        self.shards, self.table = folder / "shards" / name, folder / f"{name}.parquet"
+        self.shards, self.table = places(name, folder)
         self.wanted, self.none = keys(study), pd.DataFrame(columns=tables.COLUMNS)
         by_metric = sorted(blocks(study, size), key=metric)
         self.groups = [list(group) for _, group in groupby(by_metric, key=metric)]

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,22 +71,44 @@ def make_block(block: Block, study: Study, folder: Path, table: pd.DataFrame, wa
     Args:
         table: the rows of the block's model and task that are known and current. wanted: as `keys` gives them.
     """
-    path = folder / block.file
-    cells = wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
-    keys_of, size = dict(zip(study.everything, cells["key"], strict=True)), len(block.samples)
-    known = together(current(read(path), wanted), table)
+    cells = cells_of(block, wanted)
+    missing, known = left(block, study, folder, table, cells)
+    return fill(block, study, folder, missing, known, cells, load) if missing else 0
+
+
+def cells_of(block: Block, wanted: pd.DataFrame) -> pd.DataFrame:
+    """Of `wanted` the cells of a block's model and task, in the order of the study's configurations."""
+    return wanted[(wanted["model"] == block.model) & (wanted["task"] == block.task)]
+
+
+def left(
+    block: Block, study: Study, folder: Path, table: pd.DataFrame, cells: pd.DataFrame
+) -> tuple[list[Configuration], pd.DataFrame]:
+    """The configurations of a block that are missing in its shard and in `table`, and the rows of the others."""
+    keys_of = dict(zip(study.everything, cells["key"], strict=True))
+    known = together(current(read(folder / block.file), cells), table)
     known = known[known["sample"].isin(block.samples) & known["key"].isin([keys_of[c] for c in block.configurations])]
-    done = set(known["key"].value_counts()[lambda n: n == size].index)
-    missing = [c for c in block.configurations if keys_of[c] not in done]
-    if not missing:
-        return 0
+    done = set(known["key"].value_counts()[lambda n: n == len(block.samples)].index)
+    return [c for c in block.configurations if keys_of[c] not in done], known[known["key"].isin(done)]
+
+
+def fill(
+    block: Block,
+    study: Study,
+    folder: Path,
+    missing: list[Configuration],
+    known: pd.DataFrame,
+    cells: pd.DataFrame,
+    load,
+) -> int:
+    """Compute what is `missing` of a block and write its shard, with the rows that are `known`; returns how many."""
     model, tokenizer = load(block.model)
     new = MEASURES[study.measure].evaluate(
         model, tokenizer, missing, block.task, study.length, block.samples,
-        name=block.model, protocol=study.protocol, block=size,
+        name=block.model, protocol=study.protocol, block=len(block.samples),
     ).merge(cells, on=CELL)  # fmt: skip
-    write(together(known[known["key"].isin(done)], new), path)
-    return len(missing) * size
+    write(together(known, new), folder / block.file)
+    return len(new)
 
 
 class Loader:
@@ -100,6 +122,13 @@ class Loader:
             model, tokenizer = kvlib.load(name)
             self.name, self.pair = name, (model.cuda() if torch.cuda.is_available() else model, tokenizer)
         return self.pair
+
+
+def places(name: str, folder: Path | None) -> tuple[Path, Path]:
+    """Where shards and table of a study are: those of data/results, or in a folder of their own."""
+    if folder is None:
+        return tables.BUILD / name, paths.RESULTS / f"{name}.parquet"
+    return folder / "shards" / name, folder / f"{name}.parquet"
 
 
 def turns(todo: list[Block], counter) -> Iterator[tuple[int, Block]]:
@@ -117,22 +146,35 @@ def one_pass(block: Block) -> bool:
     return tasks.find(block.task).metric == "exact"
 
 
-def work(name: str, study: Study, size: int, part: int, parts: int, counter, parent: int | None = None) -> None:
+def in_turn(study: Study, size: int) -> list[Block]:
+    """All blocks, the longest first."""
+    return sorted(blocks(study, size), key=one_pass)
+
+
+def by_cell(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """The rows of each model and task: filtering the whole table for every block takes longer than few rows."""
+    return dict(list(table.groupby(["model", "task"])))
+
+
+def work(
+    name: str, study: Study, size: int, part: int, parts: int, counter, parent: int | None = None,
+    folder: Path | None = None, load: Callable | None = None,
+) -> None:  # fmt: skip
     """Make blocks in turn with the other processes, the longest first; stops when the parent is gone."""
     if parts > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // parts))
     if torch.cuda.is_available():
         torch.cuda.set_device(part % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
-    folder, wanted, load, made, started = tables.BUILD / name, keys(study), Loader(), 0, time.monotonic()
-    table, todo = current(read(paths.RESULTS / f"{name}.parquet"), wanted), sorted(blocks(study, size), key=one_pass)
-    cells = dict(list(table.groupby(["model", "task"])))  # filtering the whole table takes longer than few rows
+    (shards, file), wanted, load, made = places(name, folder), keys(study), load or Loader(), 0
+    table, todo, started = current(read(file), wanted), in_turn(study, size), time.monotonic()
+    rows = by_cell(table)
     with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
         for number, block in turns(todo, counter):
             if parent not in (None, os.getppid()):
                 raise RuntimeError("the process that owns the table is gone")
-            known = cells.get((block.model, block.task), table[:0])
-            made += make_block(block, study, folder, known, wanted, load)
+            known = rows.get((block.model, block.task), table[:0])
+            made += make_block(block, study, shards, known, wanted, load)
             bar.update(number + 1 - bar.n)
     seconds = time.monotonic() - started
     print(
@@ -141,39 +183,53 @@ def work(name: str, study: Study, size: int, part: int, parts: int, counter, par
     )
 
 
-def make(name: str, study: Study, size: int = BLOCK, processes: int = 1) -> pd.DataFrame:
-    """Make the table of a study, or what is missing of it, and write it to data/results.
+def make(
+    name: str,
+    study: Study,
+    size: int = BLOCK,
+    processes: int = 1,
+    folder: Path | None = None,
+    load: Callable | None = None,
+) -> pd.DataFrame:
+    """Make the table of a study, or what is missing of it, and write it to data/results or to another folder.
+
+    Args:
+        load: takes a name and returns model and tokenizer, in any process; default: a `Loader` for each.
 
     Raises:
         RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged or foreign shard, or
             a length above a model's window.
     """
-    with owner(name):
+    with owner(name, folder):
         context = multiprocessing.get_context("spawn")
         counter = context.Value("i", 0)
         if processes == 1:
-            work(name, study, size, 0, 1, counter)
+            work(name, study, size, 0, 1, counter, None, folder, load)
         else:
-            arguments = [(name, study, size, part, processes, counter, os.getpid()) for part in range(processes)]
-            running = [context.Process(target=work, args=each) for each in arguments]
+            shared = (processes, counter, os.getpid(), folder, load)
+            running = [
+                context.Process(target=work, args=(name, study, size, part, *shared)) for part in range(processes)
+            ]
             for process in running:
                 process.start()
             for process in running:
                 process.join()
             if failed := [process.exitcode for process in running if process.exitcode]:
                 raise RuntimeError(f"{len(failed)} of {processes} processes failed; what they finished is kept")
-        return merge(name, study, size)
+        return merge(name, study, size, folder)
 
 
-def merge(name: str, study: Study, size: int) -> pd.DataFrame:
+def merge(name: str, study: Study, size: int, folder: Path | None = None) -> pd.DataFrame:
     """Put the table together from its shards and its older self, and write it and its summary."""
-    rows = gathered(study, size, tables.BUILD / name, paths.RESULTS / f"{name}.parquet")
-    write(rows, paths.RESULTS / f"{name}.parquet")
-    part = tables.BUILD / f"{name}.csv.part"
+    shards, table = places(name, folder)
+    summary = table.with_suffix(".csv")
+    rows = gathered(study, size, shards, table)
+    write(rows, table)
+    part = tables.part(summary)
     summarise(rows).round(5).to_csv(part, index=False, lineterminator="\n")
-    part.replace(paths.RESULTS / f"{name}.csv")
-    for kind in ("parquet", "csv"):
-        checksums.record(paths.RESULTS / f"{name}.{kind}")
+    part.replace(summary)
+    for file in (table, summary):
+        checksums.record(file)
     return rows
 
 

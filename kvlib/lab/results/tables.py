@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,21 +38,34 @@ def read(path: Path) -> pd.DataFrame:
 
 def write(rows: pd.DataFrame, path: Path) -> None:
     """Appear at once and whole, or not at all; what is the same keeps its date."""
-    part = BUILD / f"{path.name}.{os.getpid()}.part"
-    for folder in (path.parent, part.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    rows[[column for column in KNOWN if column in rows]].to_parquet(part, compression="zstd", index=False)
-    if path.is_file() and path.read_bytes() == part.read_bytes():
-        part.unlink()
+    new = part(path)
+    rows[[column for column in KNOWN if column in rows]].to_parquet(new, compression="zstd", index=False)
+    if path.is_file() and path.read_bytes() == new.read_bytes():
+        new.unlink()
     else:
-        part.replace(path)
+        new.replace(path)
+
+
+def part(path: Path) -> Path:
+    """Where this process writes a file before it is renamed; both folders are there then.
+
+    Beside the file, since only within a file system a name changes at once, but not among what is committed.
+    """
+    folder = BUILD if path.parent == paths.RESULTS else path.parent
+    for each in (folder, path.parent):
+        each.mkdir(parents=True, exist_ok=True)
+    return folder / f"{path.name}.{platform.node()}.{os.getpid()}.part"
 
 
 @contextmanager
-def owner(name: str) -> Iterator[None]:
-    """One process at a time makes a table. Raises RuntimeError if another does; the lock dies with its process."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / f"{name}.lock").open("a") as file:
+def owner(name: str, folder: Path | None = None) -> Iterator[None]:
+    """One process at a time makes a table, one of data/results or in a folder of its own.
+
+    Raises RuntimeError if another does; the lock dies with its process.
+    """
+    folder = folder or BUILD
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
