@@ -1,4 +1,4 @@
-"""`python -m kvlib`: a one-minute demonstration, the list of methods, generation from a file or about one, sweeps."""
+"""`python -m kvlib`: a demonstration, the list of methods, generation from a file or about one, export, sweeps."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from kvlib.core.method import budgeted
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one of the four commands; errors a user can mend are printed in one line."""
+    """Run one of the commands; errors a user can mend are printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m kvlib", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     demo = commands.add_parser("demo", help="a number found, lost and found again (the default)")
@@ -57,6 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 for named models, else as stored"
     )
     sweep.add_argument("--device-map", metavar="MAP", help="auto spreads a model over the GPUs that a process sees")
+    export = commands.add_parser("export", help="write which tokens of a prompt are kept, for a serving engine")
+    export.add_argument("--method", required=True, help="a name from `list`")
+    export.add_argument("--budget", type=number, required=True, help="as for generate")
+    export.add_argument("--prompt-file", metavar="FILE", required=True, help="the prompt; - is standard input")
+    export.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
+    export.add_argument("--out", metavar="FILE", required=True, help="the safetensors file (docs/serving.md)")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
@@ -66,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
             generate_text(options)
         elif options.command == "sweep":
             make_table(options)
+        elif options.command == "export":
+            export_kept(options)
         else:
             without = os.environ.get("MODEL") == "minilm"  # as for make
             demonstrate(getattr(options, "model", None) or ("minilm" if without else "smollm2"))
@@ -131,13 +139,8 @@ def generate_text(options) -> None:
     """Continue a text, or answer questions about it, and report what was kept."""
     if bool(options.document) != bool(options.question):
         raise ValueError("--document and --question go together")
-    if options.method in {*kvlib.METHODS} - {*budgeted()}:
-        raise ValueError(f"{options.method} has no budget and needs a model trained for it: use it from Python")
-    method = kvlib.method(options.method, budget=options.budget)
-    name = options.document or options.prompt_file
-    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    if not text:
-        raise ValueError(f"{'standard input' if name == '-' else name} is empty")
+    method = chosen(options)
+    text = written(options.document or options.prompt_file)
     model, tokenizer = kvlib.load(options.model)
     if options.chat and tokenizer.chat_template is None:
         raise ValueError(f"{options.model} has no chat template: leave --chat out")
@@ -178,6 +181,34 @@ def make_table(options) -> None:
     except KeyboardInterrupt:
         sys.exit("kvlib: interrupted; the same command goes on")
     print(f"{table}, and its means in {table.with_suffix('.csv').name}")
+
+
+def export_kept(options) -> None:
+    """Read a prompt and write what is kept of it."""
+    from kvlib.export import KeptSet
+
+    method, text = chosen(options), written(options.prompt_file)
+    model, tokenizer = kvlib.load(options.model)
+    with method(model) as run:
+        run.read(**tokenizer(text, return_tensors="pt").to(model.device))
+        KeptSet.of(run).save(options.out)
+    size = Path(options.out).stat().st_size
+    print(f"kept {run.stored_bytes():,} of {run.full_bytes():,} bytes; {options.out} has {size:,}", file=sys.stderr)
+
+
+def chosen(options) -> kvlib.Method:
+    """The method that the options name, with its budget."""
+    if options.method in {*kvlib.METHODS} - {*budgeted()}:
+        raise ValueError(f"{options.method} has no budget and needs a model trained for it: use it from Python")
+    return kvlib.method(options.method, budget=options.budget)
+
+
+def written(name: str) -> str:
+    """The text of a file, or of standard input if its name is "-"."""
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{'standard input' if name == '-' else name} is empty")
+    return text
 
 
 def report(run) -> str:
