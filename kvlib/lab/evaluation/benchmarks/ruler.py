@@ -1,0 +1,253 @@
+"""RULER's synthetic tasks, generated here: needles, variables, common and frequent words, to a length in tokens.
+
+Source: the paper (arXiv 2404.06654) and `scripts/data/synthetic` of NVIDIA/RULER (Apache 2.0): instructions, beginnings
+of answers, their tokens, and the parameters of the tasks in `TASKS`; the code is ours.
+
+Departures: keys and words are pairs of `kvlib.lab.tasks.words` instead of the package wonderwords, so that no word lies
+inside another; sentences of essays end at a full stop instead of where nltk ends them; samples have seeds of their own.
+The two tasks of question answering, which need SQuAD and HotpotQA, are left out.
+"""
+
+import json
+import math
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from kvlib.lab.evaluation.benchmarks.files import File, local
+from kvlib.lab.tasks.words import ADJECTIVES, NOUNS
+from kvlib.nearest import unknown
+
+ESSAYS = File("PaulGrahamEssays.json")
+ESSAYS_FROM = (
+    'what scripts/data/synthetic/json/download_paulgraham_essay.py of github.com/NVIDIA/RULER writes: {"text"}'
+)
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+NEEDLES = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
+    "text?",
+    " The special magic {kind} for {query} mentioned in the provided text are",
+)
+ONE_NEEDLE = (
+    "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+    "{kind} afterwards.\n{context}\nWhat is the special magic {kind} for {query} mentioned in the provided text?",
+    " The special magic {kind} for {query} mentioned in the provided text is",
+)
+VARIABLES = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
+    "all variables that are assigned the value {query} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the "
+    "value {query}, they are: ",  # spelt so
+)
+COMMON = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+    " Answer: The top 10 words that appear most often in the list are:",
+)
+FREQUENT = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+    "coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
+    "three most frequently appeared words in the above coded text?",
+    " Answer: According to the coded text above, the three most frequently appeared words are:",
+)
+HOPS = 4
+ALPHA = 2.0  # of the zeta distribution of coded words
+LONG = 4096  # from here on common words appear 30 times and the others 3 times
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads, how its answer begins, the strings that the answer must contain, and its longest answer."""
+
+    prompt: str
+    lead: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """build: (random numbers, amount of filling, tokens allowed) -> prompt, lead, answers; least: of the amounts."""
+
+    build: Callable[[random.Random, int, int], tuple[str, str, Sequence[str]]]
+    max_new_tokens: int
+    least: int = 1
+
+
+def pair(rng: random.Random) -> str:
+    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def distinct(draw: Callable[[random.Random], str], rng: random.Random, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw(rng)] = None
+    return list(found)
+
+
+def number(rng: random.Random) -> str:
+    return str(rng.randint(10**6, 10**7 - 1))
+
+
+def identifier(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def scattered(lines: Sequence[str], among: Sequence[str], rng: random.Random) -> list[str]:
+    """The lines in their order, at random places among others."""
+    places = sorted(rng.randint(0, len(among)) for _ in lines)
+    text, begin = [], 0
+    for line, place in zip(lines, places):
+        text += [*among[begin:place], line]
+        begin = place
+    return [*text, *among[begin:]]
+
+
+def essay_sentences(words: int) -> list[str]:
+    """The first words of the essays, again from the beginning where they end, cut into sentences."""
+    text = json.loads(local(ESSAYS, ESSAYS_FROM))["text"].split()
+    taken = (text * math.ceil(words / len(text)))[:words]
+    return re.split(r"(?<=[.!?]) ", " ".join(taken))
+
+
+def needles(
+    haystack: str,
+    keys: int = 1,
+    values: int = 1,
+    asked: int = 1,
+    draw_key=pair,
+    draw_value=number,
+    kind: str = "number",
+) -> Task:
+    """Needles with several keys, several values of each, of which the first `asked` keys are asked for."""
+
+    def build(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+        names = distinct(draw_key, rng, keys + (amount if haystack == "needle" else 0))
+        codes = distinct(draw_value, rng, keys * values + len(names) - keys)
+        one, plural = asked * values == 1, f"{kind}s"
+
+        def say(name: str, code: str) -> str:
+            return NEEDLE.format(kind=plural, key=name, value=code)
+
+        hidden = [say(name, codes[i * values + j]) for i, name in enumerate(names[:keys]) for j in range(values)]
+        rng.shuffle(hidden)
+        if haystack == "needle":
+            others = [say(*each) for each in zip(names[keys:], codes[keys * values :])]
+        else:
+            others = [NOISE] * amount if haystack == "noise" else essay_sentences(amount)
+        context = (" " if haystack == "essay" else "\n").join(scattered(hidden, others, rng))
+        wanted = names[:asked]
+        query = wanted[0] if asked == 1 else f"{', '.join(wanted[:-1])}, and {wanted[-1]}"
+        template, lead = ONE_NEEDLE if one else NEEDLES
+        fields = {"kind": kind if one else plural, "query": query}
+        return template.format(context=context, **fields), lead.format(**fields), codes[: asked * values]
+
+    return Task(build, 128)
+
+
+def chain(rng: random.Random, amount: int, letters: int) -> tuple[str, str, list[str]]:
+    """One chain of assignments among lines of noise."""
+    names = distinct(lambda r: "".join(r.choices(string.ascii_uppercase, k=letters)), rng, HOPS + 1)
+    value = str(rng.randint(10000, 99998))
+    lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
+    context = "\n".join(scattered(lines, [NOISE] * amount, rng))
+    fields = {"query": value, "count": len(names)}
+    return VARIABLES[0].format(context=context, **fields), VARIABLES[1].format(**fields), names
+
+
+def variables(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+    """A chain behind a short one that is solved; its names are shorter, so that none is an answer."""
+    shown, lead, names = chain(rng, 5, letters=3)
+    prompt, asked, wanted = chain(rng, amount, letters=5)
+    return f"{shown}{lead}{' '.join(names)}\n\n{prompt}", asked, wanted
+
+
+def numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
+
+
+def listed(rng: random.Random, words: Sequence[str], often: int, seldom: int) -> tuple[str, list[str]]:
+    """A list in which the first ten words appear often."""
+    every = [*words[:10] * often, *words[10:] * seldom]
+    rng.shuffle(every)
+    return COMMON[0].format(context=numbered(every)), list(words[:10])
+
+
+def common_words(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+    """Ten common words among others, behind a short list that is solved."""
+    size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if allowed >= LONG else (20, 3, 1, 6, 1)
+    words = distinct(pair, rng, size + 10 + amount)
+    shown, names = listed(rng, words[:size], shown_often, shown_seldom)
+    prompt, wanted = listed(rng, words[size:], often, seldom)
+    return f"{shown}{COMMON[1]} {numbered(names)}\n{prompt}", COMMON[1], wanted
+
+
+def frequent_words(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+    """Coded words whose frequencies fall as 1 / rank²; dots have the first rank."""
+    words = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, max(10, allowed // 50))]
+    share = math.pi**2 / 6  # zeta(ALPHA)
+    text = [word for rank, word in enumerate(words, 1) for _ in range(int(amount * rank**-ALPHA / share))]
+    rng.shuffle(text)
+    return FREQUENT[0].format(context=" ".join(text)), FREQUENT[1], words[1:4]
+
+
+TASKS = {
+    "niah_single_1": needles("noise"),
+    "niah_single_2": needles("essay"),
+    "niah_single_3": needles("essay", draw_value=identifier, kind="uuid"),
+    "niah_multikey_1": needles("essay", keys=4),
+    "niah_multikey_2": needles("needle"),
+    "niah_multikey_3": needles("needle", draw_key=identifier, draw_value=identifier, kind="uuid"),
+    "niah_multivalue": needles("essay", values=4),
+    "niah_multiquery": needles("essay", keys=4, asked=4),
+    "vt": Task(variables, 30),
+    "cwe": Task(common_words, 120),
+    "fwe": Task(frequent_words, 50, least=60),
+}
+
+
+def sample(task: str, length: int, seed: int, tokenizer) -> Sample:
+    """A sample of as much filling as fits.
+
+    Args:
+        task: one of `TASKS`. length: the most tokens of prompt, lead and answer together, special tokens included; a
+            chat template comes on top, as published.
+        seed: samples of different seeds differ in everything, the same seed gives the same sample.
+
+    Raises:
+        ValueError: for an unknown task, or if not even the least fits.
+        FileNotFoundError: if a task needs the essays and `KVLIB_DATA` does not have them.
+    """
+    if task not in TASKS:
+        raise unknown("task of RULER", task, TASKS)
+    build, new, least = TASKS[task].build, TASKS[task].max_new_tokens, TASKS[task].least
+
+    def made(amount: int) -> Sample | None:
+        prompt, lead, answers = build(random.Random(f"{task} {seed}"), amount, length)
+        if len(tokenizer(prompt + lead).input_ids) + new > length:
+            return None
+        return Sample(prompt, lead, tuple(answers), new)
+
+    found, below, above = made(least), least, 2 * least
+    if found is None:
+        raise ValueError(f"{task}: {length} tokens are too few")
+    while (larger := made(above)) is not None:
+        found, below, above = larger, above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        if (tried := made(middle)) is None:
+            above = middle
+        else:
+            found, below = tried, middle
+    return found
+
+
+def score(prediction: str, answers: Sequence[str]) -> float:
+    """The share of the answers that occur in the prediction, in any case of letters: `string_match_all`."""
+    return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
