@@ -1,4 +1,4 @@
-"""`python -m kvlib`: a one-minute demonstration, the list of methods, and generation from a file or about one."""
+"""`python -m kvlib`: a demonstration, the list of methods, generation from a file or about one, export for serving."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from kvlib.core.method import budgeted
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one of the three commands; errors a user can mend are printed in one line."""
+    """Run one of the commands; errors a user can mend are printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m kvlib", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     demo = commands.add_parser("demo", help="a number found, lost and found again (the default)")
@@ -37,6 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     generate.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
     generate.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
     generate.add_argument("--max-new-tokens", type=int, default=64)
+    export = commands.add_parser("export", help="write which tokens of a prompt are kept, for a serving engine")
+    export.add_argument("--method", required=True, help="a name from `list`")
+    export.add_argument("--budget", type=number, required=True, help="as for generate")
+    export.add_argument("--prompt-file", metavar="FILE", required=True, help="the prompt; - is standard input")
+    export.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
+    export.add_argument("--out", metavar="FILE", required=True, help="the safetensors file (docs/serving.md)")
     options = parser.parse_args(arguments)
     logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
@@ -44,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             list_methods()
         elif options.command == "generate":
             generate_text(options)
+        elif options.command == "export":
+            export_kept(options)
         else:
             without = os.environ.get("MODEL") == "minilm"  # as for make
             demonstrate(getattr(options, "model", None) or ("minilm" if without else "smollm2"))
@@ -109,13 +117,8 @@ def generate_text(options) -> None:
     """Continue a text, or answer questions about it, and report what was kept."""
     if bool(options.document) != bool(options.question):
         raise ValueError("--document and --question go together")
-    if options.method in {*kvlib.METHODS} - {*budgeted()}:
-        raise ValueError(f"{options.method} has no budget and needs a model trained for it: use it from Python")
-    method = kvlib.method(options.method, budget=options.budget)
-    name = options.document or options.prompt_file
-    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    if not text:
-        raise ValueError(f"{'standard input' if name == '-' else name} is empty")
+    method = chosen(options)
+    text = written(options.document or options.prompt_file)
     model, tokenizer = kvlib.load(options.model)
     if options.chat and tokenizer.chat_template is None:
         raise ValueError(f"{options.model} has no chat template: leave --chat out")
@@ -142,6 +145,34 @@ def generate_text(options) -> None:
     print(f"\n{kind} tokens".ljust(22) + f"{inputs.input_ids.shape[1]}", file=sys.stderr)
     print(kept.format(included), file=sys.stderr)
     print(f"time                 {seconds:.2f} s", file=sys.stderr)
+
+
+def export_kept(options) -> None:
+    """Read a prompt and write what is kept of it."""
+    from kvlib.export import KeptSet
+
+    method, text = chosen(options), written(options.prompt_file)
+    model, tokenizer = kvlib.load(options.model)
+    with method(model) as run:
+        run.read(**tokenizer(text, return_tensors="pt").to(model.device))
+        KeptSet.of(run).save(options.out)
+    size = Path(options.out).stat().st_size
+    print(f"kept {run.stored_bytes():,} of {run.full_bytes():,} bytes; {options.out} has {size:,}", file=sys.stderr)
+
+
+def chosen(options) -> kvlib.Method:
+    """The method that the options name, with its budget."""
+    if options.method in {*kvlib.METHODS} - {*budgeted()}:
+        raise ValueError(f"{options.method} has no budget and needs a model trained for it: use it from Python")
+    return kvlib.method(options.method, budget=options.budget)
+
+
+def written(name: str) -> str:
+    """The text of a file, or of standard input if its name is "-"."""
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"{'standard input' if name == '-' else name} is empty")
+    return text
 
 
 def report(run) -> str:
