@@ -168,6 +168,11 @@ def test_all_that_evicts_and_does_nothing_else_can_be_exported():
     assert [m.renumber for m in EXPORTABLE if m.name == "streaming_llm"] == [False]
 
 
+@pytest.mark.parametrize("changes", [{"own_prefill": True}, {"before_layer": lambda self, run, layer_idx: None}])
+def test_prompts_read_in_another_way_are_refused(changes):
+    assert "in another way" in refusal(type("Other", (kvlib.Method,), changes)())
+
+
 def test_nothing_to_export():
     with SNAPKV(tiny.model()) as run:
         with pytest.raises(RuntimeError, match="run.read"):
@@ -271,6 +276,7 @@ def test_tensors_that_do_not_fit_together_are_refused(written):
         {"layer.1.counts": tensors["layer.1.counts"][:2].contiguous()},
         {"layer.1.counts": tensors["layer.1.counts"] + 1},
         {"layer.1.counts": tensors["layer.1.counts"].flatten()},
+        {"layer.1.counts": tensors["layer.1.counts"] + torch.tensor([-99, 99], dtype=torch.int32)},
         {"prompt.lengths": tensors["prompt.lengths"] + 1},
         {"prompt.ids": tensors["prompt.ids"][1:].contiguous()},
     ]
