@@ -161,11 +161,10 @@ def test_errors_are_one_line(arguments, message, place, monkeypatch):
 
 def test_one_sweep_at_a_time(place, monkeypatch):
     table = sweep(place, "shared", "--samples", "1")
-    with (
-        tables.owner("study", table.parent),
-        pytest.raises(SystemExit, match="^kvlib: another process is making the table study$"),
-    ):
-        sweep(place, "shared", "--samples", "1")
+    with tables.owner("study", table.parent):
+        with pytest.raises(SystemExit, match="^kvlib: another process is making the table study$"):
+            sweep(place, "shared", "--samples", "1")
+        sweep(place, "elsewhere", "--samples", "1")
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
