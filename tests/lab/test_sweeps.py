@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -109,6 +110,15 @@ def test_how_many_samples_of_what_dtype(place, monkeypatch):
     assert loaded == [{}, {"dtype": "bfloat16", "device_map": "cpu"}]
     halves = next((place / "shared").glob("*-bfloat16")) / "study.parquet"  # where no row of another dtype is reused
     assert len(pd.read_parquet(halves)) == 4
+
+
+def test_shards_keep_their_rows_when_a_study_grows(place, computed, monkeypatch):
+    sweep(place, "shared", "--samples", "2").unlink()
+    computed.clear()
+    more = replace(STUDY, configurations=(*STUDY.configurations, Configuration("random", 0.3)))
+    monkeypatch.setitem(studies.STUDIES, "study", more)
+    assert len(pd.read_parquet(sweep(place, "shared", "--samples", "2"))) == 2 * 2 * 3
+    assert sorted(computed) == [("count", (0, 1), 1), ("needle", (0, 1), 1)]
 
 
 def test_a_killed_process(place, computed):
