@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -111,6 +112,15 @@ def test_how_many_samples_of_what_dtype(place, monkeypatch):
     assert len(pd.read_parquet(halves)) == 4
 
 
+def test_shards_keep_their_rows_when_a_study_grows(place, computed, monkeypatch):
+    sweep(place, "shared", "--samples", "2").unlink()
+    computed.clear()
+    more = replace(STUDY, configurations=(*STUDY.configurations, Configuration("random", 0.3)))
+    monkeypatch.setitem(studies.STUDIES, "study", more)
+    assert len(pd.read_parquet(sweep(place, "shared", "--samples", "2"))) == 2 * 2 * 3
+    assert sorted(computed) == [("count", (0, 1), 1), ("needle", (0, 1), 1)]
+
+
 def test_a_killed_process(place, computed):
     """What was finished is kept, and the same command makes the rest."""
     options = ("--samples", "40", "--block", "1")
@@ -161,11 +171,10 @@ def test_errors_are_one_line(arguments, message, place, monkeypatch):
 
 def test_one_sweep_at_a_time(place, monkeypatch):
     table = sweep(place, "shared", "--samples", "1")
-    with (
-        tables.owner("study", table.parent),
-        pytest.raises(SystemExit, match="^kvlib: another process is making the table study$"),
-    ):
-        sweep(place, "shared", "--samples", "1")
+    with tables.owner("study", table.parent):
+        with pytest.raises(SystemExit, match="^kvlib: another process is making the table study$"):
+            sweep(place, "shared", "--samples", "1")
+        sweep(place, "elsewhere", "--samples", "1")
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
