@@ -208,6 +208,7 @@ def test_studies_name_what_exists():
     [
         ("The correct answer is (B).", "B"),
         ("**The correct answer is (C)**", "C"),
+        ("The correct answer is **(D)**", "D"),
         ("The correct answer is D", "D"),
         ("The correct answer is A, or: The correct answer is (B)", "B"),
         ("the correct answer is (A)", None),

@@ -62,7 +62,8 @@ def fetch(name: str, benchmark: Benchmark, split: str, revision: str | None) -> 
     commit = revision or hub.revision
     if not re.fullmatch("[0-9a-f]{40}", commit or ""):
         raise ValueError(
-            f"revision={commit!r}: {hub.repository} needs the 40 hexadecimal digits of a commit, because branches move; or {hint(file)}"
+            f"revision={commit!r}: {hub.repository} needs the 40 hexadecimal digits of a commit, because branches "
+            f"move; or {hint(file)}"
         )
     try:
         got = download(hub, commit) if hub.file else rows_of(hub, commit, split)
