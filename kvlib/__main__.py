@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """`python -m kvlib`: a demonstration, the list of methods, generation from a file or about one, export, sweeps."""
-=======
-"""`python -m kvlib`: a demonstration, the list of methods, generation from a file or about one, export for serving."""
->>>>>>> export
 
 import argparse
 import os
@@ -41,7 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
     generate.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
     generate.add_argument("--model", default="minilm", help="a shipped model, a hub id or a path (default: minilm)")
     generate.add_argument("--max-new-tokens", type=int, default=64)
-<<<<<<< HEAD
     sweep = commands.add_parser(
         "sweep", help="make the table of a study, here or on a cluster, for another model if you like"
     )
@@ -62,8 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 for named models, else as stored"
     )
     sweep.add_argument("--device-map", metavar="MAP", help="auto spreads a model over the GPUs that a process sees")
-=======
->>>>>>> export
     export = commands.add_parser("export", help="write which tokens of a prompt are kept, for a serving engine")
     export.add_argument("--method", required=True, help="a name from `list`")
     export.add_argument("--budget", type=number, required=True, help="as for generate")
@@ -77,11 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
             list_methods()
         elif options.command == "generate":
             generate_text(options)
-<<<<<<< HEAD
         elif options.command == "sweep":
             make_table(options)
-=======
->>>>>>> export
         elif options.command == "export":
             export_kept(options)
         else:
@@ -179,7 +169,6 @@ def generate_text(options) -> None:
     print(f"time                 {seconds:.2f} s", file=sys.stderr)
 
 
-<<<<<<< HEAD
 def make_table(options) -> None:
     """Make what is missing of a study's table, and say where it is."""
     from kvlib.lab.sweeps.sweep import sweep
@@ -194,8 +183,6 @@ def make_table(options) -> None:
     print(f"{table}, and its means in {table.with_suffix('.csv').name}")
 
 
-=======
->>>>>>> export
 def export_kept(options) -> None:
     """Read a prompt and write what is kept of it."""
     from kvlib.export import KeptSet
