@@ -12,7 +12,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from sphinx.cmd.build import main as sphinx
 
 import kvlib
-from kvlib.lab.book import checking, course, lessons, mathml, methods, pages, references, tables
+from kvlib.lab.book import checking, citations, course, lessons, mathml, methods, pages, references, tables
 from kvlib.lab.notebooks import files
 from kvlib.paths import ROOT
 
@@ -180,6 +180,19 @@ def test_every_work_is_listed_once(content):
 def write(folder: Path, **texts: str) -> None:
     for name, text in texts.items():
         (folder / name.replace("_", ".")).write_text(text)
+
+
+def test_citations_lead_to_references():
+    prose = "As in [1] and [3], not `x[1]`, $a[1]$, [1](a.md), y[1], 3 [1, 2] or z = [1]; Yang et al. [1, 2].\n\n"
+    cell = f"{prose}## References\n\n1. One.\n2. Two.\n"
+    assert citations.listed(cell) == {"1", "2"} and citations.listed("1. a step") == set()
+    first, second = (f'<a href="#reference-{n}">{n}</a>' for n in (1, 2))
+    found, _, references = citations.linked(cell, {"1", "2"}).partition("## References")
+    assert found == (
+        f"As in [{first}] and [3], not `x[1]`, $a[1]$, [1](a.md), y[1], 3 [1, 2] or z = [{first}]; "
+        f"Yang et al. [{first}, {second}].\n\n"
+    )
+    assert references == '\n\n1. <a id="reference-1"></a>One.\n2. <a id="reference-2"></a>Two.\n'
 
 
 def test_links_into_nothing_and_things_from_outside_are_found(tmp_path):

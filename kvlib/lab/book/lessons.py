@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvlib.lab.book import citations
 from kvlib.lab.notebooks.files import all_notebooks, code_cells, read, to_text
 
 SAVED = re.compile(r'(?m)^\s*save\(\w+, "(\w+)"')
@@ -67,16 +68,18 @@ def alt_texts(notebook: dict) -> dict[str, str]:
 
 
 def copy(path: Path) -> str:
-    """The lesson as it is stored, with two differences.
+    """The lesson as it is stored, with three differences.
 
-    Captions of figures are in its prose, so that those that cells have go. Links to READMEs of the repository that are
-    no pages of the book become plain words.
+    Captions of figures are in its prose, so that those that cells have go. Citations become links to the references.
+    Links to READMEs of the repository that are no pages of the book become plain words.
     """
     notebook = read(path)
+    prose = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    numbers = set().union(*(citations.listed(cell["source"]) for cell in prose))
     for cell in notebook["cells"]:
         cell["metadata"].get("mystnb", {}).pop("figure", None)
-        if cell["cell_type"] == "markdown":
-            cell["source"] = ELSEWHERE.sub(r"\1", cell["source"])
+    for cell in prose:
+        cell["source"] = citations.linked(ELSEWHERE.sub(r"\1", cell["source"]), numbers)
     return to_text(notebook)
 
 
