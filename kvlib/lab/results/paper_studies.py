@@ -31,7 +31,7 @@ def field(*budgets: float) -> tuple[Configuration, ...]:
 
 UNCOMP_SHARE = 0.0474  # 384 of 8 096 tokens
 STUDIES = {
-    "longbench": PaperStudy(  # cut as `run_longbench.py` of Zefan-Cai/KVCache-Factory cuts for Llama 3
+    "longbench": PaperStudy(  # cut for Llama 3 as in Zefan-Cai/KVCache-Factory before 485af3c, then 7 500
         tuple(f"longbench/{name}" for name in LONGBENCH), 7950, field(UNCOMP_SHARE, 0.5)
     ),
     "longbench_e": PaperStudy(  # VATP's authors take 13 of their 16 tasks from this edition, cut so for Llama 2
