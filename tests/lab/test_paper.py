@@ -9,7 +9,9 @@ import math
 import re
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 import pytest
@@ -20,9 +22,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvlib
-from kvlib.lab.evaluation.benchmarks import choices, longbench, questions, ruler
-from kvlib.lab.evaluation.benchmarks.answering import answer, ids_of
-from kvlib.lab.evaluation.benchmarks.plus import from_plus
+from kvlib.lab.evaluation.benchmarks import choices, longbench, programs, questions, ruler
+from kvlib.lab.evaluation.benchmarks.answering import answer, has_ended, ids_of, key
+from kvlib.lab.evaluation.benchmarks.plus import CHECK, from_plus
 from kvlib.lab.evaluation.benchmarks.registry import BENCHMARKS
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.functions import run
@@ -38,7 +40,7 @@ TEMPLATE = (
 )
 SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 WINDOW = 1024
-TASKS = ("longbench/qasper", "longbench/qasper_e", "longbench-v2", "ruler/niah_single_1", "humaneval", "humaneval+")
+TASKS = ("longbench/qasper", "longbench/qasper_e", "longbench-v2", "ruler/niah_single_1", *programs.TASKS)
 SMALL = PaperStudy(TASKS, 500, (Configuration("full", 1.0), Configuration("snapkv", 0.5)))
 
 
@@ -88,22 +90,24 @@ def data(tmp_path, monkeypatch) -> Path:
     """A folder with made-up files under the real names, which the registry takes whatever they hold."""
     (tmp_path / "longbench").mkdir()
     with zipfile.ZipFile(tmp_path / "longbench/data.zip", "w") as archive:
-        for name in ("qasper", "qasper_e"):
+        for name in ("qasper", "qasper_e", "samsum"):
             archive.write(MADE_UP / "longbench.jsonl", f"data/{name}.jsonl")
     (tmp_path / "longbench_v2.json").write_text(json.dumps(published("longbench_v2")))
     for name, file in {"humaneval": "HumanEval", "humaneval_plus": "HumanEvalPlus"}.items():
         (tmp_path / f"{file}.jsonl.gz").write_bytes(gzip.compress((MADE_UP / f"{name}.jsonl").read_bytes()))
-    for task in TASKS:
+    solved = [{**published("mbpp")[0], "task_id": number} for number in (*programs.EXAMPLES, 5)]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, [*solved, *published("mbpp")])))
+    for task in (*TASKS, "longbench/samsum"):
         if task in BENCHMARKS:
             old = BENCHMARKS[task]
-            files = {split: replace(file, sha256=None, rows=2) for split, file in old.files.items()}
+            files = {split: replace(file, sha256=None, rows=None) for split, file in old.files.items()}
             monkeypatch.setitem(BENCHMARKS, task, replace(old, files=files))
     prompts = dict.fromkeys(longbench.LONGBENCH, "Read.\n{context}\nQuestion: {input}\nAnswer:")
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "lengths.json").write_text(json.dumps(dict.fromkeys(longbench.LONGBENCH, 5)))
     monkeypatch.setattr(longbench, "LONGBENCH_PROMPTS", longbench.File("prompts.json"))
     monkeypatch.setattr(longbench, "LONGBENCH_LENGTHS", longbench.File("lengths.json"))
-    monkeypatch.setattr(questions, "NEW_TOKENS", 5)
+    monkeypatch.setattr(programs, "MAX_NEW_TOKENS", 5)
     monkeypatch.setenv("KVLIB_DATA", str(tmp_path))
     return tmp_path
 
@@ -140,9 +144,10 @@ def test_without_data_a_line_says_what_is_missing(checkpoint, tmp_path, monkeypa
     paper.main([str(checkpoint), "longbench_v2"])
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("longbench-v2: not measured") and "longbench_v2.json" in said
+    assert said.endswith("it is data.json of zai-org/LongBench-v2 on the hub") and "is not set" not in said
 
 
-@pytest.mark.parametrize("task", ["longbench/qasper", "ruler/vt", "humaneval"])
+@pytest.mark.parametrize("task", ["longbench/qasper", "ruler/niah_single_1", "humaneval"])
 def test_the_full_cache_answers_as_stock_generate(data, pair, task):
     model, tokenizer = pair
     question = questions.questions(task, tokenizer, 900, WINDOW, 1)[0]
@@ -154,12 +159,66 @@ def test_the_full_cache_answers_as_stock_generate(data, pair, task):
 
 
 def test_solutions_are_run(data, pair):
-    """A model that wrote the reference, and then went on, would pass."""
+    """A model that wrote the reference, blank lines in front, and then went on, would pass."""
     for task in ("humaneval", "humaneval+"):
         rows = questions.load(task)
         for row, question in zip(rows, questions.questions(task, pair[1], 900, WINDOW), strict=True):
-            solution = f"\n{row['canonical_solution']}"
-            assert question.judge(f"{solution}\ndef other():\n    pass") == 1 and question.judge("\n    return") == 0
+            assert question.prompt == row["prompt"].strip() != row["prompt"]
+            solution = f"\n    done = 1\n\n{row['canonical_solution']}"
+            for end in programs.ENDS:
+                assert question.judge(f"{solution}{end} is no Python") == 1
+            assert question.judge(f"{solution}\n is no Python") == 0 == question.judge("\n    return")
+
+
+def test_programs_behind_three_examples(data, pair):
+    asked = questions.questions("mbpp", pair[1], 900, WINDOW)
+    assert len(asked) == 3
+    row, question = published("mbpp")[2], asked[0]
+    begin = "You are an expert Python programmer, and here is your task:"
+    example = (
+        f"{begin} Write a function to add 1 to a number. Your code should pass these tests:\n\n"
+        "assert add_1(1) == 2\n[BEGIN]\ndef add_1(x):\n  return x + 1\n[DONE]\n\n"
+    )
+    tests = "assert add_11(1) == 12"
+    assert question.prompt == (
+        f"{example * 3}{begin} {row['text']} Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
+    )
+    assert question.ends == ("[DONE]",) and not question.chat
+    assert question.judge(f"{row['code']}\n[DONE]\nis no Python") == 1
+    assert question.judge(row["code"].replace("11", "12")) == 0 == question.judge("")
+
+
+def test_an_answer_ends_at_its_ends(data, pair, monkeypatch):
+    model, tokenizer = pair
+    question = questions.questions("longbench/samsum", tokenizer, 900, WINDOW, 1)[0]
+    assert question.ends == ("\n",) and questions.questions("longbench/qasper", tokenizer, 900, WINDOW, 1)[0].ends == ()
+    for text, ended in {"": False, "\n\n": False, "\none": False, "one\n": True, "\none\ntwo": True}.items():
+        ids = torch.tensor([tokenizer(f"\n{text}", add_special_tokens=False).input_ids])
+        ids = torch.cat([ids[:, :1], torch.tensor([tokenizer(text, add_special_tokens=False).input_ids]).long()], 1)
+        assert has_ended(tokenizer, ("\n", "[DONE]"), ids, None).tolist() == [ended]
+    longer = replace(question, max_new_tokens=12)
+    whole = answer(model, tokenizer, Configuration("full", 1.0), replace(longer, ends=()))["prediction"]
+    end = whole.lstrip("\n")[3]
+    part = answer(model, tokenizer, Configuration("full", 1.0), replace(longer, ends=(end,)))["prediction"]
+    assert whole.startswith(part) and end in part and len(part) < len(whole)
+
+
+def test_rows_are_told_apart_by_metric_and_answers(data, pair):
+    """What judges is code: another function, other arguments, or another of the things that it calls."""
+    question = questions.questions("longbench/qasper", pair[1], 900, WINDOW, 1)[0]
+    judge, full = question.judge, Configuration("full", 1.0)
+    variants = [
+        question,
+        replace(question, judge=partial(judge.func, "samsum", **judge.keywords)),
+        replace(question, judge=partial(judge.func, *judge.args, **{**judge.keywords, "answers": ["other"]})),
+        replace(question, judge=partial(ruler.score, *judge.args, **judge.keywords)),
+        replace(question, ends=("\n",)),
+        replace(question, chat=False),
+    ]
+    assert len({key("a", each, full) for each in variants}) == len(variants)
+    for task in TASKS:
+        asked = questions.questions(task, pair[1], 900, WINDOW, 1)[0]
+        assert key("a", asked, full) == key("a", asked, full) != key("b", asked, full)
 
 
 def test_what_begins_the_answer_is_chosen_after_the_eviction(pair):
@@ -182,6 +241,15 @@ def test_prompts_are_cut_and_wrapped(data, pair):
             assert text.endswith("<|end_header_id|>\n\n") is wrapped and text.count(SPECIAL[0]) == 1
             if wrapped:
                 assert len(tokenizer(question.prompt).input_ids) <= 62
+
+
+def test_template_and_answer_have_room(data, pair):
+    tokenizer = pair[1]
+    cut = questions.questions("longbench/qasper", tokenizer, 900, 100, 1)[0]
+    assert len(tokenizer(cut.prompt).input_ids) <= 100 - questions.TEMPLATE_ROOM - 5 + 2
+    made = questions.questions("ruler/niah_single_1", tokenizer, 900, 900, 1)[0]
+    assert len(tokenizer(made.prompt + made.lead).input_ids) + 128 <= 900 - questions.TEMPLATE_ROOM
+    assert tokenizer.decode(ids_of(made, tokenizer)).endswith(made.lead)
 
 
 def test_too_long_for_the_window(pair):
@@ -242,6 +310,47 @@ def test_canonical_solutions_pass_and_wrong_ones_do_not(row):
     assert run(problem.prompt, wrong, from_plus({**row, "plus_input": []}).asserts, **limits).passed
 
 
+@pytest.mark.parametrize(
+    ("found", "wanted", "most", "equal"),
+    [
+        ("1 + 5e-7", "1.0", 0, True),
+        ("1 + 2e-6", "1.0", 0, False),
+        ("1 + 2e-6", "1.0", 1e-4, True),
+        ("100.0 + 1.005e-5", "100.0", 0, True),  # 1e-6, and 1e-7 of the wanted number
+        ("[1 + 5e-7]", "[1.0]", 0, True),
+        ("(1 + 5e-7,)", "[1.0]", 0, False),
+        ("[1 + 5e-7, 2.0]", "[1.0]", 0, False),
+        ("[1 + 5e-7, 2]", "[1.0, 2]", 0, False),  # not all of them are floats: only what is equal
+        ("[1 + 5e-7, 2]", "[1.0, 2]", 1e-6, True),
+        ("[[1 + 5e-7]]", "[[1.0]]", 0, False),
+        ("[[1 + 5e-7]]", "[[1.0]]", 1e-6, True),
+        ("1", "1.0", 0, True),
+        ("2", "2.0 + 1e-9", 0, False),  # of another type
+        ("float('nan')", "float('nan')", 0, False),
+        ("float('inf')", "float('inf')", 0, True),
+        ("1.0", "float('inf')", 0, False),
+        ("'ab'", "'ac'", 1e-6, False),
+        ("None", "None", 0, True),
+    ],
+)
+def test_how_close_numbers_must_be(found, wanted, most, equal):
+    scope = {}
+    exec(f"{CHECK}\ndef f():\n    return {found}", scope)
+    reference = f"def f():\n    return {wanted}"
+    if equal:
+        scope["check"]("[[]]", reference, "f", "find_zero", most)
+    else:
+        with pytest.raises(AssertionError):
+            scope["check"]("[[]]", reference, "f", "find_zero", most)
+
+
+def test_further_inputs_and_the_first_ones_both_count():
+    row = published("humaneval_plus")[0]
+    for inputs, other in (("base_input", "plus_input"), ("plus_input", "base_input")):
+        only = from_plus({**row, inputs: [[[1, 2]]], other: []})
+        assert not run(row["prompt"], "    return 1\n", only.asserts, seconds=10, megabytes=1024).passed
+
+
 # RULER
 
 ESSAYS = " ".join(f"Sentence {n} says that the {n} hens have laid {n * n} eggs." for n in range(40))
@@ -276,9 +385,13 @@ def test_generated_samples(task, small, essays):
             ranked = sorted(set(words), key=words.count, reverse=True)
             assert ranked[0] == made.answers[0] and set(ranked[:3]) == set(made.answers)
         elif task == "vt":
+            example = made.prompt.split("\n\nMemorize")[0]
+            assert re.search(r"they are:  ([A-Z]{3} ){4}[A-Z]{3}$", example) and example.count(ruler.NOISE) == 14
             assert [counts[name] for name in made.answers] == [2] * ruler.HOPS + [1]
         else:
             assert set(counts.values()) == {1}
+            if task not in ("niah_multikey_2", "niah_multikey_3"):  # whose filling is needles
+                assert made.prompt.count("One of the special magic") == (1 if "single" in task else 4)
         assert ruler.score(" ".join(made.answers).upper(), made.answers) == 1
 
     holds()
@@ -286,6 +399,33 @@ def test_generated_samples(task, small, essays):
 
 def expected(task: str) -> int:
     return {"niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10, "fwe": 3}.get(task, 1)
+
+
+def test_long_lists_repeat_their_words_more_often():
+    for length, often, seldom in ((4095, 6, 1), (4096, 30, 3)):
+        prompt, _, wanted = ruler.common_words(Random(0), 10, length)
+        words = re.findall(r"\d+\. (\S+)", prompt.split("Below is")[-1])
+        assert {words.count(word) for word in wanted} == {often}
+        assert {words.count(word) for word in set(words) - set(wanted)} == {seldom}
+
+
+def test_coded_words_fall_as_the_square_of_their_rank():
+    prompt, _, wanted = ruler.frequent_words(Random(0), 1000, 1050)
+    words = prompt.split("coded words. ")[1].split("\nQuestion")[0].split()
+    counts = sorted({word: words.count(word) for word in words}.items(), key=lambda pair: -pair[1])
+    assert counts[0][0] == "..." and [word for word, _ in counts[1:4]] == wanted
+    assert [count for _, count in counts] == [int(1000 * 6 / (math.pi * rank) ** 2) for rank in range(1, 21)]
+
+
+def test_a_chat_template_counts(small):
+    for room in (0, 200):
+        made = ruler.sample("niah_single_1", 1500, 0, small, room)
+        assert 1400 - room < len(small(made.prompt + made.lead).input_ids) + 128 <= 1500 - room
+
+
+def test_needles_stand_at_depths_of_essays():
+    assert len(set(ruler.DEPTHS)) == 40 and (ruler.DEPTHS[0], ruler.DEPTHS[1], ruler.DEPTHS[-1]) == (0, 3, 100)
+    assert ruler.inserted(["a", "b", "c"], [4, 0, 1], list("1234")) == ["a", "1", "b", "2", "3", "4", "c"]
 
 
 def test_share_of_answers():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kvlib.lab.evaluation.benchmarks import ruler
+from kvlib.lab.evaluation.benchmarks import choices, ruler
 from kvlib.lab.evaluation.benchmarks.longbench import LONGBENCH
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.study import FULL, with_arguments
@@ -31,11 +31,13 @@ def field(*budgets: float) -> tuple[Configuration, ...]:
 
 UNCOMP_SHARE = 0.0474  # 384 of 8 096 tokens
 STUDIES = {
-    "longbench": PaperStudy(tuple(f"longbench/{name}" for name in LONGBENCH), 7950, field(UNCOMP_SHARE, 0.5)),
-    "longbench_e": PaperStudy(  # thirteen tasks, of which VATP's authors take this edition
+    "longbench": PaperStudy(  # cut for Llama 3 as in Zefan-Cai/KVCache-Factory before 485af3c, then 7 500
+        tuple(f"longbench/{name}" for name in LONGBENCH), 7950, field(UNCOMP_SHARE, 0.5)
+    ),
+    "longbench_e": PaperStudy(  # VATP's authors take 13 of their 16 tasks from this edition, cut so for Llama 2
         tuple(f"longbench/{name}_e" for name, task in LONGBENCH.items() if task.samples_e), 3500, field(0.5)
     ),
-    "longbench_v2": PaperStudy(("longbench-v2",), WINDOW, field(0.2, 0.5)),
+    "longbench_v2": PaperStudy(("longbench-v2",), choices.LONGEST, field(0.2, 0.5)),
     **{
         f"ruler_{length // 1024}k": PaperStudy(tuple(f"ruler/{name}" for name in ruler.TASKS), length, field(0.2, 0.5))
         for length in (4096, 8192, 16384, 32768)

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
+from transformers import StoppingCriteriaList
 
 from kvlib.core.method import METHODS
 from kvlib.lab import definitions
@@ -30,7 +33,7 @@ def answer(model, tokenizer, configuration: Configuration, question: Question) -
 
     All but the prompt's last token is read and compressed. The last one is fed behind that, so that the token which
     begins the answer is chosen after the eviction, where authors' scripts take it from the full cache. Greedy decoding
-    follows.
+    follows, up to the question's most tokens or one of its ends, which prediction still has.
     read_bytes: K and V read in the last pass. With the method "full" the answer is that of stock `generate`.
 
     Raises:
@@ -45,7 +48,12 @@ def answer(model, tokenizer, configuration: Configuration, question: Question) -
     with method(model) as run:
         run.read(input_ids=ids[:, :-1])
         stored, full, clamped = run.stored_bytes(), run.full_bytes(), bool(run.clamped_rows.any())
-        written = run.ask(ids[:, -1:], max_new_tokens=question.max_new_tokens, do_sample=False)[0, 1:]
+        written = run.ask(
+            ids[:, -1:],
+            max_new_tokens=question.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([partial(has_ended, tokenizer, question.ends)]),
+        )[0, 1:]
         read = run.read_bytes()
     prediction = tokenizer.decode(written, skip_special_tokens=True)
     return {
@@ -63,9 +71,16 @@ def answer(model, tokenizer, configuration: Configuration, question: Question) -
     }
 
 
+def has_ended(tokenizer, ends: Sequence[str], ids: torch.Tensor, scores: object) -> torch.Tensor:
+    """Whether an answer, behind the prompt's last token, has one of the ends: a criterion for `generate`."""
+    text = tokenizer.decode(ids[0, 1:], skip_special_tokens=True).lstrip("\n")
+    return torch.tensor([any(end in text for end in ends)], device=ids.device)
+
+
 def key(checkpoint: str, question: Question, configuration: Configuration) -> str:
-    """What an answer follows from: checkpoint, question, parameters, and the code of this module and the method."""
-    code = definitions.digest(*map(definitions.name_of, (answer, METHODS[configuration.method])))
-    asked = [question.prompt, question.lead, question.max_new_tokens, question.chat]
-    parts = [checkpoint, code, asked, asdict(configuration)]
+    """What a row follows from: checkpoint, question, parameters, and the code of this module, of method and metric."""
+    judge = question.judge
+    code = definitions.digest(*map(definitions.name_of, (answer, METHODS[configuration.method], judge.func)))
+    asked = [question.prompt, question.lead, question.max_new_tokens, question.chat, question.ends]
+    parts = [checkpoint, code, asked, judge.args, judge.keywords, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

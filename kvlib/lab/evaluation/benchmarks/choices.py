@@ -1,7 +1,11 @@
 """LongBench v2: four choices about a long text.
 
-Source: `prompts/0shot.txt`, `pred.py` and `result.py` of THUDM/LongBench (MIT). Departure: greedy decoding, where the
-script samples at a temperature of 0.1.
+Source: `prompts/0shot.txt`, `pred.py`, `result.py` and `config/model2maxlen.json` of THUDM/LongBench (MIT), commit
+2e00731: the prompt, 128 new tokens, the two patterns of an answer, prompts of at most 120 000 tokens for open models.
+
+Departures: greedy decoding, where the script samples at a temperature of 0.1; a prompt's two halves become text each by
+itself (`kvlib.lab.evaluation.benchmarks.longbench.cut_middle`), there together; an empty answer is wrong, there it is
+left out of the mean.
 """
 
 import re
@@ -21,6 +25,7 @@ Choices:
 
 Format your response as follows: "The correct answer is (insert answer here)"."""
 MAX_NEW_TOKENS = 128
+LONGEST = 120_000  # tokens of a prompt
 FIELDS = ("context", "question", "choice_A", "choice_B", "choice_C", "choice_D")
 
 

@@ -51,6 +51,8 @@ def pick(name: str, row: dict, columns: dict[str, str]) -> dict:
 def from_hub(benchmark: Benchmark) -> str:
     if benchmark.hub is None:
         return "not on the hub"
+    if benchmark.hub.revision is None:
+        return f"{benchmark.hub.file} of {benchmark.hub.repository} on the hub"
     return f"read from {benchmark.hub.repository} on the hub when {VARIABLE} is not set"
 
 

@@ -1,4 +1,11 @@
-"""LongBench: its tasks, and the official prompts, lengths and truncation."""
+"""LongBench: its tasks, and the official prompts, lengths and truncation.
+
+Source: `LongBench/pred.py`, `LongBench/task.md` and `LongBench/config` of THUDM/LongBench (MIT), commit 2e00731. Of
+LongBench-E prompts, lengths and truncation are the same.
+
+Departure: samsum's answer ends with its first line that is not empty, which is all that `eval.py` judges; the script
+ends it at the token of a newline, and lets no answer begin with one or with the end.
+"""
 
 import json
 from dataclasses import dataclass

@@ -5,30 +5,22 @@ Tasks: "longbench/qasper" and the like, "longbench/qasper_e" of LongBench-E, "lo
 (`kvlib.lab.functions.run`), which holds accidents off and not attacks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from kvlib.lab.evaluation import metrics
-from kvlib.lab.evaluation.benchmarks import choices, load, ruler
+from kvlib.lab.evaluation.benchmarks import choices, load, programs, ruler
 from kvlib.lab.evaluation.benchmarks.longbench import LONGBENCH, cut_middle, longbench_settings
-from kvlib.lab.evaluation.benchmarks.plus import from_plus
-from kvlib.lab.evaluation.functions import NEW_TOKENS, completion, without_newline
-from kvlib.lab.functions import run
-from kvlib.lab.functions.problems import Problem
-from kvlib.lab.functions.published import from_humaneval, from_mbpp
 from kvlib.nearest import unknown
 
 TEMPLATE_ROOM = 64  # tokens that a chat template may add; Llama 3.1's adds 36
-RULER_SAMPLES = 100  # published are 500
-CODE = {"humaneval": from_humaneval, "humaneval+": from_plus, "mbpp": from_mbpp}
-SECONDS, MEGABYTES = 20, 1024  # of CPU time and address space, for all inputs of a problem
+RULER_SAMPLES = 100  # published are 500: `scripts/config_tasks.sh` of NVIDIA/RULER
 TASKS = (
     *(f"longbench/{name}" for name in LONGBENCH),
     *(f"longbench/{name}_e" for name, task in LONGBENCH.items() if task.samples_e),
     "longbench-v2",
     *(f"ruler/{name}" for name in ruler.TASKS),
-    *CODE,
+    *programs.TASKS,
 )
 
 
@@ -37,14 +29,16 @@ class Question:
     """One sample.
 
     prompt: what the user says if `chat`, and the model has a chat template; else plain text. lead: how the answer
-    begins. max_new_tokens: its most tokens. judge: text of the answer -> score from 0 to 1.
+    begins. max_new_tokens: its most tokens. judge: text of the answer -> score from 0 to 1, with arguments that JSON
+    can write. ends: texts that end the answer, behind its leading newlines.
     """
 
     prompt: str
     lead: str
     max_new_tokens: int
     chat: bool
-    judge: Callable[[str], float]
+    judge: partial
+    ends: tuple[str, ...] = ()
 
 
 def questions(task: str, tokenizer, length: int, window: int | None, samples: int | None = None) -> list[Question]:
@@ -67,11 +61,11 @@ def questions(task: str, tokenizer, length: int, window: int | None, samples: in
     if group == "ruler":
         if window is not None and length > window:
             raise ValueError(f"length={length}: the model's window is {window} tokens")
-        fits = length if room is None else min(length, room)
-        return [from_ruler(name, fits, seed, tokenizer) for seed in range(samples or RULER_SAMPLES)]
+        return [from_ruler(name, length, seed, tokenizer) for seed in range(samples or RULER_SAMPLES)]
     rows = load(task)[:samples]
-    if group in CODE:
-        return [from_problem(CODE[group](row)) for row in rows]
+    if group in programs.TASKS:
+        examples = load(task, "prompt") if task == "mbpp" else ()
+        return [from_program(each) for each in programs.programs(task, rows, examples)]
     if group == "longbench":
         plain = name.removesuffix("_e")
         setting, chat = longbench_settings()[plain], LONGBENCH[plain].chat
@@ -79,6 +73,7 @@ def questions(task: str, tokenizer, length: int, window: int | None, samples: in
             Question(
                 setting.template.format(**row), "", setting.max_new_tokens, chat,
                 partial(metrics.score, plain, answers=list(row["answers"]), classes=row["all_classes"]),
+                ("\n",) if plain == "samsum" else (),
             )
             for row in rows
         ]  # fmt: skip
@@ -97,21 +92,15 @@ def shortened(question: Question, length: int, room: int | None, tokenizer) -> Q
     limit = length if room is None else min(length, room - question.max_new_tokens)
     if limit < 2:
         raise ValueError(f"an answer of {question.max_new_tokens} tokens leaves no room for a prompt")
-    prompt = cut_middle(question.prompt, limit, tokenizer)
-    return Question(prompt, question.lead, question.max_new_tokens, question.chat, question.judge)
+    return replace(question, prompt=cut_middle(question.prompt, limit, tokenizer))
 
 
 def from_ruler(name: str, length: int, seed: int, tokenizer) -> Question:
-    made = ruler.sample(name, length, seed, tokenizer)
+    made = ruler.sample(name, length, seed, tokenizer, TEMPLATE_ROOM if tokenizer.chat_template else 0)
     return Question(made.prompt, made.lead, made.max_new_tokens, True, partial(ruler.score, answers=made.answers))
 
 
-def from_problem(problem: Problem) -> Question:
-    """A function to be completed, judged by pass@1 of greedy decoding; no chat, as for models that complete text."""
-    asked = without_newline(problem)
-
-    def judge(text: str) -> float:
-        ran = run(asked.prompt, completion(text), asked.asserts, seconds=SECONDS, megabytes=MEGABYTES)
-        return float(ran.passed)
-
-    return Question(asked.prompt, "", NEW_TOKENS, False, judge)
+def from_program(program: programs.Program) -> Question:
+    """A program to be written, judged by pass@1 of greedy decoding; no chat, as for models that complete text."""
+    judge = partial(programs.passed, above=program.above, asserts=program.asserts, ends=program.ends)
+    return Question(program.prompt, "", programs.MAX_NEW_TOKENS, False, judge, program.ends)

@@ -1,11 +1,17 @@
 """RULER's synthetic tasks, generated here: needles, variables, common and frequent words, to a length in tokens.
 
-Source: the paper (arXiv 2404.06654) and `scripts/data/synthetic` of NVIDIA/RULER (Apache 2.0): instructions, beginnings
-of answers, their tokens, and the parameters of the tasks in `TASKS`; the code is ours.
+Source: NVIDIA/RULER (Apache 2.0), commit c3f5e3b. Parameters of the tasks: `scripts/synthetic.yaml`; instructions,
+beginnings of answers and their tokens: `scripts/data/synthetic/constants.py`; how samples are put together: `niah.py`,
+`variable_tracking.py`, `common_words_extraction.py` and `freq_words_extraction.py` beside it; metric:
+`scripts/eval/synthetic/constants.py`; greedy decoding: `scripts/config_models.sh`. The code is ours. "assigned" in the
+beginning of the answer of `vt` was misspelt before their commit 4a216f4, and in results from before it.
 
-Departures: keys and words are pairs of `kvlib.lab.tasks.words` instead of the package wonderwords, so that no word lies
-inside another; sentences of essays end at a full stop instead of where nltk ends them; samples have seeds of their own.
-The two tasks of question answering, which need SQuAD and HotpotQA, are left out.
+Departures: keys are pairs of `kvlib.lab.tasks.words` instead of the package wonderwords, and so are the words of `cwe`,
+there single ones, so that no word lies inside another; all keys and values of a sample differ; sentences of essays end
+at a full stop instead of where nltk ends them; samples have seeds of their own, and each as much filling as fits, where
+one search is made for all samples of a task; the solved example of `vt` has a fixed number of lines (`SHOWN`); the one
+of `cwe` stands in the same turn of a chat as the question, there in a turn of its own. The two tasks of question
+answering, which need SQuAD and HotpotQA, are left out.
 """
 
 import json
@@ -42,8 +48,8 @@ ONE_NEEDLE = (
 VARIABLES = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
     "all variables that are assigned the value {query} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the "
-    "value {query}, they are: ",  # spelt so
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
+    "value {query}, they are: ",
 )
 COMMON = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
@@ -56,8 +62,11 @@ FREQUENT = (
     "three most frequently appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
+DEPTHS = [round(100 * step / 39) for step in range(40)]  # of needles in essays, in per cent of the sentences
 HOPS = 4
+SHOWN = 14  # lines of noise in the solved example of `vt`: as many as 500 tokens hold, of about 25 tokens each
 ALPHA = 2.0  # of the zeta distribution of coded words
+FREQUENT_TOKENS = 50  # of the answer to `fwe`
 LONG = 4096  # from here on common words appear 30 times and the others 3 times
 
 
@@ -73,7 +82,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """build: (random numbers, amount of filling, tokens allowed) -> prompt, lead, answers; least: of the amounts."""
+    """build: (random numbers, amount of filling, length in tokens) -> prompt, lead, answers; least: of the amounts."""
 
     build: Callable[[random.Random, int, int], tuple[str, str, Sequence[str]]]
     max_new_tokens: int
@@ -99,11 +108,10 @@ def identifier(rng: random.Random) -> str:
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def scattered(lines: Sequence[str], among: Sequence[str], rng: random.Random) -> list[str]:
-    """The lines in their order, at random places among others."""
-    places = sorted(rng.randint(0, len(among)) for _ in lines)
+def inserted(lines: Sequence[str], places: Sequence[int], among: Sequence[str]) -> list[str]:
+    """The lines in their order, before the others at these places."""
     text, begin = [], 0
-    for line, place in zip(lines, places):
+    for line, place in zip(lines, sorted(places), strict=True):
         text += [*among[begin:place], line]
         begin = place
     return [*text, *among[begin:]]
@@ -127,7 +135,7 @@ def needles(
 ) -> Task:
     """Needles with several keys, several values of each, of which the first `asked` keys are asked for."""
 
-    def build(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+    def build(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
         names = distinct(draw_key, rng, keys + (amount if haystack == "needle" else 0))
         codes = distinct(draw_value, rng, keys * values + len(names) - keys)
         one, plural = asked * values == 1, f"{kind}s"
@@ -141,7 +149,11 @@ def needles(
             others = [say(*each) for each in zip(names[keys:], codes[keys * values :])]
         else:
             others = [NOISE] * amount if haystack == "noise" else essay_sentences(amount)
-        context = (" " if haystack == "essay" else "\n").join(scattered(hidden, others, rng))
+        if haystack == "essay":
+            places = [len(others) * depth // 100 for depth in rng.sample(DEPTHS, len(hidden))]
+        else:
+            places = rng.sample(range(amount), len(hidden))
+        context = (" " if haystack == "essay" else "\n").join(inserted(hidden, places, others))
         wanted = names[:asked]
         query = wanted[0] if asked == 1 else f"{', '.join(wanted[:-1])}, and {wanted[-1]}"
         template, lead = ONE_NEEDLE if one else NEEDLES
@@ -156,16 +168,16 @@ def chain(rng: random.Random, amount: int, letters: int) -> tuple[str, str, list
     names = distinct(lambda r: "".join(r.choices(string.ascii_uppercase, k=letters)), rng, HOPS + 1)
     value = str(rng.randint(10000, 99998))
     lines = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(names))]
-    context = "\n".join(scattered(lines, [NOISE] * amount, rng))
+    context = "\n".join(inserted(lines, rng.sample(range(amount), len(lines)), [NOISE] * amount))
     fields = {"query": value, "count": len(names)}
     return VARIABLES[0].format(context=context, **fields), VARIABLES[1].format(**fields), names
 
 
-def variables(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+def variables(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
     """A chain behind a short one that is solved; its names are shorter, so that none is an answer."""
-    shown, lead, names = chain(rng, 5, letters=3)
+    shown, lead, names = chain(rng, SHOWN, letters=3)
     prompt, asked, wanted = chain(rng, amount, letters=5)
-    return f"{shown}{lead}{' '.join(names)}\n\n{prompt}", asked, wanted
+    return f"{shown}{lead} {' '.join(names)}\n\n{prompt}", asked, wanted  # two spaces, as published
 
 
 def numbered(words: Sequence[str]) -> str:
@@ -179,18 +191,19 @@ def listed(rng: random.Random, words: Sequence[str], often: int, seldom: int) ->
     return COMMON[0].format(context=numbered(every)), list(words[:10])
 
 
-def common_words(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+def common_words(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
     """Ten common words among others, behind a short list that is solved."""
-    size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if allowed >= LONG else (20, 3, 1, 6, 1)
+    size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if length >= LONG else (20, 3, 1, 6, 1)
     words = distinct(pair, rng, size + 10 + amount)
     shown, names = listed(rng, words[:size], shown_often, shown_seldom)
     prompt, wanted = listed(rng, words[size:], often, seldom)
     return f"{shown}{COMMON[1]} {numbered(names)}\n{prompt}", COMMON[1], wanted
 
 
-def frequent_words(rng: random.Random, amount: int, allowed: int) -> tuple[str, str, list[str]]:
+def frequent_words(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
     """Coded words whose frequencies fall as 1 / rank²; dots have the first rank."""
-    words = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, max(10, allowed // 50))]
+    coded = max(10, (length - FREQUENT_TOKENS) // 50) - 1  # as published, where the dots count too
+    words = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, coded)]
     share = math.pi**2 / 6  # zeta(ALPHA)
     text = [word for rank, word in enumerate(words, 1) for _ in range(int(amount * rank**-ALPHA / share))]
     rng.shuffle(text)
@@ -206,18 +219,18 @@ TASKS = {
     "niah_multikey_3": needles("needle", draw_key=identifier, draw_value=identifier, kind="uuid"),
     "niah_multivalue": needles("essay", values=4),
     "niah_multiquery": needles("essay", keys=4, asked=4),
-    "vt": Task(variables, 30),
+    "vt": Task(variables, 30, least=HOPS + 1),
     "cwe": Task(common_words, 120),
-    "fwe": Task(frequent_words, 50, least=60),
+    "fwe": Task(frequent_words, FREQUENT_TOKENS, least=60),
 }
 
 
-def sample(task: str, length: int, seed: int, tokenizer) -> Sample:
+def sample(task: str, length: int, seed: int, tokenizer, room: int = 0) -> Sample:
     """A sample of as much filling as fits.
 
     Args:
-        task: one of `TASKS`. length: the most tokens of prompt, lead and answer together, special tokens included; a
-            chat template comes on top, as published.
+        task: one of `TASKS`. length: the most tokens of prompt, lead and answer together, special tokens included.
+        room: those of them that are left to a chat template, which counts as published.
         seed: samples of different seeds differ in everything, the same seed gives the same sample.
 
     Raises:
@@ -230,7 +243,7 @@ def sample(task: str, length: int, seed: int, tokenizer) -> Sample:
 
     def made(amount: int) -> Sample | None:
         prompt, lead, answers = build(random.Random(f"{task} {seed}"), amount, length)
-        if len(tokenizer(prompt + lead).input_ids) + new > length:
+        if len(tokenizer(prompt + lead).input_ids) + new > length - room:
             return None
         return Sample(prompt, lead, tuple(answers), new)
 
@@ -249,5 +262,8 @@ def sample(task: str, length: int, seed: int, tokenizer) -> Sample:
 
 
 def score(prediction: str, answers: Sequence[str]) -> float:
-    """The share of the answers that occur in the prediction, in any case of letters: `string_match_all`."""
+    """The share of the answers that occur in the prediction, in any case of letters: `string_match_all`.
+
+    Before that the script turns control characters of a prediction into newlines, which no answer holds.
+    """
     return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
