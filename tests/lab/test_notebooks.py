@@ -205,7 +205,7 @@ def test_make_runs_what_changed(tmp_path):
         "figure, axes = plt.subplots()\naxes.plot([toy.half, budget])\nsave(figure, '77_toy_line')\n"
     )
     profile = "77_toy: {budget: 0.25}"
-    write_notebook(tmp_path, draw, "assert budget == 0.25  # 77_toy.parquet", profile=profile)
+    write_notebook(tmp_path, draw, "assert budget == 0.25 and '77_toy.parquet'", profile=profile)
     result = make(tmp_path, "figures", "PROFILE=smoke", "-j2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search("77_toy: running.*77_toy: done in .*build/smoke/77_toy.ipynb", result.stdout, re.DOTALL)
