@@ -121,4 +121,5 @@ class Layer(DynamicLayer):
         inside = [x for part in self.parts for x in (*part.state.values(), part.positions, part.capacity)]
         more = (x for part in self.parts for x in (part._lengths, part.hole, part._starts, part._ends, part._last))
         inside += [x for x in more if x is not None]
+        inside += [x for part in self.parts if part.recorded for x in (*part.recorded.inputs, part.recorded.output)]
         return [*inside, *self.rows.values(), *(self.queries or ()), *([] if self.reads is None else [self.reads])]

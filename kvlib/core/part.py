@@ -53,6 +53,8 @@ class Part:
         ordered: slots are in text order, without a hole.
         intact: nothing has been evicted since the latest entries were added.
         static: steps are captured (`kvlib.core.capture`): rectangles include all room, and shapes do not change.
+        still: entries that have gone, one for each that came, since any of the memory was last allocated anew.
+        recorded: what `kvlib.core.recorded` has recorded of work on this memory, or None.
         memo: what follows from lengths and capacities alone, shared by all parts of a cache.
     """
 
@@ -61,20 +63,24 @@ class Part:
         self.fields: dict[str, torch.Tensor] = {}
         self.state: dict[str, torch.Tensor] = {}
         self.positions = torch.empty((0, size) if size > 1 else 0, dtype=torch.int32, device=device)
-        self.hole = None
         self.vacant, self.ordered, self.intact, self.static = False, True, True, False
         self._room = self._ahead = 0
         self._resize(torch.zeros(batch, kv_heads, dtype=torch.int64))
 
     def _resize(self, lengths: torch.Tensor, capacity: torch.Tensor | None = None) -> None:
         """Note new lengths and a new capacity, by default one without room."""
-        self._lengths = lengths
+        self._moved()
+        self._lengths, self.hole = lengths, None
         self.capacity = lengths if capacity is None else capacity
         self.shape = tuple(lengths.shape)
         self._starts, self._ends, self._last, self._ahead, self._coming = None, None, None, 0, {}
         # as numbers, because looking into tensors takes longer than a small step allows
         self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
         self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
+
+    def _moved(self) -> None:
+        """Some of the memory was allocated anew."""
+        self.still, self.recorded = 0, None
 
     # Reading
 
@@ -371,6 +377,7 @@ class Part:
         flat = flats.get(name)
         if flat is None or flat.shape[1:] != rectangle.shape[3:] or flat.dtype != rectangle.dtype:
             self._ahead = 0
+            self._moved()
             flat = flats[name] = rectangle.new_zeros(int(self.capacity.sum()), *rectangle.shape[3:])
         if self.uniform:
             target = self.rectangle(flat)
@@ -416,7 +423,7 @@ class Part:
             from kvlib.kernels import weakest as kernel  # Triton is there with CUDA builds of torch only
 
             self._check_hole()
-            self._leave(kernel.retire(score, self.positions, self._size))
+            self._leave(kernel.retire(score, self.positions, self._size, self.hole))
         else:
             positions = self.position_rectangle()
             if not self.dense:
@@ -436,7 +443,8 @@ class Part:
 
     def _leave(self, index: torch.Tensor) -> None:
         """The entries at `index` `(segments,)` in the flat tensors have gone."""
-        self.hole = self.hole.copy_(index) if self.static else index  # captured, it stays where it is
+        self.hole = index if self.hole is None else self.hole.copy_(index)  # for what is recorded it stays in place
+        self.still += 1
         self.vacant, self.intact, self.ordered, self._ahead = True, False, False, 0
         self.count(-1)
 

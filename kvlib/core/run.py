@@ -8,13 +8,14 @@ queries, keys, values and the positions of all of them, so this is where tokens 
 import inspect
 import math
 import threading
+from functools import cached_property
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvlib.core import packed, support
+from kvlib.core import packed, recorded, support
 from kvlib.core.blocks import NAME, Blocks
 from kvlib.core.cache import KVCache
 from kvlib.core.capture import CapturedStep
@@ -44,10 +45,17 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         layer = run.cache.layers[module.layer_idx]
         if layer.tail.dense and layer.body is None:
             return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
-    view = run.store(module, query, key, value, scaling, dropout)
-    output = run.method.attend(view)
-    run.settle(view)
-    return output, None
+    def work(query, key, value):
+        view = run.store(module, query, key, value, scaling, dropout)
+        output = run.method.attend(view)
+        run.settle(view)
+        return output
+
+    if run.step.decoding and run.steady and not dropout:
+        layer = run.cache.layers[module.layer_idx]
+        if recorded.replays(run, layer, key.device):
+            return recorded.replay(run, layer, work, (query, key, value)), None
+    return work(query, key, value), None
 
 
 def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Tensor:
@@ -71,7 +79,7 @@ class Run(Report):
     `read` the document, after `ask` the copy that holds the question and its answer too.
 
     Attributes:
-        idle: the method leaves decoded tokens alone.
+        idle: the method leaves decoded tokens alone. steady: `Method.steady`, of the class itself.
         document: the compressed cache that `read` has left, which `ask` copies; None if there is none.
         prepared: what the method's `prepare` has made of the model; there as long as the block is open.
         step: the forward pass that is going on, None between passes.
@@ -85,6 +93,7 @@ class Run(Report):
         self.encodes = method.hooks("encode") or method.hooks("decode")
         looks = any(map(method.hooks, ("encode", "decode", "before_layer", "attend", "observe", "finish")))
         self.idle = not (looks or method.evicts_in_decode)
+        self.steady = vars(type(method)).get("steady", False)
         self.prepared = None
         self.document: KVCache | None = None
         self.step: Step | None = None
@@ -583,6 +592,11 @@ class Run(Report):
         self._end(self.step)
         self._close()
         return self.cache
+
+    @cached_property
+    def pool(self):
+        """Memory that what is recorded of layers works in, one after the other."""
+        return torch.cuda.graph_pool_handle()
 
     def capture(self, room: int) -> CapturedStep:
         """Decode up to `room` tokens by a captured step; see `kvlib.core.capture`."""

@@ -34,18 +34,22 @@ def _retire(SCORE, POSITIONS, INDEX, heads, slots, size, row_stride, head_stride
     tl.store(INDEX + segment, segment.to(tl.int64) * size + weakest)
 
 
-def retire(score: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+def retire(
+    score: torch.Tensor, positions: torch.Tensor, size: int, index: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mark the entry of the lowest score in each segment as empty; of equal ones the latest.
 
     Args:
         score: `(batch, heads, slots)` float32 or float64; empty slots may hold anything.
         positions: flat int32 `(batch x heads x size,)`, of which the first `slots` of every segment are looked at; -1 =
             empty slot. Overwritten: -1 where an entry is evicted.
+        index: where to write what is returned; by default new memory.
 
     Returns:
         Where it was in the flat tensors, `(batch x heads,)` int64.
     """
     batch, heads, slots = score.shape
-    index = torch.empty(batch * heads, dtype=torch.int64, device=score.device)
+    if index is None:
+        index = torch.empty(batch * heads, dtype=torch.int64, device=score.device)
     _retire[(batch * heads,)](score, positions, index, heads, slots, size, *score.stride(), BLOCK)
     return index

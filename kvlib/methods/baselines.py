@@ -72,6 +72,7 @@ class StreamingLLM(Evictor):
     sinks: int = 4
     renumber: bool = True
     evicts_in_decode = True
+    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,6 +150,7 @@ class H2O(Evictor):
 
     evicts_in_decode = True
     weighs = True
+    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -186,6 +188,7 @@ class Scissorhands(H2O):
     """
 
     window = 400
+    steady = True
 
     def observe(self, view):
         if view.step.ends_prompt:
@@ -278,6 +281,7 @@ class TOVA(Evictor):
     window = 1
     evicts_in_decode = True
     weighs = True
+    steady = True
 
     def score(self, view):
         return view.column_sums(last=1).mean((1, 2))[:, None].expand_as(view.positions)

@@ -35,6 +35,7 @@ class ForcedSinks(Evictor):
 
     host: str = "h2o"
     sinks: int = 20
+    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,6 +97,7 @@ class VATP(ForcedSinks):
     """
 
     norm: str = "l1"
+    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -122,6 +124,7 @@ class EvictionError(ForcedSinks):
     """
 
     sinks: int = 0
+    steady = True
 
     def importance(self, view, last=None):
         return view.eviction_errors(last)
@@ -143,6 +146,7 @@ class OutputNorm(ForcedSinks):
     """
 
     sinks: int = 0
+    steady = True
 
     def observe(self, view):
         project = getattr(view.module, "o_proj", None)

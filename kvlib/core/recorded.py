@@ -1,0 +1,70 @@
+"""A decoded token's work in one layer, recorded as a CUDA graph and replayed inside the model's own forward pass.
+
+While tokens come one at a time, launching kernels is what takes the time, and a method that evicts launches a dozen
+beside those of attention. Once a token goes for each that comes they are the same kernels on the same memory every
+time, if the method says so (`Method.steady`). So after a few steps they are recorded, and from then on a layer launches
+two things: a copy of its query, key and value, and the graph.
+
+What is recorded lives as long as the memory that it works on (`Part.still`). `kvlib.core.capture` records whole steps,
+model and all, but it has to be asked to.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from operator import is_
+
+import torch
+
+WARM = 3  # steps that have to find the same memory first: they compile kernels and bring numbers to the device
+DEVICES = {"cuda"}
+
+
+class Recorded:
+    """`work(query, key, value)` as a graph, and copies of its inputs that the graph reads.
+
+    Args:
+        others: what holds the tensors that it reads beside the layer's own; as long as these are the same, so are those.
+    """
+
+    def __init__(self, work: Callable, inputs: tuple[torch.Tensor, ...], others: tuple, pool):
+        self.others = others
+        self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        self.graph, self.output = record(lambda: work(*self.inputs), pool)
+
+    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The output, which the next call overwrites."""
+        torch._foreach_copy_(self.inputs, inputs)
+        self.graph.replay()
+        return self.output
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the cache has memory of its own
+
+
+def record(work: Callable, pool) -> tuple:
+    """A graph of the kernels that `work()` launches, none of which runs, and what it returns."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = work()
+    return graph, output
+
+
+def replays(run, layer, device: torch.device) -> bool:
+    """Is the work of a decoded token in this layer what it was in the steps before?"""
+    tail = layer.tail
+    if not (tail.vacant and tail.still >= WARM and tail.uniform and layer.body is None) or tail.static:
+        return False
+    return device.type in DEVICES and device == run.cache.ends.device and not torch.is_grad_enabled()
+
+
+def replay(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """`work(*inputs)`, recorded if it was not yet. `work` leaves the layer's counts as it finds them."""
+    recorded, others = layer.tail.recorded, (run.cache.ends, run.cache.notes, run.prepared)
+    if recorded is None or not all(map(is_, others, recorded.others)):
+        step = run.step  # of its own, so that the graph does not read what another layer has worked out in this step
+        run.step = replace(step, shared={}, sums={}, starts={}, listed={}, view=None)
+        try:
+            recorded = layer.tail.recorded = Recorded(work, inputs, others, run.pool)
+        finally:
+            run.step = step
+    return recorded(inputs)

@@ -1,0 +1,270 @@
+"""What is recorded of a layer's steps and replayed is what eager steps do.
+
+Without a GPU the graph is `Replayed`: it notes torch's operations with the very tensors they had, and repeats them on the
+same memory. So it does what a CUDA graph does, and python's numbers stay what they were when it was recorded.
+"""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kvlib
+from kvlib import kernels
+from kvlib.core import recorded
+from kvlib.core.method import METHODS
+
+STEADY = [
+    kvlib.method("streaming_llm", budget=0.4),
+    kvlib.method("streaming_llm", budget=10, renumber=False),
+    kvlib.method("h2o", budget=0.4),
+    kvlib.method("scissorhands", budget=14),
+    kvlib.method("tova", budget=0.4),
+    kvlib.method("forced_sinks", budget=0.4, host="h2o", sinks=3),
+    kvlib.method("vatp", budget=0.4, host="h2o", sinks=2),
+    kvlib.method("exact_error", budget=0.4, host="h2o"),
+    kvlib.method("output_norm", budget=0.4, host="scissorhands"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Replayed(TorchDispatchMode):
+    """Inside the block operations are noted, and in the end what they have written is as before, as if none had run.
+
+    `replay()` repeats them; what they return goes where it went.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.before = [], set(), {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        for argument, x in zip(function._schema.arguments, arguments):
+            if argument.is_write:
+                self.note(x)
+        given = places((arguments, options))
+        result = function(*arguments, **(options or {}))
+        new = [place not in given for place in places(result)]
+        self.made |= set(places(result)) - set(given)
+        self.calls.append((function, arguments, options or {}, result, new))
+        return result
+
+    def note(self, x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.made:
+            self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        for storage, content in self.before.values():
+            storage.copy_(content)
+
+    def replay(self):
+        for function, arguments, options, result, new in self.calls:
+            again = function(*arguments, **options)
+            for x, y, fresh in zip(tensors(result), tensors(again), new, strict=True):
+                if fresh:
+                    x.copy_(y)
+
+
+def tensors(x) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(x) if torch.is_tensor(leaf)]
+
+
+def places(x) -> list[int]:
+    return [leaf.untyped_storage().data_ptr() for leaf in tensors(x)]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that are recorded, without a GPU; kernels are left to torch, whose operations can be noted."""
+    made = []
+
+    def record(work, pool):
+        with Replayed() as graph:
+            output = work()
+        made.append(graph)
+        return graph, output
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(recorded, "record", record)
+        monkeypatch.setattr(recorded, "DEVICES", {"cpu"})
+        monkeypatch.setattr(kvlib.core.run.Run, "pool", None)
+        monkeypatch.setattr(kernels, "decoding", False)
+    return made
+
+
+@torch.no_grad()
+def decoded(model, method, steps=24, ids=None):
+    """Logits of each step, positions kept, and the run, which is closed."""
+    ids = tiny.tokens(2, 30) if ids is None else ids
+    device = model.device
+    with method(model) as run:
+        token, made = model(ids.to(device)).logits[:, -1:].argmax(-1), []
+        for _ in range(steps):
+            made.append(model(token, past_key_values=run.cache).logits[:, -1])
+            token = made[-1].argmax(-1, keepdim=True)
+        return torch.stack(made), tiny.kept(run), run
+
+
+def eagerly(model, method, **options):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "replays", lambda *_: False)
+        return decoded(model, method, **options)
+
+
+def recordings(run) -> list:
+    return [layer.tail.recorded for layer in run.cache.layers]
+
+
+def label(method):
+    return f"{method.name}-{method.budget}"
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("method", STEADY, ids=label)
+def test_what_is_replayed_is_what_eager_steps_do(method, architecture, graphs):
+    model = tiny.build(architecture, torch.float64 if DEVICE == "cpu" else torch.float32).to(DEVICE)
+    logits, kept, run = eagerly(model, method)
+    assert recordings(run) == [None] * len(run.cache.layers)
+    again, kept_again, run_again = decoded(model, method)
+    assert all(recordings(run_again)) and len(graphs) in (0, len(run.cache.layers))
+    assert kept_again == kept
+    torch.testing.assert_close(again, logits, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+    for report in ("stored_bytes", "full_bytes", "read_bytes"):
+        assert getattr(run_again, report)() == getattr(run, report)()
+
+
+def test_every_method_that_says_so_is_tried():
+    assert {cls.name for cls in METHODS.values() if vars(cls).get("steady")} == {method.name for method in STEADY}
+
+
+def test_a_subclass_has_to_say_it_for_itself(graphs):
+    asked = []
+
+    class Asking(type(kvlib.method("h2o"))):
+        def score(self, view):
+            asked.append(view.layer_idx)
+            return super().score(view)
+
+    run = decoded(tiny.build("llama-gqa").to(DEVICE), Asking(budget=0.4), steps=9)[2]
+    assert not any(recordings(run)) and asked == 10 * list(range(len(run.cache.layers)))
+
+
+def test_nothing_is_recorded_before_a_token_goes_for_each_that_comes(graphs):
+    model = tiny.build("llama-gqa").to(DEVICE)
+    for steps, found in ((12 + recorded.WARM, False), (13 + recorded.WARM, True)):
+        run = decoded(model, kvlib.method("tova", budget=30 + 12), steps=steps)[2]
+        assert [x is not None for x in recordings(run)] == [found] * len(run.cache.layers)
+    padded, mask = tiny.pad([tiny.tokens(30), tiny.tokens(20, seed=1)])
+    with kvlib.method("tova", budget=0.4)(model) as run, torch.no_grad():  # segments of different lengths
+        token = model(padded.to(DEVICE), mask.to(DEVICE)).logits[:, -1:].argmax(-1)
+        for _ in range(9):
+            model(token, past_key_values=run.cache)
+        assert not any(recordings(run))
+
+
+@pytest.mark.parametrize("method", STEADY, ids=label)
+def test_what_is_recorded_ends_when_memory_moves(method, graphs):
+    """A second turn, rows chosen anew, a copy, a file and another block: then as eager steps do."""
+    model = tiny.build("llama-gqa", torch.float64).to(DEVICE)
+    found = []
+    for decode in (eagerly, decoded):
+        run, kept = decode(model, method, steps=12)[2], []
+        cache = run.cache
+        twin = pickle.loads(pickle.dumps(cache)) if decode is decoded else copy.deepcopy(cache)
+        if decode is decoded:
+            before = [layer.tail.recorded for layer in cache.layers]
+            assert all(before)
+            assert not any(layer.tail.recorded for layer in (*twin.layers, *copy.deepcopy(cache).layers))
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            if decode is eagerly:
+                patch.setattr(recorded, "replays", lambda *_: False)
+            for cache in (cache, twin):
+                with method(model) as run:
+                    token = tiny.tokens(2, 1).to(DEVICE)
+
+                    def go_on(steps):
+                        for _ in range(steps):
+                            out = model(token.expand(len(cache.tokens), 1), past_key_values=cache)
+                            kept.append(tiny.kept(run))
+                        return out.logits
+
+                    kept.append(go_on(6))
+                    cache.reorder_cache(torch.tensor([1, 0]))
+                    kept.append(go_on(6))
+                    model(tiny.tokens(2, 5, seed=3).to(DEVICE), past_key_values=cache)
+                    kept.append(go_on(8))
+                    cache.batch_select_indices(torch.tensor([1]))
+                    token = token[:1]
+                    kept.append(go_on(6))
+        found.append(kept)
+    for one, other in zip(*found, strict=True):
+        if torch.is_tensor(one):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+        else:
+            assert one == other
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "vatp"])
+def test_a_layer_needs_no_other_to_be_replayed(name, graphs):
+    model, method = tiny.build("llama-gqa").to(DEVICE), kvlib.method(name, budget=0.4)
+    logits, kept = eagerly(model, method, steps=18)[:2]
+    with method(model) as run, torch.no_grad():
+        token = model(tiny.tokens(2, 30).to(DEVICE)).logits[:, -1:].argmax(-1)
+        for step in range(18):
+            if step in (8, 14):  # one layer is left to python for a while, then the other
+                tail = run.cache.layers[step == 14].tail
+                tail.still, tail.recorded = 0, None
+            output = model(token, past_key_values=run.cache).logits[:, -1]
+            torch.testing.assert_close(output, logits[step], rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+            token = output.argmax(-1, keepdim=True)
+        assert tiny.kept(run) == kept
+
+
+def test_another_block_prepares_anew_and_so_records_anew(graphs):
+    model, method = tiny.build("llama-gqa").to(DEVICE), kvlib.method("streaming_llm", budget=0.4)
+    run = decoded(model, method, steps=9)[2]
+    before = recordings(run)
+    with method(model) as again, torch.no_grad():
+        model(tiny.tokens(2, 1).to(DEVICE), past_key_values=run.cache)
+        after = recordings(again)
+        assert all(one.others[2] is again.prepared and one is not other for one, other in zip(after, before))
+        model(tiny.tokens(2, 1).to(DEVICE), past_key_values=run.cache)
+        assert all(one is other for one, other in zip(recordings(again), after))
+
+
+def test_memory_of_another_form_ends_what_is_recorded(graphs):
+    run = decoded(tiny.build("llama-gqa").to(DEVICE), kvlib.method("h2o", budget=0.4), steps=9)[2]
+    tail = run.cache.layers[0].tail
+    rectangle = tail.rectangle(tail.state["attention"])
+    tail.put(tail.state, "attention", rectangle)
+    assert tail.recorded is not None
+    tail.put(tail.state, "attention", rectangle.half())
+    assert tail.recorded is None and tail.still == 0
+
+
+def test_gradients_and_captured_steps_are_not_recorded(graphs):
+    model, method = tiny.build("llama-gqa").to(DEVICE), kvlib.method("h2o", budget=0.4)
+    with method(model) as run:
+        token = model(tiny.tokens(2, 30).to(DEVICE)).logits[:, -1:].argmax(-1)
+        for _ in range(8):
+            model(token, past_key_values=run.cache)
+        assert not any(recordings(run))
+    with method(model) as run, torch.no_grad():
+        model(tiny.tokens(2, 30).to(DEVICE))
+        with run.capture(9) as step:
+            for _ in range(9):
+                step(token)
+        assert not any(recordings(run))
+
+
+def test_what_is_recorded_counts_as_held(graphs):
+    run = decoded(tiny.build("llama-gqa").to(DEVICE), kvlib.method("h2o", budget=0.4), steps=9)[2]
+    for layer in run.cache.layers:
+        held = {id(x) for x in layer.tensors()}
+        assert {id(x) for x in (*layer.tail.recorded.inputs, layer.tail.recorded.output)} <= held
