@@ -264,3 +264,25 @@ def test_groups_of_tokens_are_entries():
     assert part.tokens.tolist() == [[12], [4]]
     assert part.fields["code"].flatten().tolist() == [0, 1, 2, 0]
     assert part.position_rectangle().flatten(2).tolist() == [[[*range(12)]], [[0, 1, 2, 3] + [-1] * 8]]
+
+
+def test_a_field_is_its_rectangle_wherever_memory_lies():
+    part = Part(2, 3, torch.device("cpu"))
+    for at in range(80):
+        chunk = {name: torch.randn(2, 3, 1, 4) for name in ("key", "value")}
+        part.append_one(chunk, torch.full((2, 1), at))
+        if at == 40:
+            part.select(torch.tensor([1, 0]))
+        if at == 60:
+            part.truncate(part.lengths - 3)
+        for name, flat in part.fields.items():
+            assert torch.equal(part.field(name), part.rectangle(flat))
+            assert part.field(name).shape[2] == part.width
+
+
+def test_memory_of_another_form_takes_the_place_of_a_field():
+    part = Part(1, 2, torch.device("cpu"))
+    for at in range(5):
+        part.append_one({"key": torch.randn(1, 2, 1, 4)}, torch.tensor([[at]]))
+    part.put(part.fields, "key", part.field("key").half())
+    assert part.field("key").dtype == torch.half

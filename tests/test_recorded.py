@@ -1,7 +1,7 @@
 """What is recorded of a layer's steps and replayed is what eager steps do.
 
-Without a GPU the graph is `Replayed`: it notes torch's operations with the very tensors they had, and repeats them on the
-same memory. So it does what a CUDA graph does, and python's numbers stay what they were when it was recorded.
+Without a GPU the graph is `Replayed`: it notes torch's operations with the very tensors they had, and repeats them on
+the same memory. So it does what a CUDA graph does, and python's numbers stay what they were when it was recorded.
 """
 
 import copy
@@ -40,6 +40,7 @@ class Replayed(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        self.pool = lambda: None
         self.calls, self.made, self.before = [], set(), {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -93,7 +94,6 @@ def graphs(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(recorded, "record", record)
         monkeypatch.setattr(recorded, "DEVICES", {"cpu"})
-        monkeypatch.setattr(kvlib.core.run.Run, "pool", None)
         monkeypatch.setattr(kernels, "decoding", False)
     return made
 
@@ -168,46 +168,39 @@ def test_nothing_is_recorded_before_a_token_goes_for_each_that_comes(graphs):
         assert not any(recordings(run))
 
 
+def go_on(model, method, cache) -> list:
+    """What is kept and said in another block: steps, with rows in another order, after a second turn, of one row."""
+    found, token = [], tiny.tokens(2, 1).to(DEVICE)
+    changes = [
+        lambda: None,
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: model(tiny.tokens(2, 5, seed=3).to(DEVICE), past_key_values=cache),
+        lambda: cache.batch_select_indices(torch.tensor([1])),
+    ]
+    with method(model) as run, torch.no_grad():
+        for change in changes:
+            change()
+            for _ in range(7):
+                logits = model(token[: len(cache.tokens)], past_key_values=cache).logits
+                found.append((tiny.kept(run), logits))
+    return found
+
+
 @pytest.mark.parametrize("method", STEADY, ids=label)
 def test_what_is_recorded_ends_when_memory_moves(method, graphs):
-    """A second turn, rows chosen anew, a copy, a file and another block: then as eager steps do."""
     model = tiny.build("llama-gqa", torch.float64).to(DEVICE)
-    found = []
-    for decode in (eagerly, decoded):
-        run, kept = decode(model, method, steps=12)[2], []
-        cache = run.cache
-        twin = pickle.loads(pickle.dumps(cache)) if decode is decoded else copy.deepcopy(cache)
-        if decode is decoded:
-            before = [layer.tail.recorded for layer in cache.layers]
-            assert all(before)
-            assert not any(layer.tail.recorded for layer in (*twin.layers, *copy.deepcopy(cache).layers))
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            if decode is eagerly:
-                patch.setattr(recorded, "replays", lambda *_: False)
-            for cache in (cache, twin):
-                with method(model) as run:
-                    token = tiny.tokens(2, 1).to(DEVICE)
-
-                    def go_on(steps):
-                        for _ in range(steps):
-                            out = model(token.expand(len(cache.tokens), 1), past_key_values=cache)
-                            kept.append(tiny.kept(run))
-                        return out.logits
-
-                    kept.append(go_on(6))
-                    cache.reorder_cache(torch.tensor([1, 0]))
-                    kept.append(go_on(6))
-                    model(tiny.tokens(2, 5, seed=3).to(DEVICE), past_key_values=cache)
-                    kept.append(go_on(8))
-                    cache.batch_select_indices(torch.tensor([1]))
-                    token = token[:1]
-                    kept.append(go_on(6))
-        found.append(kept)
-    for one, other in zip(*found, strict=True):
-        if torch.is_tensor(one):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
-        else:
-            assert one == other
+    cache = decoded(model, method, steps=12)[2].cache
+    assert all(layer.tail.recorded for layer in cache.layers)
+    twin, thawed = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    assert not any(layer.tail.recorded for layer in (*twin.layers, *thawed.layers))
+    found = [go_on(model, method, x) for x in (cache, twin, thawed)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "replays", lambda *_: False)
+        expected = go_on(model, method, decoded(model, method, steps=12)[2].cache)
+    for each in found:
+        for (kept, logits), (kept_again, logits_again) in zip(expected, each, strict=True):
+            assert kept_again == kept
+            torch.testing.assert_close(logits_again, logits, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "vatp"])

@@ -428,3 +428,14 @@ def test_reading_and_storing_once_is_not_copying_twice():
         properties.well_formed(run)
         borrowed = {x.untyped_storage().data_ptr() for layer in taken.layers for x in layer[:3]}
         assert not borrowed & {layer.tail.fields["key"].untyped_storage().data_ptr() for layer in run.cache.layers}
+
+
+def test_a_wrong_call_says_what_python_says_and_leaves_the_block_usable():
+    model, ids = tiny.model(), tiny.tokens(1, 9)
+    expected = model(ids).logits
+    with kvlib.method("full")(model) as run:
+        for arguments, named in (((ids,), {"input_ids": ids}), ((ids,) * 40, {})):
+            with pytest.raises(TypeError, match="multiple values|positional arguments"):
+                model(*arguments, **named)
+            assert run.step is None
+        assert torch.equal(model(ids, torch.ones_like(ids)).logits, expected)

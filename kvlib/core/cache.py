@@ -124,9 +124,8 @@ class KVCache(Cache):
         """Note the ids `(batch, new)` of a pass, None for embeddings. For decoded tokens nothing waits for a device."""
         if self.ids is None:
             self.ids = step.stored.new_empty(len(step.stored), 0)
-        longest = int(step.tokens.max())
-        if longest > self.ids.shape[1]:
-            self.reserve_ids(longest + (ROOM if step.decoding else 0))
+        if step.longest > self.ids.shape[1]:
+            self.reserve_ids(step.longest + (ROOM if step.decoding else 0))
         if ids is None:
             return
         if step.complete:

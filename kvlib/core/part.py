@@ -80,7 +80,7 @@ class Part:
 
     def _moved(self) -> None:
         """Some of the memory was allocated anew."""
-        self.still, self.recorded = 0, None
+        self.still, self.recorded, self._laid = 0, None, {}
 
     # Reading
 
@@ -139,6 +139,12 @@ class Part:
             return self._slots(flat, 0, self._used)
         index, _ = self._plan(slots, self.extent, self.capacity)
         return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
+
+    def field(self, name: str) -> torch.Tensor:
+        """`rectangle(fields[name])`, where room is laid out in one operation."""
+        if (laid := self._laid.get(name)) is None:
+            return self.rectangle(self.fields[name])
+        return laid.narrow(2, 0, self._used)
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
@@ -286,6 +292,7 @@ class Part:
         coming = torch.arange(room, dtype=torch.int32, device=positions.device) + positions
         self._slots(self.positions, self._held, room).copy_(coming[:, None])
         self._coming = {name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()}
+        self._laid = {name: self._whole(flat) for name, flat in self.fields.items()}
         self._ahead = self._size
 
     def _write_next(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Recorded:
     """`work(query, key, value)` as a graph, and copies of its inputs that the graph reads.
 
     Args:
-        others: what holds the tensors that it reads beside the layer's own; as long as these are the same, so are those.
+        others: what holds the tensors that it reads beside the layer's own; while these are the same, so are those.
     """
 
     def __init__(self, work: Callable, inputs: tuple[torch.Tensor, ...], others: tuple, pool):
@@ -49,6 +49,12 @@ def record(work: Callable, pool) -> tuple:
     return graph, output
 
 
+def pool(cache, device: torch.device):
+    """Memory in which graphs of other layers work already, one after the other; None: there are none."""
+    there = (layer.tail.recorded for layer in cache.layers if layer.tail.positions.device == device)
+    return next((recorded.graph.pool() for recorded in there if recorded), None)
+
+
 def replays(run, layer, device: torch.device) -> bool:
     """Is the work of a decoded token in this layer what it was in the steps before?"""
     tail = layer.tail
@@ -64,7 +70,7 @@ def replay(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> torc
         step = run.step  # of its own, so that the graph does not read what another layer has worked out in this step
         run.step = replace(step, shared={}, sums={}, starts={}, listed={}, view=None)
         try:
-            recorded = layer.tail.recorded = Recorded(work, inputs, others, run.pool)
+            recorded = layer.tail.recorded = Recorded(work, inputs, others, pool(run.cache, inputs[0].device))
         finally:
             run.step = step
     return recorded(inputs)

@@ -8,7 +8,6 @@ queries, keys, values and the positions of all of them, so this is where tokens 
 import inspect
 import math
 import threading
-from functools import cached_property
 
 import torch
 from transformers import AttentionInterface
@@ -40,11 +39,12 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     run = module.__dict__["_kvlib_runs"][-1]
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
-    support.refuse(module, kwargs, run.longest)
+    support.refuse(module, kwargs, run.step.longest, run.chunks[module.layer_idx])
     if run.step.decoding and run.idle and not packed.UNIFORM:
         layer = run.cache.layers[module.layer_idx]
         if layer.tail.dense and layer.body is None:
             return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
+
     def work(query, key, value):
         view = run.store(module, query, key, value, scaling, dropout)
         output = run.method.attend(view)
@@ -64,7 +64,7 @@ def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Te
     No view is opened, which would take as long as everything else here.
     """
     tail.append_one({"key": key, "value": value}, step.positions.to(key.device))
-    key, value = (tail.rectangle(tail.fields[name]) for name in ("key", "value"))
+    key, value = tail.field("key"), tail.field("value")
     return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
 
 
@@ -83,6 +83,7 @@ class Run(Report):
         document: the compressed cache that `read` has left, which `ask` copies; None if there is none.
         prepared: what the method's `prepare` has made of the model; there as long as the block is open.
         step: the forward pass that is going on, None between passes.
+        chunks: `support.attention_chunk` of each layer.
     """
 
     def __init__(self, method, model):
@@ -90,6 +91,7 @@ class Run(Report):
         self.method, self.model = method, model
         self.modules = support.attention_modules(model)
         self.short_rotation = support.short_rotation(model)
+        self.chunks = list(map(support.attention_chunk, self.modules))
         self.encodes = method.hooks("encode") or method.hooks("decode")
         looks = any(map(method.hooks, ("encode", "decode", "before_layer", "attend", "observe", "finish")))
         self.idle = not (looks or method.evicts_in_decode)
@@ -97,11 +99,9 @@ class Run(Report):
         self.prepared = None
         self.document: KVCache | None = None
         self.step: Step | None = None
-        self.longest = 0  # tokens of the longest row in this pass
-        self._signature = inspect.signature(model.forward)
-        parameters = self._signature.parameters.values()
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in self._signature.parameters else {}
-        self._others = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+        parameters = inspect.signature(model.forward).parameters
+        self._names = [name for name, x in parameters.items() if x.kind is x.POSITIONAL_OR_KEYWORD]
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._prompt_columns: float | None = None  # where the prompt ends that is being read, if that is known
         self._unended: KVCache | None = None  # a document of which more will come
         self._answering: KVCache | None = None  # the copy in which a question is read and answered
@@ -304,8 +304,10 @@ class Run(Report):
             return None
         self._blocks.begin_pass()
         if args:
-            named = self._signature.bind_partial(*args, **kwargs).arguments
-            kwargs = named.pop(self._others, {}) | named
+            named = dict(zip(self._names, args))
+            if len(named) < len(args) or named.keys() & kwargs.keys():
+                return None  # python will say what is wrong with the call
+            kwargs = named | kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is False or (use_cache is None and not model.config.get_text_config().use_cache):
             raise ValueError("use_cache=False leaves nothing to compress")
@@ -339,7 +341,7 @@ class Run(Report):
             raise ValueError(POSITIONS)
         step = self._read(inputs, mask)
         short = self.short_rotation if cache is self._answering else None
-        if short is not None and int(cache.prompt_tokens.max()) <= short < int(step.tokens.max()):
+        if short is not None and int(cache.prompt_tokens.max()) <= short < step.longest:
             raise ValueError(
                 f"the model turns all keys anew beyond {short} tokens, and those of a shorter document are stored "
                 "already: give `generate` the document and the question as one prompt"
@@ -383,10 +385,10 @@ class Run(Report):
             ValueError: if it does not.
         """
         window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if window is None or int(step.tokens.max()) <= window:
+        if window is None or step.longest <= window:
             return
         if not self.method.renumber:
-            raise ValueError(f"the prompt has {int(step.tokens.max())} tokens, the model's window is {window}")
+            raise ValueError(f"the prompt has {step.longest} tokens, the model's window is {window}")
         new = int(step.counts.max())
         if self._held() + new > window >= new and not step.question:
             self._compress_early()
@@ -418,7 +420,7 @@ class Run(Report):
             self.cache.notes = {}
         self.cache.steps = step.index
         self.cache.memo.open = True
-        self.step, self.longest = step, int(step.tokens.max())
+        self.step = step
 
     def _after_forward(self, model, args, output):
         if not self.active or self._blocks.passing != threading.get_ident():
@@ -592,11 +594,6 @@ class Run(Report):
         self._end(self.step)
         self._close()
         return self.cache
-
-    @cached_property
-    def pool(self):
-        """Memory that what is recorded of layers works in, one after the other."""
-        return torch.cuda.graph_pool_handle()
 
     def capture(self, room: int) -> CapturedStep:
         """Decode up to `room` tokens by a captured step; see `kvlib.core.capture`."""

@@ -59,6 +59,11 @@ class Step:
     view: "object | None" = None
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row after this pass."""
+        return int(self.tokens.max())
+
+    @cached_property
     def stored(self) -> torch.Tensor:
         """`positions` as they are stored, int32."""
         return self.positions.to(torch.int32)

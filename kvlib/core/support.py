@@ -53,7 +53,14 @@ def decoder_layers(model, modules) -> list:
     return [parents[id(module)] for module in modules]
 
 
-def refuse(module, arguments: dict, tokens: int) -> None:
+def attention_chunk(module) -> int | None:
+    """Tokens that attend to each other in a layer whose attention is cut into chunks; else None."""
+    layers = getattr(module.config, "layer_types", None)
+    chunked = bool(layers) and layers[module.layer_idx] == "chunked_attention"
+    return module.config.attention_chunk_size if chunked else None
+
+
+def refuse(module, arguments: dict, tokens: int, chunk: int | None) -> None:
     """Raise ValueError for attention that kvlib does not reproduce.
 
     That is soft-capping, learned sinks, position biases, and a sliding window or a chunk shorter than the tokens seen.
@@ -62,9 +69,8 @@ def refuse(module, arguments: dict, tokens: int) -> None:
         if arguments.get(name) is not None:
             raise ValueError(f"{type(module).__name__} uses `{name}`, which kvlib does not support")
     window, kind = arguments.get("sliding_window"), "sliding window"
-    layers = getattr(module.config, "layer_types", None)
-    if window is None and layers and layers[module.layer_idx] == "chunked_attention":
-        window, kind = module.config.attention_chunk_size, "attention chunk"
+    if window is None and chunk is not None:
+        window, kind = chunk, "attention chunk"
     if window is not None and tokens > window:
         raise ValueError(f"{tokens} tokens exceed the {kind} of {window} in layer {module.layer_idx}")
 

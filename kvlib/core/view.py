@@ -61,7 +61,7 @@ class View:
     @property
     def incomplete(self) -> bool:
         """Does the tail hold less than all tokens of some row?"""
-        return self.layer.tail.holds_less(self.tokens, self.run.longest)
+        return self.layer.tail.holds_less(self.tokens, self.step.longest)
 
     @property
     def device(self) -> torch.device:

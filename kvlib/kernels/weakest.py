@@ -34,9 +34,7 @@ def _retire(SCORE, POSITIONS, INDEX, heads, slots, size, row_stride, head_stride
     tl.store(INDEX + segment, segment.to(tl.int64) * size + weakest)
 
 
-def retire(
-    score: torch.Tensor, positions: torch.Tensor, size: int, index: torch.Tensor | None = None
-) -> torch.Tensor:
+def retire(score: torch.Tensor, positions: torch.Tensor, size: int, index: torch.Tensor | None = None) -> torch.Tensor:
     """Mark the entry of the lowest score in each segment as empty; of equal ones the latest.
 
     Args:
