@@ -73,7 +73,7 @@ class Part:
         self._lengths, self.hole = lengths, None
         self.capacity = lengths if capacity is None else capacity
         self.shape = tuple(lengths.shape)
-        self._starts, self._ends, self._last, self._ahead, self._coming = None, None, None, 0, {}
+        self._starts, self._ends, self._last, self._ahead, self._coming = None, None, None, 0, []
         # as numbers, because looking into tensors takes longer than a small step allows
         self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
         self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
@@ -242,12 +242,11 @@ class Part:
             positions: `(batch, 1)`, the same in all heads. While tokens come one at a time each is one more than the
                 last, so that they are written once for all the room there is.
         """
-        at = self._held - self._size
-        if self._held >= self._ahead or any(x.requires_grad for x in chunk.values()):
-            self._add(chunk, positions, follows=True)
+        if self._held >= self._ahead or (torch.is_grad_enabled() and any(x.requires_grad for x in chunk.values())):
+            self._add(chunk, positions.to(self.positions.device), follows=True)
             return
-        for name, x in chunk.items():
-            self._coming[name][at].copy_(x)
+        new = [chunk[name] for name in self.fields]
+        torch._foreach_copy_(self._coming[self._held - self._size], new)  # one call
         self.intact = True
         self._advance()
         self.count(1)
@@ -291,7 +290,8 @@ class Part:
         room = self._size - self._held
         coming = torch.arange(room, dtype=torch.int32, device=positions.device) + positions
         self._slots(self.positions, self._held, room).copy_(coming[:, None])
-        self._coming = {name: self._slots(flat, self._held, room).split(1, dim=2) for name, flat in self.fields.items()}
+        slots = (self._slots(flat, self._held, room).split(1, dim=2) for flat in self.fields.values())
+        self._coming = list(zip(*slots, strict=True))
         self._laid = {name: self._whole(flat) for name, flat in self.fields.items()}
         self._ahead = self._size
 

@@ -63,7 +63,7 @@ def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Te
 
     No view is opened, which would take as long as everything else here.
     """
-    tail.append_one({"key": key, "value": value}, step.positions.to(key.device))
+    tail.append_one({"key": key, "value": value}, step.positions)
     key, value = tail.field("key"), tail.field("value")
     return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
 
