@@ -142,3 +142,20 @@ def test_beams_are_compared_with_their_own_text():
         model.generate(more, num_beams=3, past_key_values=run.cache, **GREEDY)
         with pytest.raises(ValueError, match="token 1[2-9] of row [0-2]"):  # the beams have parted
             model.generate(torch.cat([more, more], dim=1), num_beams=3, past_key_values=run.cache, **GREEDY)
+
+
+def test_ids_go_where_their_rows_have_come_to():
+    """Rows of one length, of which one then forgets more than the other."""
+    model, fed = tiny.model("llama-gqa"), tiny.tokens(2, 12, seed=3)
+    with kvlib.method("full")(model) as run, torch.no_grad():
+        model(tiny.tokens(2, 20))
+        read = known(run)
+        for token in fed[:, :6].split(1, dim=1):
+            model(token, past_key_values=run.cache)
+        assert run.cache.even
+        run.cache.forget(torch.tensor([1, 4]))
+        for token in fed[:, 6:].split(1, dim=1):
+            model(token, past_key_values=run.cache)
+        assert not run.cache.even
+        for row, left in ((0, 5), (1, 2)):
+            assert known(run)[row] == read[row] + fed[row, :left].tolist() + fed[row, 6:].tolist()

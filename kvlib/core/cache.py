@@ -22,6 +22,7 @@ class KVCache(Cache):
         ends: `(batch, 1)` int64 on the device: `tokens` once more, the position of the next token.
         ids: `(batch, >= tokens)` int32 on the device, which token stands at each position, -1 where embeddings were
             passed and in room that is not yet used. They are never evicted.
+        even: all rows have as many tokens.
         steps: decode passes since the latest prompt.
         memo: what follows from lengths alone, for all layers of a pass.
         interrupted: the latest forward pass did not end, so that layers may hold different tokens.
@@ -37,7 +38,7 @@ class KVCache(Cache):
     def _forget(self) -> None:
         self.seen = self.steps = 0
         self.tokens = self.prompt_tokens = self.ends = self.ids = None
-        self.interrupted = False
+        self.interrupted, self.even = False, True
         self.notes: dict = {}
 
     # What transformers asks of a cache
@@ -113,6 +114,7 @@ class KVCache(Cache):
             layer.tail.truncate(layer.lengths - count[:, None])
         self.seen, self.tokens = self.seen - int(count.min()), self.tokens - count
         self.ends = self.ends - count.to(self.ends.device)[:, None]
+        self.even = bool((self.tokens == self.tokens[0]).all())
 
     def copy(self) -> "KVCache":
         """A cache of its own memory that holds the same; layers that share a body share the copy of it."""
@@ -124,11 +126,15 @@ class KVCache(Cache):
         """Note the ids `(batch, new)` of a pass, None for embeddings. For decoded tokens nothing waits for a device."""
         if self.ids is None:
             self.ids = step.stored.new_empty(len(step.stored), 0)
+        if not step.decoding:
+            self.even = bool((step.tokens == step.longest).all())
         if step.longest > self.ids.shape[1]:
             self.reserve_ids(step.longest + (ROOM if step.decoding else 0))
         if ids is None:
             return
-        if step.complete:
+        if step.decoding and self.even and not self.memo.lasting:  # captured, a place has to be counted by the device
+            self.ids[:, step.longest - 1 : step.longest].copy_(ids)
+        elif step.complete:
             self.ids.scatter_(1, step.positions, ids.to(torch.int32))
         else:
             row, column = (step.positions >= 0).nonzero(as_tuple=True)

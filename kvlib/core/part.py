@@ -245,8 +245,8 @@ class Part:
         if self._held >= self._ahead or (torch.is_grad_enabled() and any(x.requires_grad for x in chunk.values())):
             self._add(chunk, positions.to(self.positions.device), follows=True)
             return
-        new = [chunk[name] for name in self.fields]
-        torch._foreach_copy_(self._coming[self._held - self._size], new)  # one call
+        if self.fields:  # all in one call
+            torch._foreach_copy_(self._coming[self._held - self._size], [chunk[name] for name in self.fields])
         self.intact = True
         self._advance()
         self.count(1)
