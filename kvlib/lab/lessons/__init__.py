@@ -2,6 +2,7 @@
 
     model, tokenizer = lessons.setup(model_name, device)        style, no gradients, a banner for another model
     lessons.prefill(model, ids)                                 a snapshot of one prompt, kept on disk between runs
+    lessons.read_on(model, snapshot, ids)                       the snapshot of that prompt with ids behind it
     lessons.ask(...), lessons.answers(model, ..., prompt, {name: method}, later=False)
                                                                 what the model writes from a compressed cache
     lessons.budget_axis(axes), lessons.interval_lines(axes, summary)
@@ -20,10 +21,10 @@ name in `notebooks/solutions`, which a run puts behind the stub.
 
 from kvlib.lab.lessons.asking import answers, ask
 from kvlib.lab.lessons.drawing import annotated_grid, budget_axis, interval_lines, interval_points, strips
-from kvlib.lab.lessons.prefills import prefill
+from kvlib.lab.lessons.prefills import prefill, read_on
 from kvlib.lab.lessons.start import setup
 
 __all__ = [
-    "annotated_grid", "answers", "ask", "budget_axis", "interval_lines", "interval_points", "prefill", "setup",
-    "strips",
+    "annotated_grid", "answers", "ask", "budget_axis", "interval_lines", "interval_points", "prefill", "read_on",
+    "setup", "strips",
 ]  # fmt: skip
