@@ -80,7 +80,7 @@ def change(snapshot, layer: int, kept: torch.Tensor, weight: torch.Tensor) -> di
     value, (kv_heads, n) = expanded(snapshot, layer)[2], kept.shape[-2:]
     weights = attention_map(snapshot, layer, last=value.shape[1] - n)  # (query_heads, queries, tokens)
     output = weights @ value
-    counted = pad(value[:: len(value) // kv_heads], (0, 1), value=1)  # a 1 beside each value: its sum is the weight left
+    counted = pad(value[:: len(value) // kv_heads], (0, 1), value=1)  # a 1 beside each value sums the weights
     group = weights.unflatten(0, (kv_heads, -1)).flatten(1, 2)  # (kv_heads, group · queries, tokens)
     sums = torch.einsum("hqn,...hnd->...hqd", group[..., :n], kept[..., None] * counted[:, :n])
     sums = sums + group[..., n:] @ counted[:, n:]
