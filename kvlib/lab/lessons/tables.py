@@ -22,4 +22,4 @@ def verdicts(ids: list[str], *more: str) -> pd.DataFrame:
     """The rows of these claims in the ledger, whole sentences: columns claim, ours and verdict, and those named."""
     pd.set_option("display.max_colwidth", None)
     ledger = pd.read_csv(paths.RESULTS / "ledger.csv", index_col="id")
-    return ledger.loc[ids, ["claim", "ours", "verdict", *more]].fillna("–")
+    return ledger.loc[ids, ["claim", "ours", "verdict", *more]].astype(object).fillna("–")
