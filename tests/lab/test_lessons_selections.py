@@ -62,20 +62,21 @@ def test_a_passage_returns():
     assert returns == [*range(100, 110), *range(104, 110)]
 
 
+@pytest.mark.parametrize("first", [1, 5])
 @pytest.mark.parametrize(("method", "arguments"), [("full", {}), ("h2o", {"budget": 6}), ("h2o", {"budget": 9})])
-def test_bits_of_decoded_tokens(method, arguments):
-    """Against a softmax by hand over a text that is fed token by token; of the full cache against one pass."""
+def test_bits_of_decoded_tokens(method, arguments, first):
+    """Against a softmax by hand over a text that is fed token by token from its first one on."""
     model, ids = random_model("llama-gqa"), torch.cat([IDS[:, :24], IDS[:, 9:33]])
-    found, logits = returning.bits(model, ids, method, **arguments)
-    assert found.shape == (2, 23) and found.dtype == logits.dtype == torch.float64
+    found, logits = returning.bits(model, ids, first, method, **arguments)
+    assert found.shape == (2, 24 - first) and found.dtype == logits.dtype == torch.float64
     for row, text in enumerate(ids):
         with kvlib.method(method, **arguments)(model) as run:
             every = [model(text[None, :1], use_cache=True)]
             every += [model(text[None, t : t + 1], past_key_values=run.cache) for t in range(1, 23)]
         every = torch.cat([step.logits[0] for step in every]).double()
-        torch.testing.assert_close(logits[row], every[0])
+        torch.testing.assert_close(logits[row], every[first - 1])
         expected = [-(line.exp() / line.exp().sum())[token].log2().item() for line, token in zip(every, text[1:])]
-        assert found[row].tolist() == pytest.approx(expected, rel=1e-5)
+        assert found[row].tolist() == pytest.approx(expected[first - 1 :], rel=1e-5)
         at_once = torch.allclose(every, model(text[None, :-1]).logits[0].double(), rtol=1e-4, atol=1e-5)
         assert at_once == (method == "full")
 

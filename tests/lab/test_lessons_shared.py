@@ -74,6 +74,21 @@ def test_old_prefills_go(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@torch.no_grad()
+def test_reading_on_is_reading_it_all():
+    model = tiny_model()
+    begun = kvlib.snapshot(model, torch.tensor([IDS[:6]]))
+    found, whole = lessons.read_on(model, begun, IDS[6:]), kvlib.snapshot(model, torch.tensor([IDS]))
+    for one, other in zip(found.layers, whole.layers, strict=True):
+        for x, y in zip(one[:3], other[:3]):
+            torch.testing.assert_close(x, y)
+        assert one[3] == other[3]
+    torch.testing.assert_close(found.logits, whole.logits)
+    for name in ("ids", "positions", "counts"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    assert begun.positions.shape[1] == 6 and len(begun.layers) == len(found.layers)  # as it was
+
+
 # Asking
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 
 from kvlib.lab import functions, statistics, tasks
+from kvlib.lab.lessons.drawing import interval_bars
 from kvlib.lab.plotting import COLORS, series
 from kvlib.lab.results import summaries
 
@@ -134,9 +135,8 @@ def lines(axes, table: pd.DataFrame, contenders: Sequence[str], scale: float = 1
     """
     for number, name in enumerate(contenders):
         rows = table.xs(name, level="contender").sort_index() * scale
-        errors = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
         places = rows.index * 1.012 ** (number - len(contenders) / 2)  # side by side
-        axes.errorbar(places, rows["value"], yerr=errors, capsize=2, elinewidth=1, **look(name))
+        interval_bars(axes, places, rows, **look(name))
     lengths = sorted(table.index.unique("length"))
     axes.set(xscale="log", xlabel="tokens of the prompt")
     axes.set_xticks(lengths, [f"{length:,}".replace(",", " ") for length in lengths])

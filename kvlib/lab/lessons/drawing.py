@@ -34,6 +34,16 @@ def interval_lines(axes, summary: pd.DataFrame, x: str = "stored") -> None:
             axes.errorbar(rows[x], mean, yerr=[mean - low, high - mean], capsize=2, elinewidth=1, **look)
 
 
+def interval_bars(axes, places, found: pd.DataFrame, **look) -> None:
+    """A point with its interval for each row, joined if the look has a line.
+
+    Args:
+        places: where on the horizontal axis. found: columns value, low, high. look: of `axes.errorbar`.
+    """
+    errors = [found["value"] - found["low"], found["high"] - found["value"]]
+    axes.errorbar(places, found["value"], yerr=errors, **{"capsize": 2, "elinewidth": 1} | look)
+
+
 def interval_points(axes, table: pd.DataFrame, zero: float | None = 0) -> None:
     """One point with its interval per row, the first row on top.
 

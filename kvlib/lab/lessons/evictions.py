@@ -4,6 +4,7 @@ import itertools
 
 import pandas as pd
 import torch
+from torch.nn.functional import pad
 
 from kvlib.core.support import attention_modules
 from kvlib.lab import statistics
@@ -43,7 +44,7 @@ def eviction_errors(snapshot, layer: int, last: int = 32) -> tuple[torch.Tensor,
         a and ‖o' − o‖₂ = a / (1 − a) · ‖o − v‖₂, `(query_heads, tokens)`; ‖o‖₂ `(query_heads, 1)`.
     """
     value = expanded(snapshot, layer)[2]
-    weights = attention_map(snapshot, layer)[:, -last:]  # (query_heads, queries, tokens)
+    weights = attention_map(snapshot, layer, last)  # (query_heads, queries, tokens)
     output = weights @ value
     errors = weights / (1 - weights) * torch.cdist(output, value)
     return weights.mean(1), errors.mean(1), output.norm(dim=-1).mean(1, keepdim=True)
@@ -76,13 +77,16 @@ def change(snapshot, layer: int, kept: torch.Tensor, weight: torch.Tensor) -> di
         "mass": Σ a_k over the evicted;
         "layer": `(..., tokens - n)`, as "head" for the output of the layer, all heads together after W_O.
     """
-    value, n = expanded(snapshot, layer)[2], kept.shape[-1]
+    value, (kv_heads, n) = expanded(snapshot, layer)[2], kept.shape[-2:]
     weights = attention_map(snapshot, layer, last=value.shape[1] - n)  # (query_heads, queries, tokens)
-    output, later = weights @ value, weights[..., n:]
-    left = weights[..., :n] * kept.repeat_interleave(len(weights) // kept.shape[-2], dim=-2)[..., None, :]
-    terms = left @ value[:, :n] + later @ value[:, n:]
-    rest = left.sum(-1) + later.sum(-1)
-    moved, size = terms / rest[..., None] - output, output.norm(dim=-1)
+    output = weights @ value
+    counted = pad(value[:: len(value) // kv_heads], (0, 1), value=1)  # a 1 beside each value sums the weights
+    group = weights.unflatten(0, (kv_heads, -1)).flatten(1, 2)  # (kv_heads, group · queries, tokens)
+    sums = torch.einsum("hqn,...hnd->...hqd", group[..., :n], kept[..., None] * counted[:, :n])
+    sums = sums + group[..., n:] @ counted[:, n:]
+    sums = sums.unflatten(-2, (-1, weights.shape[1])).flatten(-4, -3)  # (..., query_heads, queries, head_dim + 1)
+    rest = sums[..., -1]
+    moved, size = sums[..., :-1] / rest[..., None] - output, output.norm(dim=-1)
     after, before = (project(x, weight.double().cpu()) for x in (moved, output))
     return {
         "head": moved.norm(dim=-1) / size,

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 import kvlib
 from kvlib import paths
-from kvlib.core.snapshot import Snapshot
+from kvlib.core.snapshot import Recorder, Snapshot
 
 FOLDER = paths.ROOT / "build" / "prefills"
 FILES = 12  # of up to 240 MB each; the ones used longest ago go
@@ -39,6 +39,28 @@ def prefill(model, ids: list[int], folder: Path = FOLDER) -> Snapshot:
     ]
     positions = torch.arange(len(ids), device=model.device)[None]
     return Snapshot(layers, inputs, positions, torch.tensor([len(ids)]), tensors["logits"])
+
+
+@torch.no_grad()
+def read_on(model, snapshot: Snapshot, ids: list[int]) -> Snapshot:
+    """The snapshot of a prompt and of `ids` behind it, of which only these are read, in one pass.
+
+    What a token is computed from stands in front of it, so that the prompt's own part stays what it is.
+
+    Args:
+        snapshot: of one prompt.
+    """
+    more, recorder = torch.tensor([ids], device=model.device), Recorder()
+    with recorder(model) as run:
+        cache = run.fork(snapshot)
+        logits = model(more, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    layers = [
+        (*(torch.cat(both, dim=2) for both in zip(before[:3], behind[:3])), behind[3])
+        for before, behind in zip(snapshot.layers, recorder.layers)
+    ]
+    whole = torch.cat([snapshot.ids, more], dim=1)
+    positions = torch.arange(whole.shape[1], device=model.device)[None]
+    return Snapshot(layers, whole, positions, snapshot.counts + len(ids), logits)
 
 
 PARTS = ("query", "key", "value")
@@ -70,7 +92,9 @@ def write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     content = save(tensors)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(hashlib.sha256(content).digest() + content)
+    with part.open("wb") as stream:
+        stream.write(hashlib.sha256(content).digest())
+        stream.write(content)
     part.replace(file)
     files = sorted(file.parent.glob("*.safetensors"), key=lambda one: one.stat().st_mtime)
     for old in files[:-FILES]:
@@ -81,7 +105,6 @@ def stored(file: Path) -> dict[str, torch.Tensor] | None:
     """The tensors of a file that is there and intact."""
     if not file.exists():
         return None
-    content = file.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        return None
-    return load(content[32:])
+    with file.open("rb") as stream:
+        digest, content = stream.read(32), stream.read()
+    return load(content) if hashlib.sha256(content).digest() == digest else None

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from kvlib.lab import statistics
 from kvlib.lab.lessons import comparing
-from kvlib.lab.lessons.drawing import annotated_grid
+from kvlib.lab.lessons.drawing import annotated_grid, interval_bars
 from kvlib.lab.plotting import COLORS, series
 from kvlib.lab.results import summaries
 
@@ -130,8 +130,7 @@ def lines_over(axes, found: pd.DataFrame, x: str, factor: float = 1) -> None:
     """
     for configuration, rows in found.groupby(level="configuration", sort=False):
         rows = rows.sort_values(x)
-        value, low, high = (factor * rows[name] for name in ("value", "low", "high"))
-        axes.errorbar(rows[x], value, yerr=[value - low, high - value], capsize=2, elinewidth=1, **look(configuration))
+        interval_bars(axes, rows[x], factor * rows[["value", "low", "high"]], **look(configuration))
 
 
 def lines_over_bytes(axes, found: pd.DataFrame, factor: float = 1) -> None:

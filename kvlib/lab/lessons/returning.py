@@ -1,4 +1,4 @@
-"""Texts of which every token is decoded: a story that goes on, or a passage of it that returns."""
+"""Texts that are decoded token by token: a story that goes on, or a passage of it that returns."""
 
 import math
 
@@ -22,18 +22,20 @@ def passages(text: list[int], tokens: int) -> tuple[list[int], list[int], int]:
     return text[:tokens], text[:shared] + text[shared - again : shared], shared
 
 
-def bits(model, ids: torch.Tensor, method: str, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bits of every token but the first, `(batch, tokens - 1)` in float64, all of them decoded with one method.
+def bits(model, ids: torch.Tensor, first: int, method: str, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits of every token behind the first ones, `(batch, tokens - first)` in float64, decoded with one method.
 
     A method that computes the same for tokens that come together, as the full cache does, reads them in one pass.
 
     Args:
-        ids: `(batch, tokens)`. arguments: of `kvlib.method`.
+        ids: `(batch, tokens)`.
+        first: how many are read in one pass. As long as they fit the method's budget that is decoding them, but faster.
+        arguments: of `kvlib.method`.
 
     Returns:
-        (bits; logits of the second token, `(batch, vocabulary)`), both on the CPU.
+        (bits; logits of the token behind the first ones, `(batch, vocabulary)`), both on the CPU.
     """
     made = kvlib.method(method, **arguments)
-    with compressed(Prompts(model, ids[:, :1]), made) as read:
-        nats = losses(read.feed, read.logits, ids[:, 1:], one_by_one(made))
+    with compressed(Prompts(model, ids[:, :first]), made) as read:
+        nats = losses(read.feed, read.logits, ids[:, first:], one_by_one(made))
         return nats.double().cpu() / math.log(2), read.logits.double().cpu()
