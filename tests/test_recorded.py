@@ -85,7 +85,7 @@ def graphs(monkeypatch):
     """The graphs that are recorded, without a GPU; kernels are left to torch, whose operations can be noted."""
     made = []
 
-    def record(work, pool):
+    def record(work, pool, device):
         with Replayed() as graph:
             output = work()
         made.append(graph)

@@ -29,7 +29,7 @@ class Recorded:
     def __init__(self, work: Callable, inputs: tuple[torch.Tensor, ...], others: tuple, pool):
         self.others = others
         self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        self.graph, self.output = record(lambda: work(*self.inputs), pool)
+        self.graph, self.output = record(lambda: work(*self.inputs), pool, inputs[0].device)
 
     def __call__(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The output, which the next call overwrites."""
@@ -41,10 +41,11 @@ class Recorded:
         return type(None), ()  # a copy of the cache has memory of its own
 
 
-def record(work: Callable, pool) -> tuple:
-    """A graph of the kernels that `work()` launches, none of which runs, and what it returns."""
+def record(work: Callable, pool, device: torch.device) -> tuple:
+    """A graph of the kernels that `work()` launches on a device, none of which runs, and what it returns."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    stream = torch.cuda.Stream(device)  # the one that torch takes by itself is the same for all devices
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
         output = work()
     return graph, output
 
