@@ -99,6 +99,10 @@ use(longest)""",
 rows = [1]  # needed
 rows = [row for row in rows for rows in row]  # needed
 use(rows)""",
+    "nor where a function does": """
+x = 1  # needed
+each = [lambda x=x: 2 * x, 1]  # needed
+use(each)""",
     "functions": """
 def twice(x):  # needed
     y = 2 * x
@@ -125,6 +129,7 @@ use(frame.query("budget == @share"))""",
 import os.path as place, sys  # needed
 from maths import sine as sin  # needed
 place.chdir("x")
+place.settings["x"] = 1  # needed
 use(place, sin)""",
 }  # fmt: skip
 

@@ -1,8 +1,10 @@
-"""Which statements one of them follows from: a slice of a program, read from its text.
+"""Which statements others follow from: a slice of a program, read from its text.
 
-Statements are those of the cells, whole: a loop is one. They are followed by names, backwards, and in doubt more is
-taken than is needed. Not seen are a function that changes an argument though its value is used, and an object that
-changes under another name than the one that is read; a cell that is taken as a whole may do both.
+Statements are whole: a loop is one. They are followed by names, backwards, and in doubt one more is taken. A name may
+stand for something else behind a statement that assigns it, sets an item or an attribute of it, calls a method of it,
+or hands it to a call whose value is dropped. Not seen are functions that change what they are given and return a value,
+what changes under another name (`axes` and their `figure`), and what calls change in modules. What is taken as a whole,
+from its first statement to its last, may do the first two.
 """
 
 import ast
@@ -20,6 +22,7 @@ def within(node: ast.AST, of) -> set[str]:
 
 
 def own(node: ast.AST) -> set[str]:
+    """The names that stand for something inside a function or a comprehension alone."""
     if isinstance(node, COMPREHENSION):
         return set().union(*(assigned(each.target) for each in node.generators))
     if isinstance(node, ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -27,6 +30,14 @@ def own(node: ast.AST) -> set[str]:
         arguments = {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
         return arguments.union(*map(assigned, body))
     return set()
+
+
+def around(node: ast.AST) -> list[ast.AST]:
+    """The parts of a function or a comprehension in which names are those around it: [x for x in x]."""
+    if isinstance(node, COMPREHENSION):
+        return [node.generators[0].iter]
+    arguments = getattr(node, "args", None)
+    return [*arguments.defaults, *filter(None, arguments.kw_defaults)] if isinstance(arguments, ast.arguments) else []
 
 
 def assigned(node: ast.AST) -> set[str]:
@@ -55,8 +66,7 @@ def used(node: ast.AST) -> set[str]:
             return within(node, used) | assigned(node.target)
         case ast.For():
             return used(node.iter) | (before(node.body) - assigned(node.target)) | before(node.orelse)
-    # the first iterable of a comprehension belongs to what is around it: [x for x in x]
-    return within(node, used) | (used(node.generators[0].iter) if isinstance(node, COMPREHENSION) else set())
+    return within(node, used).union(*map(used, around(node)))
 
 
 def before(lines: list[ast.stmt]) -> set[str]:
@@ -74,19 +84,23 @@ def root(node: ast.AST) -> set[str]:
     return used(node) if isinstance(node, ast.Name) else set()
 
 
-def mutated(node: ast.AST) -> set[str]:
-    """The names whose objects a statement, or a part of one, may change."""
-    found = within(node, mutated)
+def filled(node: ast.AST) -> set[str]:
+    """The names of which a statement, or a part of one, sets or deletes an item or an attribute."""
+    here = isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load)
+    return within(node, filled) | (root(node) if here else set())
+
+
+def changed(node: ast.AST) -> set[str]:
+    """The names whose objects the calls in a statement, or in a part of one, may change."""
+    found = within(node, changed)
     match node:
-        case ast.Attribute(ctx=ast.Store() | ast.Del()) | ast.Subscript(ctx=ast.Store() | ast.Del()):
-            return found | root(node)
         case ast.Call(func=ast.Attribute(attr=method)) if method not in FREE_OF_EFFECT:
             return found | root(node)
         case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
             return found
         case ast.Expr():  # its value is dropped: a call is there for what it does to what it is given
             return found | used(node.value)
-        case ast.For() if assigned(node.target) & set().union(*map(mutated, node.body)):
+        case ast.For() if assigned(node.target) & set().union(*(filled(line) | changed(line) for line in node.body)):
             return found | used(node.iter)
     return found
 
@@ -108,7 +122,7 @@ def needed(lines: list[ast.stmt], first: int, last: int) -> set[int]:
     taken, names = set(range(first, last + 1)), followed(before(lines[first : last + 1]))
     for place in reversed(range(first)):
         line = lines[place]
-        if names & (assigned(line) | followed(mutated(line)) & variables):
+        if names & (assigned(line) | filled(line) | followed(changed(line)) & variables):
             taken.add(place)
             names = names - replaced(line) | followed(used(line))
     return taken
