@@ -83,9 +83,11 @@ def redraw(paths: list[Path]) -> None:
     some = [path for path, figures in found.items() if any(figures.values())]
     with multiprocessing.get_context("fork").Pool(2) as pool:  # importing torch takes seconds, once is enough
         drawn = [name for names in tqdm(pool.imap(draw, some), "lessons", len(some), disable=None) for name in names]
-    others = [name for figures in found.values() for name in figures if name not in drawn]
-    print(f"{len(drawn)} figures are drawn, in {time.monotonic() - start:.0f} s: {', '.join(drawn) or 'none'}")
-    print(f"{len(others)} need the whole lesson and stay as they are: {', '.join(others) or 'none'}")
+    every = [name for figures in found.values() for name in figures]
+    others = [name for name in every if name not in drawn]
+    seconds = f"{time.monotonic() - start:.0f} s"
+    print(f"{len(drawn)} of {len(every)} figures are drawn, in {seconds}: {', '.join(drawn) or 'none'}")
+    print(f"The others need their whole lesson and stay as they are: {', '.join(others) or 'none'}")
 
 
 if __name__ == "__main__":
