@@ -29,8 +29,8 @@ $(if $(filter smoke default paper,$(PROFILE)),,$(error PROFILE is smoke, default
 # Only what is installed in .venv counts.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup student mutant lab model figures paper smoke check test test-deep lint bench publish site results results-clean \
-        ledger verify verdicts minilm arms clean lock
+.PHONY: help setup student mutant lab model figures redraw paper smoke check test test-deep lint bench publish site results \
+        results-clean ledger verify verdicts minilm arms clean lock
 
 help:       ## list the targets
 	@echo "make TARGET [PROFILE=smoke|default|paper]"; sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -55,6 +55,9 @@ figures: $(if $(filter smoke,$(PROFILE)),,check) $(FETCHED) $(EXECUTED)  ## run 
 	@$(if $(filter smoke,$(PROFILE)),,sed -n 's/^- On/Claims on/p' data/VERDICTS.md)
 	@$(if $(filter paper,$(PROFILE)),$(if $(KVLIB_DATA),$(MAKE) --no-print-directory paper,echo "No benchmarks: set KVLIB_DATA to a folder with the files that README.md lists, or: make paper MODEL=..."))
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/ data/VERDICTS.md
+
+redraw: $(INSTALLED)  ## draw anew, without a model, the figures that follow from tables (a minute); LESSON=90_comparison: its own
+	@$(PYTHON) -m kvlib.lab.notebooks.redraw $(LESSON)
 
 paper: $(INSTALLED) $(FETCHED)  ## ask MODEL benchmarks that KVLIB_DATA or the hub has: STUDIES="longbench ...", SAMPLES=N of a task
 	@$(PYTHON) -m kvlib.lab.results.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES))
