@@ -1,4 +1,4 @@
-"""What lesson 90 compares: joined tables, shares, fronts, paired differences, maps by depth."""
+"""What lessons 90 and 90b compare: joined tables, shares, fronts, paired differences, maps by depth."""
 
 import json
 

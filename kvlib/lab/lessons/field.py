@@ -1,4 +1,4 @@
-"""What lesson 90 compares: all methods on the prompts that all have answered, and the bytes that each would store."""
+"""What lessons 90 and 90b compare: methods on prompts that all have answered, and the bytes that each would store."""
 
 import json
 from itertools import pairwise
