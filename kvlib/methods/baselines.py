@@ -71,8 +71,7 @@ class StreamingLLM(Evictor):
 
     sinks: int = 4
     renumber: bool = True
-    evicts_in_decode = True
-    steady = True
+    evicts_in_decode = steady = True
 
     def __post_init__(self):
         super().__post_init__()
