@@ -57,7 +57,8 @@ figures: $(if $(filter smoke,$(PROFILE)),,check) $(FETCHED) $(EXECUTED)  ## run 
 	@echo "Up to date ($(PROFILE) profile). Open:"; printf '  %s\n' $(or $(EXECUTED),"(no notebooks yet)") $(FIGURES)/ data/VERDICTS.md
 
 paper: $(INSTALLED) $(FETCHED)  ## ask MODEL benchmarks that KVLIB_DATA or the hub has: STUDIES="longbench ...", SAMPLES=N of a task
-	@$(PYTHON) -m kvlib.lab.results.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES))
+	@$(PYTHON) -m kvlib.lab.sweeps.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES)) \
+	  $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(RAY),--ray "$(RAY)")
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
 	@$(MAKE) --no-print-directory figures PROFILE=smoke

@@ -18,8 +18,8 @@ from test_verdicts import checkpoint
 
 from kvlib.__main__ import main
 from kvlib.lab.results import keys
+from kvlib.lab.results.making import loaded
 from kvlib.lab.sweeps import cluster
-from kvlib.lab.sweeps.sweep import loaded
 
 OPTIONS = ("--samples", "12", "--block", "1", "--ray", "local", "--processes", "2")
 
