@@ -47,8 +47,8 @@ def against_full(rows: pd.DataFrame, scale: float = 100) -> pd.DataFrame:
 def page(name: str, found: pd.DataFrame, unit: str) -> str:
     """Markdown: for each budget a table of tasks and methods."""
     parts = [
-        f"# {name}\n\nIn {unit}: the mean, and in brackets the 95 % interval of its difference from the full cache's on "
-        "the same samples.\n"
+        f"# {name}\n\nIn {unit}: the mean, and in brackets the 95 % interval of its difference from the full cache "
+        "on the same samples.\n"
     ]
     for budget, own in found.groupby("budget"):
         methods = list(own["configuration"].unique())
