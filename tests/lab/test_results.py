@@ -47,6 +47,7 @@ def place(folder: Path, monkeypatch=None, name: str = "minilm-test") -> None:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TOKENIZER / file, model)
         checksums.write(model)
+    making.loaded.cache_clear()  # models of other folders have the same names
     change = monkeypatch.setattr if monkeypatch else setattr
     change(paths, "MODELS", folder / "models")
     change(paths, "RESULTS", folder / "results")
