@@ -15,7 +15,7 @@ from kvlib.lab.tasks.natural.label_free import SEEDS, continued, prose_bits
 from kvlib.lab.tasks.natural.texts import Text, sentences
 from kvlib.lab.tasks.prompt import Prompt
 
-WINDOWS = 100  # of a book, at most
+WINDOWS = 4  # of a book, at most
 
 
 def read_books() -> list[str]:
@@ -24,11 +24,11 @@ def read_books() -> list[str]:
 
 
 def book_bits(seed: int, characters: int, text: Text, count: Callable) -> tuple[list[str], str]:
-    """As `prose_bits`, at the first of a window's places that has sentences of the right length: books may be short."""
-    for place in range(seed % WINDOWS, SEEDS, WINDOWS):
+    """As `prose_bits`, at the first place of this window's that has sentences of the right length."""
+    for place in range(seed, SEEDS, WINDOWS) if seed < WINDOWS else ():
         with suppress(ValueError):
             return prose_bits(place, characters, text, count)
-    raise ValueError(f"seed={seed}: the book has no sentences with {characters} characters before them")
+    raise ValueError(f"window {seed} of a book: there are {WINDOWS}, with {characters} characters before each")
 
 
 def of_book(family: Family, tokens: int, seed: int, *, tokenizer) -> Prompt:
