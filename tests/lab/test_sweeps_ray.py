@@ -27,7 +27,7 @@ from kvlib.lab.tasks.natural import novel
 OPTIONS = ("--samples", "6", "--block", "1", "--ray", "local", "--processes", "2")
 PUBLISHED = {  # the second needs no data
     "books": Study(("pg19",), 400, STUDY.configurations, {"smollm2": 2}),
-    "questions": Study(("ruler/vt",), 1000, STUDY.configurations, {"smollm2": 2}, measure="benchmarks"),
+    "questions": Study(("ruler/vt",), 1500, STUDY.configurations, {"smollm2": 2}, measure="benchmarks"),
 }
 
 
