@@ -37,6 +37,7 @@ from kvlib.lab.results.keys import key
 from kvlib.lab.results.paper_studies import STUDIES
 from kvlib.lab.results.study import FULL, Study
 from kvlib.lab.sweeps import differences, paper
+from kvlib.lab.tasks import natural
 
 MADE_UP = Path(__file__).parent / "benchmarks"
 TEMPLATE = (
@@ -321,6 +322,33 @@ def test_studies_name_what_exists():
         ask("ruler/vt", None, 2048)
     with pytest.raises(ValueError, match="did you mean 'ruler/vt'"):
         questions.find("ruler/vtt")
+
+
+# PG-19
+
+
+def test_books_in_turn(tmp_path, monkeypatch, small):
+    """Each that is long enough once, then each at another place; what is foretold follows in the book."""
+    (tmp_path / "pg19" / "test").mkdir(parents=True)
+    for number in range(4):
+        book = "".join(natural.novel().pieces)[30_000 * number : 30_000 * (number + 1)]
+        text = book if number < 3 else book[:2000]
+        (tmp_path / "pg19" / "test" / f"{number}.txt").write_text(text.replace(" the ", f" the{number} "))
+    old = BENCHMARKS["pg19"]
+    monkeypatch.setitem(BENCHMARKS, "pg19", replace(old, files={"test": replace(old.files["test"], rows=4)}))
+    monkeypatch.setenv("KVLIB_DATA", str(tmp_path))
+    drawn = [tasks.sample("pg19", 600, seed, tokenizer=small) for seed in range(12)]
+    assert drawn == [tasks.sample("pg19", 600, seed, tokenizer=small) for seed in range(12)]
+    assert [set(re.findall(r" the([0-3]) ", prompt.text)) for prompt in drawn] == [{"0"}, {"1"}, {"2"}] * 4
+    books = [" ".join(book.split()) for book in natural.books.read_books()]
+    for seed, prompt in enumerate(drawn):
+        assert " ".join((prompt.text + prompt.answer).removeprefix("<s>").split())[-300:] in books[seed % 3]
+        assert 580 < prompt.length <= 600 and prompt.question == ""
+    assert len({prompt.answer for prompt in drawn}) == 12
+    with pytest.raises(ValueError, match="window 4 of a book: there are 4"):
+        tasks.sample("pg19", 600, 12, tokenizer=small)
+    with pytest.raises(ValueError, match="tokens=9000: no book is long enough"):
+        tasks.sample("pg19", 9000, 0, tokenizer=small)
 
 
 # LongBench v2
