@@ -60,7 +60,8 @@ redraw: $(INSTALLED)  ## draw anew, without a model, the figures that follow fro
 	@$(PYTHON) -m kvlib.lab.notebooks.redraw $(LESSON)
 
 paper: $(INSTALLED) $(FETCHED)  ## ask MODEL benchmarks that KVLIB_DATA or the hub has: STUDIES="longbench ...", SAMPLES=N of a task
-	@$(PYTHON) -m kvlib.lab.results.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES))
+	@$(PYTHON) -m kvlib.lab.sweeps.paper "$(MODEL)" $(STUDIES) $(if $(SAMPLES),--samples $(SAMPLES)) \
+	  $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(RAY),--ray "$(RAY)")
 
 smoke:      ## run every notebook in seconds, on tiny inputs; figures/ stays untouched
 	@$(MAKE) --no-print-directory figures PROFILE=smoke

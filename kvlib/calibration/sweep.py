@@ -14,7 +14,7 @@ from kvlib import calibration
 from kvlib.lab import definitions, tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import evaluate
-from kvlib.lab.results.keys import heldout
+from kvlib.lab.results.origins import heldout
 from kvlib.methods.tidaldecode import TidalDecode
 
 

@@ -55,10 +55,14 @@ def folder(tmp_path, monkeypatch) -> Path:
         (tmp_path / f"wikitext-2-{split}.txt").write_bytes((MADE_UP / "wikitext.txt").read_bytes())
     book = (MADE_UP / "book.txt").read_text().replace("\n", "\r\n")  # as Project Gutenberg has them
     (tmp_path / "moby-dick.txt").write_bytes(book.encode())
+    (tmp_path / "pg19" / "test").mkdir(parents=True)  # as the authors have it, beside train and validation
+    for number, text in (("10146", "a\n"), ("1022", "b\n")):
+        (tmp_path / "pg19" / "test" / f"{number}.txt").write_text(text)
     books = {"short_book_title": ["A", "B"], "publication_date": [1900, 1901], "url": ["", ""], "text": ["a\n", "b\n"]}
-    pd.DataFrame(books).to_parquet(tmp_path / "pg19-test.parquet")
+    pd.DataFrame(books).to_parquet(tmp_path / "hub.parquet")
     archive(tmp_path / "longbench/data.zip", *LONGBENCH, "qasper_e")
-    for name, rows in {"humaneval": 2, "mbpp": 3, "wikitext-2": 1, "moby-dick": 1, "pg19": 2}.items():
+    change(monkeypatch, "pg19", 2)
+    for name, rows in {"humaneval": 2, "mbpp": 3, "wikitext-2": 1, "moby-dick": 1}.items():
         change(monkeypatch, name, rows, (tmp_path / BENCHMARKS[name].files["test"].name).read_bytes())
     for name in ("longbench/qasper", "longbench/qasper_e", "longbench/lcc"):
         change(monkeypatch, name, 2, (tmp_path / "longbench/data.zip").read_bytes())
@@ -93,7 +97,7 @@ def test_mbpp_has_its_splits(folder, monkeypatch, split, numbers):
 def test_texts(folder):
     text = (MADE_UP / "wikitext.txt").read_text()
     assert load("wikitext-2") == load("wikitext-2", "validation") == [{"title": "wikitext-2", "text": text}]
-    assert load("pg19") == [{"title": "A", "text": "a\n"}, {"title": "B", "text": "b\n"}]
+    assert load("pg19") == [{"title": "10146", "text": "a\n"}, {"title": "1022", "text": "b\n"}]
 
 
 def test_a_book_comes_without_header_and_licence(folder):
@@ -220,7 +224,7 @@ def test_the_hub_is_asked_for_one_commit(hub, monkeypatch, name):
 
 def test_rows_from_the_hub_are_those_of_the_folder(hub, folder, monkeypatch):
     """Wikitext's blank lines are empty on the hub; more columns do not matter."""
-    sets = ("humaneval", "mbpp", "wikitext-2", "longbench/qasper", "pg19")
+    sets = ("humaneval", "mbpp", "wikitext-2", "longbench/qasper")
     wanted = {name: load(name) for name in sets}
     monkeypatch.delenv("KVLIB_DATA")
     lines = (MADE_UP / "wikitext.txt").read_text().splitlines(keepends=True)
@@ -229,10 +233,12 @@ def test_rows_from_the_hub_are_those_of_the_folder(hub, folder, monkeypatch):
         "mbpp": [row for row in published("mbpp") if 11 <= row["task_id"] <= 510],
         "wikitext-2": [{"text": "" if line == " \n" else line} for line in lines],
     }
-    files = {"longbench/qasper": "longbench/data.zip", "pg19": "pg19-test.parquet"}
+    files = {"longbench/qasper": "longbench/data.zip"}
     for name in sets:
         hub.rows, hub.file = served.get(name), folder / files.get(name, "")
         assert load(name) == wanted[name]
+    hub.file = folder / "hub.parquet"
+    assert load("pg19") == [{"title": "A", "text": "a\n"}, {"title": "B", "text": "b\n"}]
 
 
 def test_content_of_the_recorded_commit_is_checked(hub, folder, monkeypatch):

@@ -870,7 +870,7 @@ class Made:
     length: int = 512
     protocol: str = "asked"
 
-    def samples(self, model, configuration):
+    def samples(self, model, task, configuration):
         return self.models[model]
 
 

@@ -183,9 +183,9 @@ def test_the_shipped_table_is_that_of_today_s_code_and_models(name):
         pytest.skip("not made yet: make results")
     table, wanted = tables.read(file), keys.keys(study)
     assert len(keys.current(table, wanted)) == len(table) == study.rows, "make results"
-    for (model, *cell, _, _, _), rows in table.groupby(evaluate.CELL):
+    for (model, *cell, task, _, _), rows in table.groupby(evaluate.CELL):
         configuration = next(each for each in study.everything if each == Configuration(*cell))  # 128 and not 128.0
-        assert sorted(rows["sample"]) == [*range(study.samples(model, configuration))]
+        assert sorted(rows["sample"]) == [*range(study.samples(model, task, configuration))]
         if study.measure in ("anchored", "functions"):
             continue  # test_arms_tables.py
         if isinstance(configuration.make(), kvlib.Reader):

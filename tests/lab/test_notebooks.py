@@ -429,6 +429,9 @@ def test_another_model_runs_in_a_folder_of_its_own(lesson, monkeypatch):
     lesson.write_text(files.to_text(notebook))
     assert parameters.write_parameters(lesson, "default").read_text() == "model_name: some/minilm\n"
     assert parameters.write_parameters(lesson, "smoke").read_text() == "{}\n"
+    notebook["cells"][0]["source"] += "model_name = 'minilm-TML-4'\n"
+    lesson.write_text(files.to_text(notebook))
+    assert parameters.write_parameters(lesson, "default").read_text() == "{}\n"  # trained for this lesson
 
 
 # Storing and checking

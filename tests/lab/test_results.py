@@ -47,6 +47,7 @@ def place(folder: Path, monkeypatch=None, name: str = "minilm-test") -> None:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TOKENIZER / file, model)
         checksums.write(model)
+    making.loaded.cache_clear()  # models of other folders have the same names
     change = monkeypatch.setattr if monkeypatch else setattr
     change(paths, "MODELS", folder / "models")
     change(paths, "RESULTS", folder / "results")
@@ -561,6 +562,7 @@ def test_arms_that_are_not_here_are_not_recomputed(folder, monkeypatch, capsys):
     rows.assign(key="old").to_parquet(folder / "results" / "study.parquet")
     assert verification.rekey("study", ARM, 4) == (12, 12)  # of those that were recomputed
     shutil.rmtree(folder / "models" / "minilm-test")
+    making.loaded.cache_clear()
     rows.to_parquet(folder / "results" / "study.parquet")
     for check in (verification.verify, verification.rekey):
         with pytest.raises(FileNotFoundError, match="minilm-test, minilm-gone, which .* nothing can be recomputed"):

@@ -64,11 +64,11 @@ def computed(monkeypatch):
     return asked
 
 
-def sweep(place: Path, folder: str, *options: str) -> Path:
+def sweep(place: Path, folder: str, *options: str, study: str = "study") -> Path:
     """Run the command for the model and return the table."""
     model = str(place / "models" / "Own-8B")
-    main(["sweep", "study", "--model", model, "--folder", str(place / folder), *options])
-    return place / folder / f"study-{making.as_file(model)}" / "study.parquet"
+    main(["sweep", study, "--model", model, "--folder", str(place / folder), *options])
+    return place / folder / f"{study}-{making.as_file(model)}" / f"{study}.parquet"
 
 
 def test_a_study_on_another_model_is_made_once(place, computed, capsys):
@@ -123,7 +123,7 @@ def test_shards_keep_their_rows_when_a_study_grows(place, computed, monkeypatch)
 
 def test_a_killed_process(place, computed):
     """What was finished is kept, and the same command makes the rest."""
-    options = ("--samples", "40", "--block", "1")
+    options = ("--samples", "16", "--block", "1")
     whole = sweep(place, "undisturbed", *options).read_bytes()
     blocks = sorted(file.name for file in (place / "undisturbed").rglob("shards/study/*.parquet"))
     killed = []

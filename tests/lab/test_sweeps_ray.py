@@ -17,11 +17,18 @@ from test_sweeps import STUDY, place, sweep  # noqa: F401
 from test_verdicts import checkpoint
 
 from kvlib.__main__ import main
-from kvlib.lab.results import keys
+from kvlib.lab.results import keys, paper_studies
+from kvlib.lab.results.making import loaded
+from kvlib.lab.results.study import Study
+from kvlib.lab.results.tables import read
 from kvlib.lab.sweeps import cluster
-from kvlib.lab.sweeps.sweep import loaded
+from kvlib.lab.tasks.natural import novel
 
-OPTIONS = ("--samples", "12", "--block", "1", "--ray", "local", "--processes", "2")
+OPTIONS = ("--samples", "6", "--block", "1", "--ray", "local", "--processes", "2")
+PUBLISHED = {  # the second needs no data
+    "books": Study(("pg19",), 400, STUDY.configurations, {"smollm2": 2}),
+    "questions": Study(("ruler/vt",), 1500, STUDY.configurations, {"smollm2": 2}, measure="benchmarks"),
+}
 
 
 def below() -> dict[psutil.Process, str]:
@@ -65,8 +72,17 @@ def bars(monkeypatch):
 
 def test_on_two_workers(place, bars, capsys, monkeypatch):  # noqa: F811
     """In one test, so that tests side by side do not start a cluster each."""
+    (place / "data" / "pg19" / "test").mkdir(parents=True)
+    book = "".join(novel().pieces)
+    for number in range(100):
+        text = book[10_000 * number : 10_000 * (number + 1)]
+        (place / "data" / "pg19" / "test" / f"{number}.txt").write_text(text)
+    monkeypatch.setenv("KVLIB_DATA", str(place / "data"))
+    for name, study in PUBLISHED.items():
+        monkeypatch.setitem(paper_studies.STUDIES, name, study)
     with two_workers(monkeypatch) as asked:
         a_killed_worker(place, asked, bars, capsys)
+        published_data_are_asked(place)
         what_a_worker_cannot_do_is_said_in_one_line(place)
         blocks_are_lost_too_often(monkeypatch)
 
@@ -92,9 +108,9 @@ def a_killed_worker(place: Path, asked: list, bars: list, capsys) -> None:  # no
     table = sweep(place, "shared", *OPTIONS)
     killer.join()
     shards = [*folder.rglob("shards/study/*.parquet")]
-    assert killed and 0 < killed[0] < len(shards) == 2 * (12 + 3)
+    assert killed and 0 < killed[0] < len(shards) == 2 * (6 + 1)
     assert table.read_bytes() == whole
-    assert asked == [("local", 2)] and "study, Ray: 54 rows" in capsys.readouterr().out
+    assert asked == [("local", 2)] and "study, Ray: 26 rows" in capsys.readouterr().out
 
     dates = {file: file.stat().st_mtime_ns for file in shards}
     sweep(place, "shared", *OPTIONS)
@@ -103,7 +119,14 @@ def a_killed_worker(place: Path, asked: list, bars: list, capsys) -> None:  # no
     table.unlink()
     assert sweep(place, "shared", *OPTIONS).read_bytes() == whole
     assert {file for file in shards if file.stat().st_mtime_ns != dates[file]} == {shards[0]}
-    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 30, 30), (30, 30, 30), (29, 30, 30)]
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 14, 14), (14, 14, 14), (13, 14, 14)]
+
+
+def published_data_are_asked(place: Path) -> None:  # noqa: F811
+    for study in PUBLISHED:
+        table = sweep(place, "shared", *OPTIONS[2:], study=study)
+        assert len(read(table)) == 4 and read(table)["value"].notna().all()
+        assert table.read_bytes() == sweep(place, "undisturbed", *OPTIONS[2:4], study=study).read_bytes()
 
 
 def what_a_worker_cannot_do_is_said_in_one_line(place: Path) -> None:  # noqa: F811

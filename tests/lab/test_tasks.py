@@ -115,8 +115,8 @@ def test_the_families_and_what_stands_beside_them():
     assert set(tasks.LABEL_FREE) == {"code_bits", "prose_bits", "summary"}
     assert set(tasks.DISTANT) == {f"distance_{lines}" for lines in DISTANCES}
     assert set(tasks.WRITTEN) == {"function"} and set(UNBROKEN) == {"next_line_unbroken", "code_bits_unbroken"}
-    assert set(tasks.SPELLED) == {"number_short", "number_in_words"}
-    beside = (tasks.DISTANT, tasks.WRITTEN, tasks.LABEL_FREE, UNBROKEN, tasks.SPELLED)
+    assert set(tasks.SPELLED) == {"number_short", "number_in_words"} and set(tasks.BOOKS) == {"pg19"}
+    beside = (tasks.DISTANT, tasks.WRITTEN, tasks.LABEL_FREE, UNBROKEN, tasks.SPELLED, tasks.BOOKS)
     kinds = (FAMILIES, DROPPED, PROBES, COMPLETIONS, *beside, natural.FAMILIES)
     assert sum(map(len, kinds)) == len(tasks.CATALOGUE) and set().union(*kinds) == set(tasks.CATALOGUE)
     for name, family in tasks.CATALOGUE.items():

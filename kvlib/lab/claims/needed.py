@@ -35,7 +35,7 @@ def needed(claims: list[Claim]) -> pd.DataFrame:
 def held(studies: dict[str, Study]) -> pd.DataFrame:
     """The same columns: what tables of these studies hold when they are made."""
     rows = [
-        row(name, model, configuration, task, study.length, study.protocol, study.samples(model, configuration))
+        row(name, model, configuration, task, study.length, study.protocol, study.samples(model, task, configuration))
         for name, study in studies.items()
         for model, task, configuration in product(study.models, study.tasks, study.everything)
     ]

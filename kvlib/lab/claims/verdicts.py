@@ -11,7 +11,7 @@ on one GPU if there is one; a window of 2 048 tokens is needed.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK
 from kvlib.lab.results import tables
 from kvlib.lab.results.keys import keys
-from kvlib.lab.results.making import Block, Loader, as_file, blocks, gathered, make_block, places
+from kvlib.lab.results.making import Block, as_file, blocks, gathered, loaded, make_block, places
 from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.results.study import Study
 
@@ -53,8 +53,8 @@ def studies_of(cells: pd.DataFrame, model: str) -> dict[str, Study]:
 class Making:
     """One table on its way: its blocks, and what has been made of them."""
 
-    def __init__(self, name: str, study: Study, folder: Path, size: int, load: Callable):
-        self.name, self.study, self.size, self.load = name, study, size, load
+    def __init__(self, name: str, study: Study, folder: Path, size: int):
+        self.name, self.study, self.size = name, study, size
         self.shards, self.table = places(name, folder)
         self.wanted, self.none = keys(study), pd.DataFrame(columns=tables.COLUMNS)
         by_metric = sorted(blocks(study, size), key=metric)
@@ -62,7 +62,7 @@ class Making:
 
     def make(self, block: Block) -> int:
         """The number of new rows."""
-        return make_block(block, self.study, self.shards, self.none, self.wanted, self.load)
+        return make_block(block, self.study, self.shards, self.none, self.wanted, loaded)
 
     def timed(self) -> Iterator[tuple[int, float]]:
         """Rows to come and the seconds they will take, by tasks that are measured alike; makes a block of each."""
@@ -108,13 +108,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("--block", type=int, default=BLOCK, help="prompts per prefill; fewer take less memory")
     options = parser.parse_args(argv)
-    claims, load = of_model(read(CLAIMS), options.model), Loader()
+    claims = of_model(read(CLAIMS), options.model)
     studies = studies_of(needed(claims), options.model)
     folder = paths.ROOT / "build" / "verdicts" / as_file(options.model)
     try:
-        load(options.model)  # which says best what is wrong with a name
+        loaded(options.model)  # which says best what is wrong with a name
         with tables.owner(folder.name):
-            making = [Making(name, study, folder, options.block, load) for name, study in studies.items()]
+            making = [Making(name, study, folder, options.block) for name, study in studies.items()]
             making[0].make(making[0].groups[0][0])  # the first one takes longer
             print(*plan(making), "Interrupt it at any time; the same command goes on.", sep="\n", flush=True)
             for each in making:

@@ -12,6 +12,7 @@ from kvlib.lab.evaluation import (
     sixteen_bits,
     stepwise,
 )
+from kvlib.lab.evaluation.benchmarks import answering
 
 MEASURES = {
     "answers": evaluate,
@@ -23,6 +24,7 @@ MEASURES = {
     "anchored": anchored,
     "functions": functions,
     "sixteen bits": sixteen_bits,
+    "benchmarks": answering,
 }
 PROTOCOLS = {
     "answers": evaluate.PROTOCOLS,
@@ -34,5 +36,10 @@ PROTOCOLS = {
     "anchored": arms.PROTOCOLS,
     "functions": arms.PROTOCOLS,
     "sixteen bits": sixteen_bits.PROTOCOLS,
+    "benchmarks": answering.PROTOCOLS,
 }
-EXTRA = {"anchored": anchored.EXTRA, "functions": functions.EXTRA}  # columns of their own
+EXTRA = {
+    "anchored": anchored.EXTRA,
+    "functions": functions.EXTRA,
+    "benchmarks": answering.EXTRA,
+}  # columns of their own

@@ -1,12 +1,14 @@
 """The parameters of a notebook: its own defaults, and what a profile sets instead."""
 
 import ast
+import csv
 import os
 from pathlib import Path
 
 import yaml
 
 from kvlib.lab.notebooks.files import all_notebooks, code_cells, parse, read, root_of
+from kvlib.paths import MODELS
 
 WRITTEN_FOR = "smollm2"
 
@@ -46,6 +48,13 @@ def other_model(profile: str) -> str:
     return "" if name == WRITTEN_FOR or profile == "smoke" else name
 
 
+def trained_for(path: Path) -> str:
+    """The model that a lesson keeps whatever MODEL says, because it was trained for it, or nothing."""
+    name = defaults(read(path)).get("model_name")
+    with (MODELS / "arms.csv").open() as file:
+        return name if name in {row["arm"] for row in csv.DictReader(file)} else ""
+
+
 def build_folder(root: Path, profile: str) -> Path:
     """Where executed notebooks are: what another model gives never takes the place of what is stored."""
     return root / "build" / "-".join(filter(None, [profile, Path(other_model(profile)).name]))
@@ -55,7 +64,7 @@ def write_parameters(path: Path, profile: str) -> Path:
     """The notebook's own parameter file, rewritten only when its content changes: make looks at its date."""
     file = build_folder(root_of(path), profile) / f"{path.stem}.parameters.yaml"
     values, model = parameters(path, profile), other_model(profile)
-    if model and "model_name" in defaults(read(path)):
+    if model and "model_name" in defaults(read(path)) and not trained_for(path):
         values = values | {"model_name": model}
     text = yaml.safe_dump(values)
     if not file.exists() or file.read_text() != text:

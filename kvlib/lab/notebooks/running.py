@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kvlib.lab.notebooks.files import lesson, root_of, to_text
-from kvlib.lab.notebooks.parameters import build_folder, other_model, write_parameters
+from kvlib.lab.notebooks.parameters import build_folder, other_model, trained_for, write_parameters
 
 TERMINAL_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -33,7 +33,8 @@ def run(path: Path, profile: str) -> None:
     command = [sys.executable, "-m", "papermill", part, part, "-f", values, "--cwd", path.parent]
     command += ["--kernel", "python3", "--log-output", "--no-progress-bar", "--no-request-save-on-cell-execute"]
 
-    print(f"{stem}: running ({profile} profile)", flush=True)
+    own = trained_for(path) if other_model(profile) else ""
+    print(f"{stem}: running ({f'on {own}, trained for it, ' if own else ''}{profile} profile)", flush=True)
     broken.unlink(missing_ok=True)
     part.write_text(to_text(lesson(path)))
     start = time.monotonic()

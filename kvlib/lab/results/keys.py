@@ -13,13 +13,11 @@ from transformers import AutoConfig
 from kvlib import checksums, paths, smollm2
 from kvlib.anchored.arms import ARMS
 from kvlib.core.method import METHODS
-from kvlib.lab import definitions, tasks
+from kvlib.lab import definitions
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL
 from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results.study import Study
-from kvlib.lab.tasks.composing import HELDOUT
-from kvlib.lab.tasks.natural.texts import NOVEL
 
 
 def checkpoint(model: str) -> str:
@@ -71,22 +69,16 @@ def commit(name: str) -> str:
     return found
 
 
-@cache
-def heldout() -> str:
-    """sha256 of the texts that prompts are made of."""
-    return hashlib.sha256(HELDOUT.read_bytes() + NOVEL.read_bytes()).hexdigest()
-
-
 def key(model: str, task: str, study: Study, configuration: Configuration) -> str:
     """What the rows of a cell follow from, sample numbers aside.
 
-    Checkpoint, held-out text, parameters, and the code of evaluator, task and method: what they reach by name, in
-    whichever module it stands (`kvlib.lab.definitions`). Recomputed samples vouch for the library under everything.
+    Checkpoint, text, parameters, and the code of evaluator, task and method: what they reach by name, in whichever
+    module it stands (`kvlib.lab.definitions`). Recomputed samples vouch for the library under everything.
     """
-    family, method = tasks.find(task), METHODS[configuration.method]
-    reached = (MEASURES[study.measure].evaluate, tasks.sample, family.draw, family.make, method)
+    found = study.find(task)
+    reached = (MEASURES[study.measure].evaluate, *found.functions, METHODS[configuration.method])
     code = definitions.digest(*map(definitions.name_of, reached))
-    parts = [checkpoint(model), heldout(), code, task, study.length, study.protocol, asdict(configuration)]
+    parts = [checkpoint(model), found.source(), code, task, study.length, study.protocol, asdict(configuration)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

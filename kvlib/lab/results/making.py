@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 import kvlib
 from kvlib import checksums, paths
-from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import BLOCK, CELL
 from kvlib.lab.evaluation.measures import MEASURES
@@ -58,10 +58,10 @@ def blocks(study: Study, size: int) -> list[Block]:
     ]
     return [
         Block(model, task, tuple(range(start, min(start + size, most))), portion, part)
-        for (model, samples), task in itertools.product(study.models.items(), study.tasks)
-        for start in range(0, samples, size)
+        for model, task in itertools.product(study.models, study.tasks)
+        for start in range(0, study.size(model, task), size)
         for part, (portion, share) in enumerate(parts)
-        if start < (most := samples // share)
+        if start < (most := study.size(model, task) // share)
     ]
 
 
@@ -111,17 +111,12 @@ def fill(
     return len(new)
 
 
-class Loader:
-    """The model of the last block, on the GPU if there is one."""
-
-    def __init__(self):
-        self.name, self.pair = None, None
-
-    def __call__(self, name: str):
-        if name != self.name:
-            model, tokenizer = kvlib.load(name)
-            self.name, self.pair = name, (model.cuda() if torch.cuda.is_available() else model, tokenizer)
-        return self.pair
+@lru_cache(maxsize=1)
+def loaded(name: str, **arguments):
+    """Model and tokenizer, the last ones kept in every process; on its GPU unless `device_map` says where they are."""
+    model, tokenizer = kvlib.load(name, **arguments)
+    placed = "device_map" in arguments or not torch.cuda.is_available()
+    return model if placed else model.cuda(), tokenizer
 
 
 def places(name: str, folder: Path | None) -> tuple[Path, Path]:
@@ -141,14 +136,9 @@ def turns(todo: list[Block], counter) -> Iterator[tuple[int, Block]]:
         yield number, todo[number]
 
 
-def one_pass(block: Block) -> bool:
-    """Whether one pass can answer a block for most methods; the others take longest and come first."""
-    return tasks.find(block.task).metric == "exact"
-
-
 def in_turn(study: Study, size: int) -> list[Block]:
-    """All blocks, the longest first."""
-    return sorted(blocks(study, size), key=one_pass)
+    """All blocks, the longest first: one pass answers "exact" tasks for most methods."""
+    return sorted(blocks(study, size), key=lambda block: study.find(block.task).metric == "exact")
 
 
 def by_cell(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -158,7 +148,7 @@ def by_cell(table: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
 
 def work(
     name: str, study: Study, size: int, part: int, parts: int, counter, parent: int | None = None,
-    folder: Path | None = None, load: Callable | None = None,
+    folder: Path | None = None, load: Callable = loaded,
 ) -> None:  # fmt: skip
     """Make blocks in turn with the other processes, the longest first; stops when the parent is gone."""
     if parts > 1:
@@ -166,7 +156,7 @@ def work(
     if torch.cuda.is_available():
         torch.cuda.set_device(part % torch.cuda.device_count())
     torch.set_float32_matmul_precision("highest")
-    (shards, file), wanted, load, made = places(name, folder), keys(study), load or Loader(), 0
+    (shards, file), wanted, made = places(name, folder), keys(study), 0
     table, todo, started = current(read(file), wanted), in_turn(study, size), time.monotonic()
     rows = by_cell(table)
     with tqdm(total=len(todo), desc=name, disable=part > 0 or None) as bar:
@@ -189,12 +179,12 @@ def make(
     size: int = BLOCK,
     processes: int = 1,
     folder: Path | None = None,
-    load: Callable | None = None,
+    load: Callable = loaded,
 ) -> pd.DataFrame:
     """Make the table of a study, or what is missing of it, and write it to data/results or to another folder.
 
     Args:
-        load: takes a name and returns model and tokenizer, in any process; default: a `Loader` for each.
+        load: takes a name and returns model and tokenizer, in any process.
 
     Raises:
         RuntimeError: if another process makes it, or a process fails. ValueError: for a damaged or foreign shard, or
@@ -238,7 +228,7 @@ def gathered(study: Study, size: int, folder: Path, table: Path) -> pd.DataFrame
     wanted = keys(study)
     files = [*(folder / block.file for block in blocks(study, size)), table]
     rows = together(*(current(read(file), wanted) for file in files))
-    sizes = [study.samples(m, c) for m, _, c in itertools.product(study.models, study.tasks, study.everything)]
+    sizes = [study.samples(*cell) for cell in itertools.product(study.models, study.tasks, study.everything)]
     most = rows["key"].map(dict(zip(wanted["key"], sizes, strict=True)))
     rows = rows[rows["sample"] < most].sort_values(SORTED, ignore_index=True)
     if len(rows) != study.rows:

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from itertools import product
 
 from kvlib.core.method import whole
-from kvlib.lab import tasks
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.measures import MEASURES, PROTOCOLS
+from kvlib.lab.results import origins
 
 BUDGETS = (0.1, 0.2, 0.5)  # 5 and 80 % only where a claim needs them
 FEWER = 4  # which part of the samples is for configurations that decide nothing
@@ -17,7 +18,8 @@ FULL = Configuration("full", 1.0)
 class Study:
     """What one result table holds: configurations on the same samples of every task, for every model.
 
-    length: tokens of prompt and answer. models: name -> samples per task; sample n has the seed n, for every model.
+    length: tokens of prompt and answer. models: name -> samples per task, or all of a task that has fewer; sample n has
+    the seed n, for every model.
     configurations: those that decide a claim; fewer: others, on the first quarter of the samples. measure: what is
     measured, one of `kvlib.lab.evaluation.measures.MEASURES`; protocol: one of those that the measure knows.
     """
@@ -31,14 +33,14 @@ class Study:
     measure: str = "answers"
 
     def __post_init__(self):
+        if self.measure not in MEASURES:
+            raise ValueError(f"measure={self.measure!r}: {' or '.join(MEASURES)}")
         for task in self.tasks:
-            tasks.find(task)
+            self.find(task)
         for configuration in self.everything:
             configuration.make()
         if len(set(self.everything)) < len(self.everything):
             raise ValueError("a configuration twice")
-        if self.measure not in MEASURES:
-            raise ValueError(f"measure={self.measure!r}: {' or '.join(MEASURES)}")
         if self.protocol not in (known := PROTOCOLS[self.measure]):
             raise ValueError(f"protocol={self.protocol!r}: {' or '.join(known)}")
         if not (self.models and all(whole(samples, 1) for samples in self.models.values())):
@@ -48,19 +50,27 @@ class Study:
     def everything(self) -> tuple[Configuration, ...]:
         return self.configurations + self.fewer
 
-    def samples(self, model: str, configuration: Configuration) -> int:
+    def find(self, task: str):
+        """A task and where its samples come from. Raises ValueError with the nearest name."""
+        return origins.find(self.measure, task)
+
+    def samples(self, model: str, task: str, configuration: Configuration) -> int:
         """On how many samples of a task a configuration is measured."""
-        return self.models[model] // (FEWER if configuration in self.fewer else 1)
+        return self.size(model, task) // (FEWER if configuration in self.fewer else 1)
+
+    def size(self, model: str, task: str) -> int:
+        """How many samples of a task there are for a model."""
+        return min(self.models[model], self.find(task).samples)
 
     @property
     def rows(self) -> int:
         """Of the whole table."""
-        return len(self.tasks) * sum(self.samples(m, c) for m in self.models for c in self.everything)
+        return sum(self.samples(*cell) for cell in product(self.models, self.tasks, self.everything))
 
 
 def samples_of(study: Study) -> int:
     """All of them: of every task, for every model."""
-    return len(study.tasks) * sum(study.models.values())
+    return sum(study.size(*each) for each in product(study.models, study.tasks))
 
 
 def with_arguments(method: str, budgets, **arguments) -> tuple[Configuration, ...]:

@@ -18,7 +18,7 @@ from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.evaluation.evaluate import CELL
 from kvlib.lab.evaluation.measures import MEASURES
 from kvlib.lab.results.keys import current, keys, recorded
-from kvlib.lab.results.making import Loader
+from kvlib.lab.results.making import loaded
 from kvlib.lab.results.study import FEWER, Study
 from kvlib.lab.results.tables import owner, read, write
 from kvlib.lab.statistics import paired_difference
@@ -68,7 +68,7 @@ def verify(
         raise ValueError(f"{name}: rows of other code, text or models; make them again with: make results")
     study = on_this_machine(name, study)
     asked = one_of_each_method(study, seed) if by_lot else study
-    again = recompute(asked, draw(study, samples, seed), Loader(), processes)
+    again = recompute(asked, draw(study, samples, seed), loaded, processes)
     return compare(table, again, study.measure)
 
 
@@ -78,8 +78,8 @@ def on_this_machine(name: str, study: Study) -> Study:
     Raises:
         FileNotFoundError: if no model is left.
     """
-    arms, load = recorded(paths.MODELS / "arms.csv"), Loader()
-    absent = [model for model in study.models if model in arms and not loads(model, load)]
+    arms = recorded(paths.MODELS / "arms.csv")
+    absent = [model for model in study.models if model in arms and not loads(model)]
     if not absent:
         return study
     sentence = f"{name}: without the weights of {', '.join(absent)}, which `python -m kvlib.anchored train` makes, "
@@ -89,9 +89,9 @@ def on_this_machine(name: str, study: Study) -> Study:
     return replace(study, models={model: n for model, n in study.models.items() if model not in absent})
 
 
-def loads(model: str, load: Callable) -> bool:
+def loads(model: str) -> bool:
     try:
-        load(model)
+        loaded(model)
     except OSError:
         return False
     return True
@@ -125,7 +125,7 @@ def rekey(name: str, study: Study, samples: int, seed: int | None = None, proces
         moved = with_old_keys(on_this_machine(name, study), table, wanted)
         if moved is None:
             return 0, len(table) - len(current(table, wanted))
-        again = recompute(moved, draw(moved, samples, seed), Loader(), processes)
+        again = recompute(moved, draw(moved, samples, seed), loaded, processes)
         agreement = compare(table, again, study.measure)
         if agreement < 1:
             raise ValueError(f"{name}: {agreement:.2%} of the recomputed rows agree, not all: make results")

@@ -1,6 +1,7 @@
 """A study on a Ray cluster: a task for every block of which rows are missing, which writes the block's shard.
 
-Every machine has this folder with the same code, models under the same names, and sees the folder of the sweep.
+Every machine has this folder with the same code, models under the same names, and sees the folder of the sweep, and
+that of KVLIB_DATA if a benchmark is asked.
 """
 
 import logging
@@ -19,6 +20,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from tqdm import tqdm
 
+from kvlib.lab.evaluation.benchmarks.files import VARIABLE
 from kvlib.lab.evaluation.configuration import Configuration
 from kvlib.lab.results.keys import current, keys
 from kvlib.lab.results.making import Block, by_cell, cells_of, fill, in_turn, left, merge, places
@@ -78,7 +80,9 @@ def connected(address: str, processes: int) -> Iterator[None]:
         except OSError as error:  # which Ray would take minutes to say
             raise ConnectionError(f"no Ray cluster at {address}: {error.strerror or error}") from None
     own = {"num_cpus": processes, "include_dashboard": False} if address == "local" else {}
-    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **own)
+    data = os.environ.get(VARIABLE)  # of benchmarks; workers have the environment of their cluster otherwise
+    environment = {"env_vars": {VARIABLE: data}} if data else None
+    ray.init(address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=environment, **own)
     try:
         yield
     finally:

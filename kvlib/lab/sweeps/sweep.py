@@ -1,17 +1,14 @@
 """One sweep: which study, for which models, where its rows go, and who makes them."""
 
+import sys
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
-import torch
-
-import kvlib
 from kvlib import paths
 from kvlib.lab.evaluation.evaluate import BLOCK
-from kvlib.lab.results import making
+from kvlib.lab.results import making, paper_studies, studies
 from kvlib.lab.results.keys import checkpoint
-from kvlib.lab.results.studies import STUDIES
 from kvlib.lab.results.study import Study
 from kvlib.nearest import unknown
 
@@ -29,8 +26,9 @@ def sweep(
     """Make what is missing of a study's table, in a folder of its own in `folder`, never in data/results.
 
     Args:
-        study: its name. model: a name for `kvlib.load` instead of the study's own; samples: of every task, instead of
-            as many as the study has of its largest model. folder: one that all machines see; default: build/sweeps.
+        study: its name, of a table of data/results or of a published benchmark.
+        model: a name for `kvlib.load` instead of the study's own; samples: of every task, instead of as many as the
+            study has of its largest model. folder: one that all machines see; default: build/sweeps.
         block: prompts per prefill. processes: side by side on this machine.
         ray: None, or the cluster that makes the rows: what `ray.init` takes as its address.
         arguments: passed to `kvlib.load`; `dtype` by its name.
@@ -40,13 +38,13 @@ def sweep(
 
     Raises:
         ValueError: for an unknown study, numbers below 1, a length above the model's window, without Ray.
-        OSError: for a model that cannot be loaded, or a cluster that cannot be reached.
+        OSError: for a model that cannot be loaded, a cluster that cannot be reached, a benchmark without its data.
         RuntimeError: if another process makes the table, or some fail. What is finished is kept in any case.
     """
     if min(block, processes) < 1:
         raise ValueError(f"{block} prompts per prefill, {processes} processes: at least 1 of each")
-    chosen = choose(study, model, samples)
-    load = partial(loaded, **arguments)
+    chosen = measurable(choose(study, model, samples))
+    load = partial(making.loaded, **arguments)
     own = [study, *(making.as_file(str(each)) for each in (model, arguments.get("dtype")) if each)]
     folder = Path(folder or paths.ROOT / "build" / "sweeps").resolve() / "-".join(own)
     if ray is None:
@@ -61,9 +59,10 @@ def choose(name: str, model: str | None, samples: int | None) -> Study:
 
     Raises ValueError for an unknown study and for less than one sample, OSError for a model that is not found.
     """
-    if name not in STUDIES:
-        raise unknown("study", name, STUDIES)
-    study = STUDIES[name]
+    known = studies.STUDIES | paper_studies.STUDIES
+    if name not in known:
+        raise unknown("study", name, known)
+    study = known[name]
     if model is not None:
         study = replace(study, models={model: max(study.models.values())})
     if samples is not None:
@@ -76,12 +75,20 @@ def choose(name: str, model: str | None, samples: int | None) -> Study:
     return study
 
 
-@lru_cache(maxsize=1)
-def loaded(name: str, **arguments):
-    """Model and tokenizer, the last ones kept in every process; on its GPU unless `device_map` says where they are."""
-    model, tokenizer = kvlib.load(name, **arguments)
-    placed = "device_map" in arguments or not torch.cuda.is_available()
-    return model if placed else model.cuda(), tokenizer
+def measurable(study: Study) -> Study:
+    """The study without tasks whose data are not here, which are named. Raises OSError if none is left."""
+    found = []
+    for task in study.tasks:
+        try:
+            study.find(task).source()
+            found.append(task)
+        except (OSError, ImportError, ValueError) as error:
+            if len(study.tasks) == 1:
+                raise OSError(f"{task}: {error}") from error
+            print(f"{task}: not measured, {error}", file=sys.stderr)
+    if not found:
+        raise OSError("no task of the study has its data")
+    return replace(study, tasks=tuple(found))
 
 
 def cluster():

@@ -12,7 +12,7 @@ of `count` is a digit, chosen before anything is evicted; `override` the models 
 
 `PROBES` and `COMPLETIONS` (of whole lines) stand beside the families, `LABEL_FREE` has no answer that is right;
 `DISTANT` is one probe at each of its distances, `WRITTEN` functions that are run. `UNBROKEN` are lines and bits behind
-prompts that end before the newline. `SPELLED` is a needle in fewer tokens.
+prompts that end before the newline. `SPELLED` is a needle in fewer tokens. `BOOKS` need files of others.
 """
 
 from kvlib.lab.tasks import single_document, multi_document, aggregation, few_shot, synthetic, code, probes, completions  # noqa: F401, I001
@@ -36,10 +36,10 @@ FAMILIES = {name: family for name, family in of_group(*GROUPS).items() if name n
 NATURAL = {name: find(name) for name in PASSED}
 PROBES, COMPLETIONS, LABEL_FREE = of_group("probe"), of_group("completion"), of_group("label-free")
 DISTANT, WRITTEN, UNBROKEN = of_group("distance"), of_group("function"), of_group("unbroken")
-SPELLED = of_group("spelling")
+SPELLED, BOOKS = of_group("spelling"), of_group("book")
 
 __all__ = [
-    "CATALOGUE", "COMPLETIONS", "DISTANT", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES",
+    "BOOKS", "CATALOGUE", "COMPLETIONS", "DISTANT", "DROPPED", "FAMILIES", "GROUPS", "LABEL_FREE", "NATURAL", "PROBES",
     "SHORTEST", "SPELLED", "UNBROKEN", "WRITTEN", "Draft", "Draw", "Family", "Filler", "Prompt", "compose", "draft",
     "filler", "find", "judge", "new_tokens", "sample", "score",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ class Family:
     group: one of `GROUPS`; "probe", "distance", "completion" and "function" for what is measured beside them;
         "label-free" where no answer is right or wrong; "unbroken" for lines and their bits behind prompts that end
         before the newline, on which models are compared that tokenise newlines differently; "spelling" for a needle
-        whose number is written in fewer tokens.
+        whose number is written in fewer tokens; "book" for books that are not shipped.
     metric: "exact", the answer or not, of several lines the share before the first mistake; "share" of several answers;
         "similarity" of the line that is written and the answer; "bits" per character that the answer costs the model,
         where less is better; "run" for what is run against assertions; "reference" if there is no answer and what the

@@ -1,35 +1,63 @@
-"""Questions of benchmarks, answered by a model with a compressed cache."""
+"""The measure "benchmarks": published questions, answered by a model with a compressed cache."""
 
-import hashlib
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 
+import pandas as pd
 import torch
 from transformers import StoppingCriteriaList
 
-from kvlib.core.method import METHODS
-from kvlib.lab import definitions
-from kvlib.lab.evaluation.benchmarks.questions import Question
+from kvlib.lab.evaluation.benchmarks.loading import data
+from kvlib.lab.evaluation.benchmarks.questions import Question, find
+from kvlib.lab.evaluation.blockwise import check_protocol
 from kvlib.lab.evaluation.configuration import Configuration
+from kvlib.lab.evaluation.evaluate import CELL, MEASURED
 from kvlib.lab.evaluation.prompts import device_name, prefill_flops, window_of
 
-PROTOCOL = "asked"
+PROTOCOLS = ("asked",)
+EXTRA = ("prediction",)
 
 
-def ids_of(question: Question, tokenizer) -> list[int]:
-    """Ids of a question, in the model's own chat template where the benchmark wants one and the model has one."""
-    if question.chat and tokenizer.chat_template:
-        said = [{"role": "user", "content": question.prompt}]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text + question.lead, add_special_tokens=False).input_ids
-    return tokenizer(question.prompt + question.lead).input_ids
+def evaluate(
+    model,
+    tokenizer,
+    configurations: Sequence[Configuration],
+    task: str,
+    length: int,
+    samples: Iterable[int],
+    *,
+    name: str,
+    protocol: str = "asked",
+    block: int = 1,
+    progress: Callable = iter,
+) -> pd.DataFrame:
+    """One row per sample and configuration. Arguments and columns are those of `kvlib.lab.evaluation.evaluate`.
+
+    task: one of `kvlib.lab.evaluation.benchmarks.questions.TASKS`. length: the most tokens of a prompt, of RULER of
+    prompt and answer. block: without meaning, prompts are read one by one. value: the publishers' score, from 0 to 1.
+    prediction: what the model has written.
+
+    Raises:
+        ValueError: for an unknown task or protocol, and if prompt and answer exceed the model's window.
+        Others: as of `kvlib.lab.evaluation.benchmarks.load`.
+    """
+    check_protocol(protocol, PROTOCOLS)
+    samples, found, rows = list(samples), find(task), []
+    questions = found.ask(data(found.read), samples, tokenizer, length, window_of(model))
+    for sample, question in progress(list(zip(samples, questions, strict=True))):
+        for configuration in configurations:
+            answered = answer(model, tokenizer, configuration, question)
+            rows.append({**asdict(configuration), "sample": sample, **answered})
+    made = pd.DataFrame(rows).assign(
+        model=name, task=task, length=length, protocol=protocol, torch=torch.__version__, device=device_name(model)
+    )
+    return made[[*CELL, "sample", *MEASURED, *EXTRA, "torch", "device"]]
 
 
 def answer(model, tokenizer, configuration: Configuration, question: Question) -> dict:
-    """One row's measured columns: those of `kvlib.lab.evaluation.evaluate`, and prediction, what the model has written.
+    """What is measured of one row.
 
     All but the prompt's last token is read and compressed. The last one is fed behind that, so that the token which
     begins the answer is chosen after the eviction, where authors' scripts take it from the full cache. Greedy decoding
@@ -65,22 +93,20 @@ def answer(model, tokenizer, configuration: Configuration, question: Question) -
         "full_bytes": full,
         "prefill_flops": math.nan if method.own_prefill else prefill_flops(model, ids.shape[1] - 1),
         "clamped": clamped,
-        "torch": torch.__version__,
-        "device": device_name(model),
         "prediction": prediction,
     }
+
+
+def ids_of(question: Question, tokenizer) -> list[int]:
+    """Ids of a question, in the model's own chat template where the benchmark wants one and the model has one."""
+    if question.chat and tokenizer.chat_template:
+        said = [{"role": "user", "content": question.prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text + question.lead, add_special_tokens=False).input_ids
+    return tokenizer(question.prompt + question.lead).input_ids
 
 
 def has_ended(tokenizer, ends: Sequence[str], ids: torch.Tensor, scores: object) -> torch.Tensor:
     """Whether an answer, behind the prompt's last token, has one of the ends: a criterion for `generate`."""
     text = tokenizer.decode(ids[0, 1:], skip_special_tokens=True).lstrip("\n")
     return torch.tensor([any(end in text for end in ends)], device=ids.device)
-
-
-def key(checkpoint: str, question: Question, configuration: Configuration) -> str:
-    """What a row follows from: checkpoint, question, parameters, and the code of this module, of method and metric."""
-    judge = question.judge
-    code = definitions.digest(*map(definitions.name_of, (answer, METHODS[configuration.method], judge.func)))
-    asked = [question.prompt, question.lead, question.max_new_tokens, question.chat, question.ends]
-    parts = [checkpoint, code, asked, judge.args, judge.keywords, asdict(configuration)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

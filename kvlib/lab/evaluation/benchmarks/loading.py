@@ -1,7 +1,11 @@
 """The rows of a set, from the folder of `KVLIB_DATA` or from the hub."""
 
+import hashlib
+import json
 import os
 import re
+from collections.abc import Callable
+from functools import cache, lru_cache
 
 from kvlib.lab.evaluation.benchmarks.files import VARIABLE, check, hint, local
 from kvlib.lab.evaluation.benchmarks.hub import download, rows_of
@@ -38,6 +42,26 @@ def load(name: str, split: str | None = None, revision: str | None = None) -> li
     if file.rows is not None and len(rows) != file.rows:
         raise ValueError(f"{name}, split {split!r}: {len(rows)} rows, expected {file.rows}")
     return [pick(name, row, benchmark.columns) for row in rows]
+
+
+def data(make: Callable[[], object]) -> object:
+    """What `make()` gives with today's `KVLIB_DATA`, kept until other data are asked for: blocks in a row share it."""
+    return _data(make, os.environ.get(VARIABLE))
+
+
+@lru_cache(maxsize=1)
+def _data(make: Callable[[], object], folder: str | None) -> object:
+    return make()
+
+
+def digest(make: Callable[[], object]) -> str:
+    """The sha256 of such data, as JSON."""
+    return _digest(make, os.environ.get(VARIABLE))
+
+
+@cache
+def _digest(make: Callable[[], object], folder: str | None) -> str:
+    return hashlib.sha256(json.dumps(_data(make, folder), sort_keys=True).encode()).hexdigest()
 
 
 def pick(name: str, row: dict, columns: dict[str, str]) -> dict:

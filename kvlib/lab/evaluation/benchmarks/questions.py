@@ -1,27 +1,23 @@
 """Samples of the benchmarks as questions: what a model reads, by the official prompts, and how its answer is judged.
 
 Tasks: "longbench/qasper" and the like, "longbench/qasper_e" of LongBench-E, "longbench-v2", "ruler/vt" and the like,
-"humaneval", "humaneval+", "mbpp". The last three run what the model has written, in a process with limits
+"humaneval", "humaneval+", "mbpp", "mbpp+". The last four run what the model has written, in a process with limits
 (`kvlib.lab.functions.run`), which holds accidents off and not attacks.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from kvlib.lab.evaluation import metrics
-from kvlib.lab.evaluation.benchmarks import choices, load, programs, ruler
+from kvlib.lab.evaluation.benchmarks import choices, programs, ruler
+from kvlib.lab.evaluation.benchmarks.loading import digest, load
 from kvlib.lab.evaluation.benchmarks.longbench import LONGBENCH, cut_middle, longbench_settings
+from kvlib.lab.evaluation.benchmarks.registry import BENCHMARKS
+from kvlib.lab.functions import child
 from kvlib.nearest import unknown
 
 TEMPLATE_ROOM = 64  # tokens that a chat template may add; Llama 3.1's adds 36
-RULER_SAMPLES = 100  # published are 500: `scripts/config_tasks.sh` of NVIDIA/RULER
-TASKS = (
-    *(f"longbench/{name}" for name in LONGBENCH),
-    *(f"longbench/{name}_e" for name, task in LONGBENCH.items() if task.samples_e),
-    "longbench-v2",
-    *(f"ruler/{name}" for name in ruler.TASKS),
-    *programs.TASKS,
-)
 
 
 @dataclass(frozen=True)
@@ -29,78 +25,136 @@ class Question:
     """One sample.
 
     prompt: what the user says if `chat`, and the model has a chat template; else plain text. lead: how the answer
-    begins. max_new_tokens: its most tokens. judge: text of the answer -> score from 0 to 1, with arguments that JSON
-    can write. ends: texts that end the answer, behind its leading newlines.
+    begins. max_new_tokens: its most tokens. judge: text of the answer -> score from 0 to 1. ends: texts that end the
+    answer, behind its leading newlines.
     """
 
     prompt: str
     lead: str
     max_new_tokens: int
     chat: bool
-    judge: partial
+    judge: Callable[[str], float]
     ends: tuple[str, ...] = ()
 
 
-def questions(task: str, tokenizer, length: int, window: int | None, samples: int | None = None) -> list[Question]:
-    """The first samples of a task.
+@dataclass(frozen=True)
+class Task:
+    """A benchmark's task, for a `kvlib.lab.results.study.Study` what a `kvlib.lab.tasks.Family` is of made-up ones.
 
-    Args:
-        task: one of `TASKS`. samples: at most so many; None: all, of RULER `RULER_SAMPLES`.
-        length: the most tokens of a prompt, of RULER of prompt and answer. LongBench's prompts lose their middle,
-            functions are asked whole.
-        window: the model's, into which prompt, answer and `TEMPLATE_ROOM` must go; None: it is not known.
-
-    Raises:
-        ValueError: for an unknown task, or if RULER's length exceeds the window.
-        Others: as of `load`.
+    read: () -> all that its questions are made of beside the tokenizer, as JSON can write it. ask: (that, numbers of
+        samples, tokenizer, length, window) -> their questions.
+    samples: how many there are. outside: what judges answers in a process of its own, where no name leads.
     """
+
+    read: Callable[[], object]
+    ask: Callable[..., list[Question]]
+    samples: float
+    outside: tuple[Callable, ...] = ()
+    metric = "published"
+
+    @property
+    def functions(self) -> tuple[Callable, ...]:
+        """What questions and their scores follow from beside the data."""
+        return self.ask, *self.outside
+
+    def source(self) -> str:
+        """The sha256 of the data. Errors as of `kvlib.lab.evaluation.benchmarks.load`."""
+        return digest(self.read)
+
+
+# Filled below, not here: what finds a task (`kvlib.lab.definitions`) should not follow from all others.
+TASKS: dict[str, Task] = {}
+
+
+def find(task: str) -> Task:
+    """The task of that name. Raises ValueError with the nearest name."""
     if task not in TASKS:
         raise unknown("benchmark", task, TASKS)
-    group, _, name = task.partition("/")
-    room = None if window is None else window - TEMPLATE_ROOM
-    if group == "ruler":
-        if window is not None and length > window:
-            raise ValueError(f"length={length}: the model's window is {window} tokens")
-        return [from_ruler(name, length, seed, tokenizer) for seed in range(samples or RULER_SAMPLES)]
-    rows = load(task)[:samples]
-    if group in programs.TASKS:
-        examples = load(task, "prompt") if task == "mbpp" else ()
-        return [from_program(each) for each in programs.programs(task, rows, examples)]
-    if group == "longbench":
-        plain = name.removesuffix("_e")
-        setting, chat = longbench_settings()[plain], LONGBENCH[plain].chat
-        asked = [
-            Question(
-                setting.template.format(**row), "", setting.max_new_tokens, chat,
-                partial(metrics.score, plain, answers=list(row["answers"]), classes=row["all_classes"]),
-                ("\n",) if plain == "samsum" else (),
-            )
-            for row in rows
-        ]  # fmt: skip
-    else:
-        asked = [
-            Question(
-                choices.prompt(row), "", choices.MAX_NEW_TOKENS, True, partial(choices.score, answer=row["answer"])
-            )
-            for row in rows
-        ]
-    return [shortened(question, length, room, tokenizer) for question in asked]
+    return TASKS[task]
 
 
-def shortened(question: Question, length: int, room: int | None, tokenizer) -> Question:
-    """Without the middle of a long prompt."""
-    limit = length if room is None else min(length, room - question.max_new_tokens)
+def read_longbench(name: str) -> dict:
+    """Of LongBench or, as in "qasper_e", LongBench-E."""
+    plain, rows = name.removesuffix("_e"), load(f"longbench/{name}")
+    return {"task": plain, "rows": rows, **vars(longbench_settings()[plain])}
+
+
+def ask_longbench(data: dict, samples: Sequence[int], tokenizer, length: int, window: int | None) -> list[Question]:
+    """Prompts lose their middle to have at most `length` tokens, and to leave room in the window."""
+    task, asked = data["task"], []
+    for row in map(data["rows"].__getitem__, samples):
+        judge = partial(metrics.score, task, answers=row["answers"], classes=row["all_classes"])
+        ends = ("\n",) if task == "samsum" else ()
+        prompt, chat = data["template"].format(**row), LONGBENCH[task].chat
+        asked.append(
+            shortened(Question(prompt, "", data["max_new_tokens"], chat, judge, ends), length, window, tokenizer)
+        )
+    return asked
+
+
+def ask_v2(data: list[dict], samples: Sequence[int], tokenizer, length: int, window: int | None) -> list[Question]:
+    """Prompts are shortened as those of LongBench."""
+    asked = []
+    for row in map(data.__getitem__, samples):
+        judge = partial(choices.score, answer=row["answer"])
+        question = Question(choices.prompt(row), "", choices.MAX_NEW_TOKENS, True, judge)
+        asked.append(shortened(question, length, window, tokenizer))
+    return asked
+
+
+def shortened(question: Question, length: int, window: int | None, tokenizer) -> Question:
+    """Without the middle of a long prompt: it, its answer and `TEMPLATE_ROOM` go into the window."""
+    limit = length if window is None else min(length, window - TEMPLATE_ROOM - question.max_new_tokens)
     if limit < 2:
         raise ValueError(f"an answer of {question.max_new_tokens} tokens leaves no room for a prompt")
     return replace(question, prompt=cut_middle(question.prompt, limit, tokenizer))
 
 
-def from_ruler(name: str, length: int, seed: int, tokenizer) -> Question:
-    made = ruler.sample(name, length, seed, tokenizer, TEMPLATE_ROOM if tokenizer.chat_template else 0)
-    return Question(made.prompt, made.lead, made.max_new_tokens, True, partial(ruler.score, answers=made.answers))
+def read_ruler(name: str) -> dict:
+    read = ruler.TASKS[name].read
+    return {"task": name, "text": read and read()}
 
 
-def from_program(program: programs.Program) -> Question:
-    """A program to be written, judged by pass@1 of greedy decoding; no chat, as for models that complete text."""
-    judge = partial(programs.passed, above=program.above, asserts=program.asserts, ends=program.ends)
-    return Question(program.prompt, "", programs.MAX_NEW_TOKENS, False, judge, program.ends)
+def ask_ruler(data: dict, samples: Sequence[int], tokenizer, length: int, window: int | None) -> list[Question]:
+    """Prompts and answers of `length` tokens. Raises ValueError if that exceeds the window."""
+    if window is not None and length > window:
+        raise ValueError(f"length={length}: the model's window is {window} tokens")
+    room, judge = TEMPLATE_ROOM if tokenizer.chat_template else 0, ruler.TASKS[data["task"]].score
+    made = (ruler.sample(data["task"], length, seed, tokenizer, room, data["text"]) for seed in samples)
+    return [Question(s.prompt, s.lead, s.max_new_tokens, True, partial(judge, answers=s.answers)) for s in made]
+
+
+def read_programs(name: str) -> dict:
+    return {"task": name, "rows": load(name), "examples": load(name, "prompt") if name == "mbpp" else []}
+
+
+def ask_programs(data: dict, samples: Sequence[int], tokenizer, length: int, window: int | None) -> list[Question]:
+    """Programs to be written, whole whatever the length; no chat, as for models that complete text."""
+    rows = [data["rows"][number] for number in samples]
+    return [
+        Question(
+            each.prompt, "", programs.MAX_NEW_TOKENS, False,
+            partial(programs.passed, above=each.above, asserts=each.asserts, ends=each.ends), each.ends,
+        )
+        for each in programs.programs(data["task"], rows, data["examples"])
+    ]  # fmt: skip
+
+
+def rows_of(name: str) -> int:
+    return BENCHMARKS[name].files["test"].rows
+
+
+TASKS.update(
+    {
+        name: Task(partial(read_longbench, name.partition("/")[2]), ask_longbench, rows_of(name))
+        for name in BENCHMARKS
+        if name.startswith("longbench/")
+    }
+)
+TASKS["longbench-v2"] = Task(partial(load, "longbench-v2"), ask_v2, rows_of("longbench-v2"))
+TASKS.update(
+    {f"ruler/{name}": Task(partial(read_ruler, name), ask_ruler, made.samples) for name, made in ruler.TASKS.items()}
+)
+TASKS.update(
+    {name: Task(partial(read_programs, name), ask_programs, rows_of(name), (child.main,)) for name in programs.TASKS}
+)

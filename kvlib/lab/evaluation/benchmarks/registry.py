@@ -10,12 +10,12 @@ from kvlib.lab.evaluation.benchmarks.longbench import LONGBENCH
 from kvlib.lab.evaluation.benchmarks.reading import (
     MBPP_SPLITS,
     join_wikitext,
+    read_books,
     read_gutenberg,
     read_json,
     read_jsonl,
     read_mbpp,
     read_member,
-    read_parquet,
     read_text,
 )
 from kvlib.nearest import unknown
@@ -26,6 +26,7 @@ WIKITEXT = Hub(  # the variant with <unk>, which is what the two files hold
 )
 SAME_NAMES = ("input", "context", "answers", "all_classes", "length", "language", "dataset")
 V2_COLUMNS = "domain sub_domain difficulty length question choice_A choice_B choice_C choice_D answer context"
+PLUS_COLUMNS = "task_id prompt canonical_solution entry_point base_input plus_input atol"
 LONGBENCH_ARCHIVE = "longbench/data.zip"
 LONGBENCH_HUB = Hub("zai-org/LongBench", "5e628be450b7e67fb7ae6e201bd6d8f7056f7672", file="data.zip")
 LONGBENCH_SHA256 = "cb45b11a4133c6bc1d6a44b0f8e701335ff1e543195db1103472e575857f7f64"
@@ -89,9 +90,9 @@ BENCHMARKS = {
         partial(read_gutenberg, title="Moby Dick"),
     ),
     "pg19": Benchmark(
-        {"title": "short_book_title", "text": "text"},
-        {"test": File("pg19-test.parquet", None, 100)},
-        read_parquet,
+        same("title text"),
+        {"test": File("pg19/test", None, 100)},
+        read_books,
         Hub(
             "emozilla/pg19",
             "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
@@ -99,8 +100,13 @@ BENCHMARKS = {
         ),
     ),
     "humaneval+": Benchmark(
-        same("task_id prompt canonical_solution entry_point base_input plus_input atol"),
+        same(PLUS_COLUMNS),
         {"test": File("HumanEvalPlus.jsonl.gz", None, 164)},
+        read_jsonl,
+    ),
+    "mbpp+": Benchmark(
+        same(PLUS_COLUMNS),
+        {"test": File("MbppPlus.jsonl.gz", None, 378)},
         read_jsonl,
     ),
     "longbench-v2": Benchmark(

@@ -1,8 +1,8 @@
-"""RULER's synthetic tasks, generated here: needles, variables, common and frequent words, to a length in tokens.
+"""RULER's thirteen tasks, generated here to a length in tokens: needles, variables, common words, questions.
 
 Source: NVIDIA/RULER (Apache 2.0), commit c3f5e3b. Parameters of the tasks: `scripts/synthetic.yaml`; instructions,
 beginnings of answers and their tokens: `scripts/data/synthetic/constants.py`; how samples are put together: `niah.py`,
-`variable_tracking.py`, `common_words_extraction.py` and `freq_words_extraction.py` beside it; metric:
+`variable_tracking.py`, `common_words_extraction.py`, `freq_words_extraction.py` and `qa.py` beside it; metrics:
 `scripts/eval/synthetic/constants.py`; greedy decoding: `scripts/config_models.sh`. The code is ours. "assigned" in the
 beginning of the answer of `vt` was misspelt before their commit 4a216f4, and in results from before it.
 
@@ -10,8 +10,7 @@ Departures: keys are pairs of `kvlib.lab.tasks.words` instead of the package won
 there single ones, so that no word lies inside another; all keys and values of a sample differ; sentences of essays end
 at a full stop instead of where nltk ends them; samples have seeds of their own, and each as much filling as fits, where
 one search is made for all samples of a task; the solved example of `vt` has a fixed number of lines (`SHOWN`); the one
-of `cwe` stands in the same turn of a chat as the question, there in a turn of its own. The two tasks of question
-answering, which need SQuAD and HotpotQA, are left out.
+of `cwe` stands in the same turn of a chat as the question, there in a turn of its own.
 """
 
 import json
@@ -32,6 +31,9 @@ ESSAYS = File("PaulGrahamEssays.json")
 ESSAYS_FROM = (
     'what scripts/data/synthetic/json/download_paulgraham_essay.py of github.com/NVIDIA/RULER writes: {"text"}'
 )
+SQUAD, HOTPOT = File("squad.json"), File("hotpotqa.json")
+SQUAD_FROM = "dev-v2.0.json of SQuAD, under the name that RULER gives it"
+HOTPOT_FROM = "hotpot_dev_distractor_v1.json of HotpotQA, under the name that RULER gives it"
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NEEDLES = (
@@ -62,6 +64,12 @@ FREQUENT = (
     "three most frequently appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
+DOCUMENTS = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+    "The following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me "
+    "the answer and do not output any other words.\n\nQuestion: {query}",
+    " Answer:",
+)
 DEPTHS = [round(100 * step / 39) for step in range(40)]  # of needles in essays, in per cent of the sentences
 HOPS = 4
 SHOWN = 14  # lines of noise in the solved example of `vt`: as many as 500 tokens hold, of about 25 tokens each
@@ -72,7 +80,7 @@ LONG = 4096  # from here on common words appear 30 times and the others 3 times
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model reads, how its answer begins, the strings that the answer must contain, and its longest answer."""
+    """What a model reads, how its answer begins, the strings that it is judged by, and its longest answer."""
 
     prompt: str
     lead: str
@@ -81,12 +89,41 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Task:
-    """build: (random numbers, amount of filling, length in tokens) -> prompt, lead, answers; least: of the amounts."""
+class Wanted:
+    """A sample's number, its length in tokens, and what the task's `read` gave."""
 
-    build: Callable[[random.Random, int, int], tuple[str, str, Sequence[str]]]
+    seed: int
+    length: int
+    text: object = None
+
+
+def score(prediction: str, answers: Sequence[str]) -> float:
+    """The share of the answers that occur in the prediction, in any case of letters: `string_match_all`.
+
+    Before that the script turns control characters of a prediction into newlines, which no answer holds.
+    """
+    return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
+
+
+def score_any(prediction: str, answers: Sequence[str]) -> float:
+    """Whether one of the answers occurs in the prediction: `string_match_part`."""
+    return float(any(answer.lower() in prediction.lower() for answer in answers))
+
+
+@dataclass(frozen=True)
+class Task:
+    """build: (random numbers, amount of filling, what is wanted) -> prompt, lead, answers; least: of the amounts.
+
+    read: what samples are made of besides, from the folder of `KVLIB_DATA`. samples: how many there are. score: the
+    metric.
+    """
+
+    build: Callable[[random.Random, int, Wanted], tuple[str, str, Sequence[str]]]
     max_new_tokens: int
     least: int = 1
+    read: Callable[[], object] | None = None
+    samples: float = math.inf
+    score: Callable[[str, Sequence[str]], float] = score
 
 
 def pair(rng: random.Random) -> str:
@@ -117,9 +154,13 @@ def inserted(lines: Sequence[str], places: Sequence[int], among: Sequence[str]) 
     return [*text, *among[begin:]]
 
 
-def essay_sentences(words: int) -> list[str]:
+def read_essays() -> str:
+    return json.loads(local(ESSAYS, ESSAYS_FROM))["text"]
+
+
+def essay_sentences(essays: str, words: int) -> list[str]:
     """The first words of the essays, again from the beginning where they end, cut into sentences."""
-    text = json.loads(local(ESSAYS, ESSAYS_FROM))["text"].split()
+    text = essays.split()
     taken = (text * math.ceil(words / len(text)))[:words]
     return re.split(r"(?<=[.!?]) ", " ".join(taken))
 
@@ -135,7 +176,7 @@ def needles(
 ) -> Task:
     """Needles with several keys, several values of each, of which the first `asked` keys are asked for."""
 
-    def build(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
+    def build(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
         names = distinct(draw_key, rng, keys + (amount if haystack == "needle" else 0))
         codes = distinct(draw_value, rng, keys * values + len(names) - keys)
         one, plural = asked * values == 1, f"{kind}s"
@@ -148,7 +189,7 @@ def needles(
         if haystack == "needle":
             others = [say(*each) for each in zip(names[keys:], codes[keys * values :])]
         else:
-            others = [NOISE] * amount if haystack == "noise" else essay_sentences(amount)
+            others = [NOISE] * amount if haystack == "noise" else essay_sentences(given.text, amount)
         if haystack == "essay":
             places = [len(others) * depth // 100 for depth in rng.sample(DEPTHS, len(hidden))]
         else:
@@ -160,7 +201,7 @@ def needles(
         fields = {"kind": kind if one else plural, "query": query}
         return template.format(context=context, **fields), lead.format(**fields), codes[: asked * values]
 
-    return Task(build, 128)
+    return Task(build, 128, read=read_essays if haystack == "essay" else None)
 
 
 def chain(rng: random.Random, amount: int, letters: int) -> tuple[str, str, list[str]]:
@@ -173,7 +214,7 @@ def chain(rng: random.Random, amount: int, letters: int) -> tuple[str, str, list
     return VARIABLES[0].format(context=context, **fields), VARIABLES[1].format(**fields), names
 
 
-def variables(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
+def variables(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
     """A chain behind a short one that is solved; its names are shorter, so that none is an answer."""
     shown, lead, names = chain(rng, SHOWN, letters=3)
     prompt, asked, wanted = chain(rng, amount, letters=5)
@@ -191,23 +232,84 @@ def listed(rng: random.Random, words: Sequence[str], often: int, seldom: int) ->
     return COMMON[0].format(context=numbered(every)), list(words[:10])
 
 
-def common_words(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
+def common_words(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
     """Ten common words among others, behind a short list that is solved."""
-    size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if length >= LONG else (20, 3, 1, 6, 1)
+    size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if given.length >= LONG else (20, 3, 1, 6, 1)
     words = distinct(pair, rng, size + 10 + amount)
     shown, names = listed(rng, words[:size], shown_often, shown_seldom)
     prompt, wanted = listed(rng, words[size:], often, seldom)
     return f"{shown}{COMMON[1]} {numbered(names)}\n{prompt}", COMMON[1], wanted
 
 
-def frequent_words(rng: random.Random, amount: int, length: int) -> tuple[str, str, list[str]]:
+def frequent_words(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
     """Coded words whose frequencies fall as 1 / rank²; dots have the first rank."""
-    coded = max(10, (length - FREQUENT_TOKENS) // 50) - 1  # as published, where the dots count too
+    coded = max(10, (given.length - FREQUENT_TOKENS) // 50) - 1  # as published, where the dots count too
     words = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, coded)]
     share = math.pi**2 / 6  # zeta(ALPHA)
     text = [word for rank, word in enumerate(words, 1) for _ in range(int(amount * rank**-ALPHA / share))]
     rng.shuffle(text)
     return FREQUENT[0].format(context=" ".join(text)), FREQUENT[1], words[1:4]
+
+
+def library(documents: Sequence[str], asked: Sequence[tuple[str, list[str], list[str], list[str]]]) -> dict:
+    """What `among_documents` reads: all documents once, in order, and questions with places of documents among them.
+
+    asked: question, answers, its own documents, and those that come first among the others.
+    """
+    place = {text: at for at, text in enumerate(sorted(set(documents)))}
+    found = [
+        {"query": query, "answers": answers, "own": [place[d] for d in own], "near": [place[d] for d in near]}
+        for query, answers, own, near in asked
+    ]
+    return {"documents": list(place), "questions": found}
+
+
+def read_squad() -> dict:
+    """Paragraphs, and the questions that they answer; near are the other paragraphs of an article."""
+    articles = [
+        [(paragraph["context"], paragraph["qas"]) for paragraph in article["paragraphs"]]
+        for article in json.loads(local(SQUAD, SQUAD_FROM))["data"]
+    ]
+    return library(
+        [text for article in articles for text, _ in article],
+        [
+            (
+                each["question"],
+                [answer["text"] for answer in each["answers"]],
+                [text],
+                [t for t, _ in article if t != text],
+            )
+            for article in articles
+            for text, questions in article
+            for each in questions
+            if not each["is_impossible"]
+        ],
+    )
+
+
+def read_hotpot() -> dict:
+    """Ten paragraphs with their titles for each question; no others are near."""
+    rows = json.loads(local(HOTPOT, HOTPOT_FROM))
+    own = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
+    asked = [(row["question"], [row["answer"]], texts, []) for row, texts in zip(rows, own)]
+    return library([text for texts in own for text in texts], asked)
+
+
+def among_documents(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
+    """A question behind so many documents, its own and others; all of them, again and again, if there are fewer."""
+    documents, question = given.text["documents"], given.text["questions"][given.seed]
+    own, near = question["own"], question["near"]
+    more, known = max(0, amount - len(own)), {*own, *near}
+    if amount >= len(documents):
+        chosen = [at % len(documents) for at in range(amount)]
+    elif more > len(near):
+        others = [at for at in range(len(documents)) if at not in known]
+        chosen = [*own, *near, *rng.sample(others, more - len(near))]
+    else:
+        chosen = [*own, *rng.sample(near, more)]
+    rng.shuffle(chosen)
+    context = "\n\n".join(f"Document {number}:\n{documents[at]}" for number, at in enumerate(chosen, 1))
+    return DOCUMENTS[0].format(context=context, query=question["query"]), DOCUMENTS[1], question["answers"]
 
 
 TASKS = {
@@ -222,27 +324,30 @@ TASKS = {
     "vt": Task(variables, 30, least=HOPS + 1),
     "cwe": Task(common_words, 120),
     "fwe": Task(frequent_words, FREQUENT_TOKENS, least=60),
+    "qa_1": Task(among_documents, 32, read=read_squad, samples=5928, score=score_any),
+    "qa_2": Task(among_documents, 32, read=read_hotpot, samples=7405, score=score_any),
 }
 
 
-def sample(task: str, length: int, seed: int, tokenizer, room: int = 0) -> Sample:
+def sample(task: str, length: int, seed: int, tokenizer, room: int = 0, text: object = None) -> Sample:
     """A sample of as much filling as fits.
 
     Args:
         task: one of `TASKS`. length: the most tokens of prompt, lead and answer together, special tokens included.
-        room: those of them that are left to a chat template, which counts as published.
-        seed: samples of different seeds differ in everything, the same seed gives the same sample.
+        room: those of them that are left to a chat template, which counts as published. text: what the task's `read`
+            gives.
+        seed: samples of different seeds differ in everything, the same seed gives the same sample; of `qa_1` and
+            `qa_2` the number of the question.
 
     Raises:
         ValueError: for an unknown task, or if not even the least fits.
-        FileNotFoundError: if a task needs the essays and `KVLIB_DATA` does not have them.
     """
     if task not in TASKS:
         raise unknown("task of RULER", task, TASKS)
     build, new, least = TASKS[task].build, TASKS[task].max_new_tokens, TASKS[task].least
 
     def made(amount: int) -> Sample | None:
-        prompt, lead, answers = build(random.Random(f"{task} {seed}"), amount, length)
+        prompt, lead, answers = build(random.Random(f"{task} {seed}"), amount, Wanted(seed, length, text))
         if len(tokenizer(prompt + lead).input_ids) + new > length - room:
             return None
         return Sample(prompt, lead, tuple(answers), new)
@@ -259,11 +364,3 @@ def sample(task: str, length: int, seed: int, tokenizer, room: int = 0) -> Sampl
         else:
             found, below = tried, middle
     return found
-
-
-def score(prediction: str, answers: Sequence[str]) -> float:
-    """The share of the answers that occur in the prediction, in any case of letters: `string_match_all`.
-
-    Before that the script turns control characters of a prediction into newlines, which no answer holds.
-    """
-    return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)

@@ -6,7 +6,7 @@ tokens of the context, which methods keep whatever is asked. `FAMILIES` are all 
 """
 
 from kvlib.lab.tasks.catalogue import CATALOGUE, GROUPS
-from kvlib.lab.tasks.natural import facts, label_free, lists, memory, needles, programs, spelled  # noqa: F401
+from kvlib.lab.tasks.natural import books, facts, label_free, lists, memory, needles, programs, spelled  # noqa: F401
 from kvlib.lab.tasks.natural.composing import in_code, in_prose
 from kvlib.lab.tasks.natural.texts import Text, novel, prose, sentences
 
