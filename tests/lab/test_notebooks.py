@@ -153,10 +153,13 @@ def test_solutions_stand_apart(path):
         assert cell["id"] == "checks-run" or ("check" in tags) == (GOES_ON in tags)
 
 
-@pytest.mark.parametrize("path", [case for case in EVERY if "ledger.csv" in case.values[0].read_text()])
+LEDGER = re.compile(r"ledger\.csv|lessons\.verdicts\(")  # in what shows some of it
+
+
+@pytest.mark.parametrize("path", [case for case in EVERY if LEDGER.search(case.values[0].read_text())])
 def test_verdicts_shown_are_those_of_the_ledger(path):
     """The ledger grows with every paper, so notebooks that show some of it are not stale whenever it changes."""
-    (cell,) = [cell for cell in files.read(path)["cells"] if "ledger.csv" in cell["source"]]
+    (cell,) = [cell for cell in files.read(path)["cells"] if LEDGER.search(cell["source"])]
     shown = "".join(output.get("data", {}).get("text/html", "") for output in cell["outputs"])
     shown = html.unescape(shown)
     named = {table.stem for table in dependencies.tables(path)}
