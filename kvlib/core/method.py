@@ -43,9 +43,6 @@ class Method:
         weighs: what decoded tokens attend to is asked for at every step, by `view.column_sums`; where tokens are
             evicted, attention is then computed from these weights (on a GPU by a kernel that gives both), instead of by
             SDPA, which does not tell them.
-        steady: once a token goes for each that comes, what is done in a layer is the same for every token, waits for no
-            device and looks at no other layer: on a GPU it is recorded and replayed (`kvlib.core.recorded`), and python
-            code is not run again. Not inherited, a subclass says it for itself.
         scaled: where there are fields `key_scale` and `value_scale`, one number for each token and head, those named
             `key` and `value` hold 8-bit codes, which `decode` multiplies by them and does nothing else.
         renumber: tokens are read by their place among those that are kept, so that the model's window limits what is
@@ -57,7 +54,6 @@ class Method:
     text_order = False
     window = 0
     weighs = False
-    steady = False
     scaled = False
     renumber = False
     own_prefill = False

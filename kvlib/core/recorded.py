@@ -2,8 +2,8 @@
 
 While tokens come one at a time, launching kernels is what takes the time, and a method that evicts launches a dozen
 beside those of attention. Once a token goes for each that comes they are the same kernels on the same memory every
-time, if the method says so (`Method.steady`). So after a few steps they are recorded, and from then on a layer launches
-two things: a copy of its query, key and value, and the graph.
+time, if the method is known for it (`steady`). So after a few steps they are recorded, and from then on a layer
+launches two things: a copy of its query, key and value, and the graph.
 
 What is recorded lives as long as the memory that it works on (`Part.still`). `kvlib.core.capture` records whole steps,
 model and all, but it has to be asked to.
@@ -17,6 +17,16 @@ import torch
 
 WARM = 3  # steps that have to find the same memory first: they compile kernels and bring numbers to the device
 DEVICES = {"cuda"}
+STEADY: set[type] = set()
+
+
+def steady(*methods: type) -> None:
+    """Note methods of which, once a token goes for each that comes, a layer does the same for every token, waits for no
+    device and looks at no other layer. Their python code is not run again once a layer is recorded.
+
+    A subclass does not inherit it: what it adds may be of another kind.
+    """
+    STEADY.update(methods)
 
 
 class Recorded:

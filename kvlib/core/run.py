@@ -79,7 +79,7 @@ class Run(Report):
     `read` the document, after `ask` the copy that holds the question and its answer too.
 
     Attributes:
-        idle: the method leaves decoded tokens alone. steady: `Method.steady`, of the class itself.
+        idle: the method leaves decoded tokens alone. steady: `recorded.steady` says so of its class.
         document: the compressed cache that `read` has left, which `ask` copies; None if there is none.
         prepared: what the method's `prepare` has made of the model; there as long as the block is open.
         step: the forward pass that is going on, None between passes.
@@ -95,7 +95,7 @@ class Run(Report):
         self.encodes = method.hooks("encode") or method.hooks("decode")
         looks = any(map(method.hooks, ("encode", "decode", "before_layer", "attend", "observe", "finish")))
         self.idle = not (looks or method.evicts_in_decode)
-        self.steady = vars(type(method)).get("steady", False)
+        self.steady = type(method) in recorded.STEADY
         self.prepared = None
         self.document: KVCache | None = None
         self.step: Step | None = None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvlib.core.method import Budgeted, Evictor, register, require, whole
+from kvlib.core.recorded import steady
 from kvlib.core.rotary import Rotary, rotaries, rotation
 from kvlib.core.support import attention_modules
 
@@ -71,7 +72,7 @@ class StreamingLLM(Evictor):
 
     sinks: int = 4
     renumber: bool = True
-    evicts_in_decode = steady = True
+    evicts_in_decode = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,7 +150,6 @@ class H2O(Evictor):
 
     evicts_in_decode = True
     weighs = True
-    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -187,7 +187,6 @@ class Scissorhands(H2O):
     """
 
     window = 400
-    steady = True
 
     def observe(self, view):
         if view.step.ends_prompt:
@@ -280,7 +279,6 @@ class TOVA(Evictor):
     window = 1
     evicts_in_decode = True
     weighs = True
-    steady = True
 
     def score(self, view):
         return view.column_sums(last=1).mean((1, 2))[:, None].expand_as(view.positions)
@@ -325,3 +323,6 @@ class KNorm(Evictor):
         dtype = torch.promote_types(view.key.dtype, torch.float32)
         recent = view.clamp("recent", self.recent, 0, self.tokens(view, self.budget) - 1)
         return view.protect(-torch.linalg.vector_norm(view.key, dim=-1, dtype=dtype), last=recent)
+
+
+steady(StreamingLLM, H2O, Scissorhands, TOVA)

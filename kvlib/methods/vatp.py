@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from kvlib.core.method import Evictor, register, require, whole
+from kvlib.core.recorded import steady
 from kvlib.methods.baselines import H2O, PyramidKV, Scissorhands, SnapKV
 from kvlib.nearest import unknown
 
@@ -35,7 +36,6 @@ class ForcedSinks(Evictor):
 
     host: str = "h2o"
     sinks: int = 20
-    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,7 +97,6 @@ class VATP(ForcedSinks):
     """
 
     norm: str = "l1"
-    steady = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,7 +123,6 @@ class EvictionError(ForcedSinks):
     """
 
     sinks: int = 0
-    steady = True
 
     def importance(self, view, last=None):
         return view.eviction_errors(last)
@@ -146,7 +144,6 @@ class OutputNorm(ForcedSinks):
     """
 
     sinks: int = 0
-    steady = True
 
     def observe(self, view):
         project = getattr(view.module, "o_proj", None)
@@ -188,3 +185,6 @@ def projected(project, x: torch.Tensor) -> torch.Tensor:
     """What the output projection makes of each head of `x` `(tokens, heads, dim)` alone, `(tokens, heads, width)`."""
     alone = torch.diag_embed(x.mT).permute(0, 2, 3, 1).flatten(2)
     return project(alone) - project(alone.new_zeros(1, 1, alone.shape[-1]))
+
+
+steady(ForcedSinks, VATP, EvictionError, OutputNorm)
