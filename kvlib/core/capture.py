@@ -57,8 +57,10 @@ class CapturedStep:
         elif not self._steady():
             self.logits = self._step()
         elif self._ids.is_cuda and self._warm:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph), Brought(self.cache.memo):  # which does the bookkeeping, but no work
+            self.graph, device = torch.cuda.CUDAGraph(), self._ids.device
+            stream = torch.cuda.Stream(device)
+            with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream), Brought(self.cache.memo):
+                # which does the bookkeeping, but no work
                 self.logits = self._step()
             self.graph.replay()
         else:
@@ -76,11 +78,12 @@ class CapturedStep:
 
     def _off_the_main_stream(self) -> torch.Tensor:
         """A step that makes ready what must not be made while capturing: workspaces, compiled kernels."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        device = self._ids.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), Brought(self.cache.memo):
             logits = self._step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         return logits
 
     def _steady(self) -> bool:
