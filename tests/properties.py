@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import kvlib
 from kvlib.core.cache import KVCache
-from kvlib.core.part import ROOM
+from kvlib.core.part import most_room
 from kvlib.core.view import View
 
 
@@ -100,7 +100,7 @@ def well_formed(run) -> None:
     for part in run.cache.parts():
         entry = sum(x[:1].numel() * x.element_size() for x in part.fields.values() if len(x))
         stored += int(part.lengths.sum()) * entry
-        most += part.lengths.numel() * ROOM * entry
+        most += part.lengths.numel() * most_room(int(part.lengths.max())) * entry
         flats = (*part.fields.values(), *part.state.values(), part.positions)
         assert all(len(flat) == part.capacity.sum() for flat in flats)
         assert (part.position_rectangle() >= 0).sum() == part.lengths.sum() * part.size  # nothing else is seen

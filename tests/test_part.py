@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlib.core.part import ROOM, Memo, Part
+from kvlib.core.part import ROOM, Memo, Part, most_room
 
 DIM = 3
 
@@ -41,7 +41,7 @@ def check(part: Part, lists: Lists) -> None:
     assert part.lengths.tolist() == [[len(head) for head in heads] for heads in lists.segments]
     flats = [part.fields["key"], part.fields["value"], part.positions, part.state["x"]]
     assert all(len(flat) == part.capacity.sum() for flat in flats)
-    assert bool((part.lengths <= part.capacity).all()) and bool((part.capacity <= part.lengths + ROOM).all())
+    assert bool((part.lengths <= part.capacity).all()) and bool((part.capacity <= part.lengths + most_room(part.width)).all())
     held = part.lengths == part.lengths[0, 0], part.capacity == part.capacity[0, 0]
     assert part.uniform == all(bool(x.all()) for x in held)
     assert int((part.position_rectangle() >= 0).sum()) == int(part.lengths.sum())
@@ -159,7 +159,11 @@ def filled(lengths, dim=DIM):
     return part
 
 
-@pytest.mark.parametrize("lengths", [[[5, 5], [5, 5]], [[2, 5], [4, 0]]], ids=["equal", "ragged"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[[5, 5], [5, 5]], [[2, 5], [4, 0]], [[3000] * 2] * 2, [[2, 3000], [4, 0]]],
+    ids=["equal", "ragged", "equal and long", "ragged and long"],
+)
 def test_room_grows_to_its_bound_and_is_given_back(lengths):
     part, rooms = filled(lengths), []
     for token in range(3 * ROOM):
@@ -170,7 +174,10 @@ def test_room_grows_to_its_bound_and_is_given_back(lengths):
         assert bool((part.capacity - part.lengths == room).all())
         if part.fields["key"].data_ptr() != storage:
             rooms.append(room + 1)
-    assert rooms[:4] == [1, 4, 16, 64] and set(rooms[4:]) == {ROOM}
+    longest = max(map(max, lengths))
+    most = [max(ROOM, (longest + sum(rooms[:i])) // 32) for i in range(len(rooms))]
+    assert rooms == [min(x, 4**i) for i, x in enumerate(most)] and max(rooms) == (ROOM if longest < 3000 else 99)
+    assert most == [most_room(longest + sum(rooms[:i])) for i in range(len(rooms))]
     part.keep(part.position_rectangle() >= 0, part.lengths)
     assert torch.equal(part.capacity, part.lengths)
 
@@ -195,6 +202,14 @@ def test_one_in_for_one_out_moves_nothing(lengths):
         assert part.fields["key"].data_ptr() == storage
         assert torch.equal(part.position_rectangle(), places)
     assert not part.ordered
+
+
+def test_more_room_than_is_laid_out_at_once():
+    part, key = filled([[3000, 3000]]), torch.ones(1, 2, 1, DIM).double()
+    for position in range(3000, 3000 + 21 + 200):
+        part.append_one({"key": position * key}, torch.tensor([[position]]))
+    assert part.position_rectangle().tolist() == [[[*range(3221)]] * 2]
+    assert part.rectangle(part.fields["key"])[0, 1, :, 0].tolist() == [*range(3221)]
 
 
 def test_what_was_laid_out_gives_way():
@@ -223,9 +238,8 @@ def test_the_device_counts_tokens_as_they_come(lengths):
 
 
 @pytest.mark.parametrize("lengths", [[[5, 5], [5, 5]], [[2, 5], [4, 0]]], ids=["equal", "ragged"])
-def test_room_holds_zeros(lengths, monkeypatch):
+def test_room_holds_zeros(lengths):
     """A weight of 0 does not hide what is not a number."""
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, 7))
     part = filled(lengths)
     part.reserve(3)
     unused = part.positions < 0

@@ -6,6 +6,9 @@ the same memory. So it does what a CUDA graph does, and python's numbers stay wh
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -28,6 +31,11 @@ STEADY = [
     kvlib.method("vatp", budget=0.4, host="h2o", sinks=2),
     kvlib.method("exact_error", budget=0.4, host="h2o"),
     kvlib.method("output_norm", budget=0.4, host="scissorhands"),
+]
+IDLE = [  # they leave decoded tokens alone
+    kvlib.method("snapkv", budget=0.4, window=4),
+    kvlib.method("pyramidkv", budget=0.5, window=4, beta=4),
+    kvlib.method("knorm", budget=0.4),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -99,22 +107,39 @@ def graphs(monkeypatch):
 
 
 @torch.no_grad()
-def decoded(model, method, steps=24, ids=None):
+def decoded(model, method, steps=24, ids=None, mask=None):
     """Logits of each step, positions kept, and the run, which is closed."""
     ids = tiny.tokens(2, 30) if ids is None else ids
     device = model.device
+    mask = None if mask is None else mask.to(device)
     with method(model) as run:
-        token, made = model(ids.to(device)).logits[:, -1:].argmax(-1), []
+        token, made = model(ids.to(device), mask).logits[:, -1:].argmax(-1), []
         for _ in range(steps):
             made.append(model(token, past_key_values=run.cache).logits[:, -1])
             token = made[-1].argmax(-1, keepdim=True)
         return torch.stack(made), tiny.kept(run), run
 
 
-def eagerly(model, method, **options):
+@contextmanager
+def unrecorded():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recorded, "replays", lambda *_: False)
+        patch.setattr(recorded, "extends", lambda *_: False)
+        yield
+
+
+def eagerly(model, method, **options):
+    with unrecorded():
         return decoded(model, method, **options)
+
+
+def agree(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+
+
+def same_reports(run, other):
+    for report in ("stored_bytes", "allocated_bytes", "full_bytes", "read_bytes"):
+        assert getattr(run, report)() == getattr(other, report)()
 
 
 def recordings(run) -> list:
@@ -134,9 +159,70 @@ def test_what_is_replayed_is_what_eager_steps_do(method, architecture, graphs):
     again, kept_again, run_again = decoded(model, method)
     assert all(recordings(run_again)) and len(graphs) in (0, len(run.cache.layers))
     assert kept_again == kept
-    torch.testing.assert_close(again, logits, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
-    for report in ("stored_bytes", "full_bytes", "read_bytes"):
-        assert getattr(run_again, report)() == getattr(run, report)()
+    agree(again, logits)
+    same_reports(run_again, run)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("method", IDLE, ids=label)
+def test_tokens_that_stay_are_replayed_from_room_to_room(method, architecture, graphs):
+    model = tiny.build(architecture, torch.float64 if DEVICE == "cpu" else torch.float32).to(DEVICE)
+    rooms = [1, 4, 16, 64, 64]
+    for steps, times in ((sum(rooms[:3]), 0), (sum(rooms[:3]) + 1, 1), (sum(rooms[:4]), 1), (sum(rooms[:4]) + 20, 2)):
+        graphs.clear()
+        logits, kept, run = eagerly(model, method, steps=steps)
+        assert not any(recordings(run))
+        again, kept_again, run_again = decoded(model, method, steps=steps)
+        layers = len(run.cache.layers)
+        assert [x is not None for x in recordings(run_again)] == [times > 0] * layers
+        assert len(graphs) == (times * layers if DEVICE == "cpu" else 0)
+        assert kept_again == kept
+        agree(again, logits)
+        same_reports(run_again, run)
+
+
+def test_rows_that_were_padded_are_replayed_where_they_hold_as_much(graphs):
+    model = tiny.build("llama-gqa", torch.float64 if DEVICE == "cpu" else torch.float32).to(DEVICE)
+    ids, mask = tiny.pad([tiny.tokens(30), tiny.tokens(20, seed=1)])
+    method, options = kvlib.method("snapkv", budget=12, window=4), {"steps": 40, "ids": ids, "mask": mask}
+    logits, kept, run = eagerly(model, method, **options)
+    again, kept_again, run_again = decoded(model, method, **options)
+    assert all(recordings(run_again)) and kept_again == kept
+    agree(again, logits)
+    same_reports(run_again, run)
+
+
+@pytest.mark.parametrize("method", [kvlib.method("full"), kvlib.method("snapkv", budget=1.0)], ids=label)
+def test_a_cache_that_holds_everything_is_left_to_sdpa(method, graphs):
+    assert not any(recordings(decoded(tiny.build("llama-gqa").to(DEVICE), method, steps=30)[2]))
+
+
+def test_nothing_is_recorded_beside_threads_that_could_wait_for_the_device(graphs):
+    model, over = tiny.build("llama-gqa").to(DEVICE), threading.Event()
+    methods = kvlib.method("h2o", budget=0.4), kvlib.method("snapkv", budget=0.4, window=4)
+
+    def work():
+        while not over.wait(1e-4):
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+    for method in methods:
+        kept, run = eagerly(model, method, steps=30)[1:]
+        with ThreadPoolExecutor(1) as threads:
+            run_there, kept_there = threads.submit(decoded, model, method, steps=30).result()[:0:-1]
+        assert not any(recordings(run_there)) and kept_there == kept
+        for daemon, recorded_too in ((True, DEVICE == "cpu"), (False, False)):
+            if DEVICE == "cuda" and daemon:
+                continue  # it would be refused to wait, which is what a daemon is trusted not to do
+            over.clear()
+            thread = threading.Thread(target=work, daemon=daemon)
+            thread.start()
+            try:
+                kept_beside, run_beside = decoded(model, method, steps=30)[1:]
+            finally:
+                over.set()
+                thread.join()
+            assert all(x is not None for x in recordings(run_beside)) == recorded_too and kept_beside == kept
 
 
 def test_every_method_that_says_so_is_tried():
@@ -186,21 +272,20 @@ def go_on(model, method, cache) -> list:
     return found
 
 
-@pytest.mark.parametrize("method", STEADY, ids=label)
+@pytest.mark.parametrize("method", [*STEADY, *IDLE], ids=label)
 def test_what_is_recorded_ends_when_memory_moves(method, graphs):
-    model = tiny.build("llama-gqa", torch.float64).to(DEVICE)
-    cache = decoded(model, method, steps=12)[2].cache
+    model, steps = tiny.build("llama-gqa", torch.float64).to(DEVICE), 30 if method in IDLE else 12
+    cache = decoded(model, method, steps=steps)[2].cache
     assert all(layer.tail.recorded for layer in cache.layers)
     twin, thawed = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
     assert not any(layer.tail.recorded for layer in (*twin.layers, *thawed.layers))
     found = [go_on(model, method, x) for x in (cache, twin, thawed)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorded, "replays", lambda *_: False)
-        expected = go_on(model, method, decoded(model, method, steps=12)[2].cache)
+    with unrecorded():
+        expected = go_on(model, method, decoded(model, method, steps=steps)[2].cache)
     for each in found:
         for (kept, logits), (kept_again, logits_again) in zip(expected, each, strict=True):
             assert kept_again == kept
-            torch.testing.assert_close(logits_again, logits, rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+            agree(logits_again, logits)
 
 
 @pytest.mark.parametrize("name", ["streaming_llm", "vatp"])
@@ -214,7 +299,7 @@ def test_a_layer_needs_no_other_to_be_replayed(name, graphs):
                 tail = run.cache.layers[step == 14].tail
                 tail.still, tail.recorded = 0, None
             output = model(token, past_key_values=run.cache).logits[:, -1]
-            torch.testing.assert_close(output, logits[step], rtol=0, atol=1e-12 if DEVICE == "cpu" else 1e-4)
+            agree(output, logits[step])
             token = output.argmax(-1, keepdim=True)
         assert tiny.kept(run) == kept
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvlib.core.layer import Layer
-from kvlib.core.part import ROOM, Memo, Part
+from kvlib.core.part import Memo, Part, most_room
 
 
 class KVCache(Cache):
@@ -129,11 +129,11 @@ class KVCache(Cache):
         if not step.decoding:
             self.even = bool((step.tokens == step.longest).all())
         if step.longest > self.ids.shape[1]:
-            self.reserve_ids(step.longest + (ROOM if step.decoding else 0))
+            self.reserve_ids(step.longest + (most_room(step.longest) if step.decoding else 0))
         if ids is None:
             return
         if step.decoding and self.even and not self.memo.lasting:  # captured, a place has to be counted by the device
-            self.ids[:, step.longest - 1 : step.longest].copy_(ids)
+            self.ids.narrow(1, step.longest - 1, 1).copy_(ids)
         elif step.complete:
             self.ids.scatter_(1, step.positions, ids.to(torch.int32))
         else:

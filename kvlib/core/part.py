@@ -19,11 +19,20 @@ read them, the device counts for itself (`ends`).
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 
 from kvlib import kernels
 from kvlib.core.layout import places, segments, slots, sources, starts, take
 
-ROOM = 64  # entries; the most that a segment has beyond those that it holds, once tokens come one at a time
+ROOM = 64  # entries
+
+
+def most_room(held: int) -> int:
+    """Entries that a segment has memory for beyond those that it holds, once tokens come one at a time, at the most.
+
+    A share of what is held, so that copying it takes the same time for each token that comes, however long the text.
+    """
+    return max(ROOM, held // 32)
 
 
 class Memo(dict):
@@ -75,8 +84,8 @@ class Part:
         self.shape = tuple(lengths.shape)
         self._starts, self._ends, self._last, self._ahead, self._coming = None, None, None, 0, []
         # as numbers, because looking into tensors takes longer than a small step allows
-        self._held, self._size = int(lengths[0, 0]), int(self.capacity[0, 0])
-        self.uniform = bool((lengths == self._held).all() and (self.capacity == self._size).all())
+        pairs = list(zip(lengths.flatten().tolist(), self.capacity.flatten().tolist()))
+        (self._held, self._size), self.uniform = pairs[0], len(set(pairs)) == 1
 
     def _moved(self) -> None:
         """Some of the memory was allocated anew."""
@@ -197,6 +206,11 @@ class Part:
         return self.memo[key]
 
     @property
+    def outgrown(self) -> bool:
+        """Is all room of equal segments used, and the next as much as is made for a long answer?"""
+        return self._held == self._size and 4 * self._room >= ROOM
+
+    @property
     def each(self) -> int | None:
         """Tokens that every segment holds, if it is the same number."""
         return self._held * self.size if self.uniform else None
@@ -246,7 +260,7 @@ class Part:
             self._add(chunk, positions.to(self.positions.device), follows=True)
             return
         if self.fields:  # all in one call
-            torch._foreach_copy_(self._coming[self._held - self._size], [chunk[name] for name in self.fields])
+            torch._foreach_copy_(self._coming[self._held - self._ahead], [chunk[name] for name in self.fields])
         self.intact = True
         self._advance()
         self.count(1)
@@ -263,9 +277,9 @@ class Part:
         else:
             self._last = None
             if self._held == self._size:
-                self._grow()
-                if follows:
-                    self._lay_out(positions)
+                self.grow()
+            if follows and self._held >= self._ahead:
+                self._lay_out(positions)
             for name, x in chunk.items():
                 self._slots(self.fields[name], self._held, 1).copy_(x)
             for flat in self.state.values():
@@ -280,27 +294,27 @@ class Part:
         if self._ends is not None:
             self._ends.add_(1)
 
-    def _grow(self) -> None:
-        """Room for tokens that come one at a time: one entry, then four times as many, up to `ROOM`."""
-        self._room = min(ROOM, 4 * self._room or 1)
+    def grow(self) -> None:
+        """Room for tokens that come one at a time: one entry, then four times as many, up to `most_room`."""
+        self._room = min(most_room(self.width), 4 * self._room or 1)
         self.reserve(self._room)
 
     def _lay_out(self, positions: torch.Tensor) -> None:
-        """Prepare the room for tokens that follow each other: their positions, and where their fields go."""
-        room = self._size - self._held
+        """Prepare room for tokens that follow each other: their positions, and where their fields go."""
+        room = min(ROOM, self._size - self._held)
         coming = torch.arange(room, dtype=torch.int32, device=positions.device) + positions
         self._slots(self.positions, self._held, room).copy_(coming[:, None])
         slots = (self._slots(flat, self._held, room).split(1, dim=2) for flat in self.fields.values())
         self._coming = list(zip(*slots, strict=True))
         self._laid = {name: self._whole(flat) for name, flat in self.fields.items()}
-        self._ahead = self._size
+        self._ahead = self._held + room
 
     def _write_next(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """Write an entry for each segment where its next one goes, and tell where that is in the flat tensors."""
         if self.vacant:
             self.ordered = False
         elif bool((self.lengths == self.capacity).any()):
-            self._grow()
+            self.grow()
         index = self._written(chunk, positions)
         for flat in self.state.values():
             flat.index_fill_(0, index, 0)
@@ -346,28 +360,24 @@ class Part:
         if self.vacant and bool((capacity == self.capacity).all()):
             return
         hole = self.hole.view(self.shape) - self.starts if self.vacant else None
-        if self.uniform:
-            used, size = self._used, self._used + room
 
-            def wider(flat):
-                target = flat.new_empty(*self.shape, size, *flat.shape[1:])
-                target[:, :, :used] = self.rectangle(flat)
-                target[:, :, used:] = 0  # a weight of 0 does not hide what is not a number
-                return target.flatten(0, 2)
+        def empty(flat):  # a weight of 0 does not hide what is not a number
+            return -1 if flat is self.positions else 0
+
+        if self.uniform:
+            def wider(flat):  # in one operation
+                beyond = [0, 0] * (flat.ndim - 1) + [0, room]
+                return F.pad(self.rectangle(flat), beyond, value=empty(flat)).flatten(0, 2)
         else:
             old, there = (self._plan(places, extent, size) for size in (self.capacity, capacity))
             total = int(capacity.sum())
 
-            def wider(flat):  # 0 in the room, as above
-                return flat.new_zeros(total, *flat.shape[1:]).index_copy_(0, there, take(flat, old))
+            def wider(flat):
+                target = flat.new_full((total, *flat.shape[1:]), empty(flat))
+                return target.index_copy_(0, there, take(flat, old))
 
         self._change(wider)
         self._resize(self.lengths, capacity)
-        if self.uniform:
-            self._whole(self.positions)[:, :, used:] = -1
-        else:
-            unused = torch.ones(total, dtype=torch.bool, device=there.device).index_fill_(0, there, False)
-            self.positions[unused] = -1  # of groups all places
         if hole is not None:
             self.hole = self._flat(hole)
 

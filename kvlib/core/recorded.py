@@ -1,14 +1,22 @@
 """A decoded token's work in one layer, recorded as a CUDA graph and replayed inside the model's own forward pass.
 
 While tokens come one at a time, launching kernels is what takes the time, and a method that evicts launches a dozen
-beside those of attention. Once a token goes for each that comes they are the same kernels on the same memory every
-time, if the method is known for it (`steady`). So after a few steps they are recorded, and from then on a layer
-launches two things: a copy of its query, key and value, and the graph.
+beside those of attention. They are recorded where they are the same on the same memory every time; from then on a layer
+launches two things: a copy of its query, key and value, and the graph. That is so
 
-What is recorded lives as long as the memory that it works on (`Part.still`). `kvlib.core.capture` records whole steps,
-model and all, but it has to be asked to.
+- once a token goes for each that comes, if the method is known for it (`steady`): after a few steps (`replays`);
+- if the method leaves decoded tokens alone and has evicted some of the prompt (`extends`): whenever the room for tokens
+  to come was used up and made anew. Their number is then counted on the device, and attention reads what is filled. A
+  cache that holds everything is left to SDPA, whose results are stock's to the bit.
+
+What is recorded lives as long as the memory that it works on (`Part.still`). While one thread records, no other may
+wait for the device as a whole or free a graph: both would fail. Nobody has asked for a graph here, so there is none
+where such a thread may run (`alone`). `kvlib.core.capture` records whole steps, model and all, but has to be asked to.
 """
 
+import gc
+
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
@@ -52,13 +60,32 @@ class Recorded:
 
 
 def record(work: Callable, pool, device: torch.device) -> tuple:
-    """A graph of the kernels that `work()` launches on a device, none of which runs, and what it returns."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream(device)  # the one that torch takes by itself is the same for all devices
-    mode = "thread_local"  # nobody has asked for a graph: what other threads do meanwhile must not fail
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
-        output = work()
+    """A graph of the kernels that `work()` launches on a device, none of which runs, and what it returns.
+
+    `torch.cuda.graph` would wait for the device first, collect garbage and give all spare memory back, for each layer.
+    """
+    graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    gc.disable()  # a graph among the garbage must not be freed now
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            # daemons may ask for memory meanwhile, as those do that bring data to the device
+            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            try:
+                output = work()
+            finally:
+                graph.capture_end()
+    finally:
+        if collecting:
+            gc.enable()
     return graph, output
+
+
+def alone() -> bool:
+    """Is this the main thread, and are all others daemons?"""
+    here = threading.current_thread()
+    return here is threading.main_thread() and all(x is here or x.daemon for x in threading.enumerate())
 
 
 def pool(cache, device: torch.device):
@@ -72,17 +99,66 @@ def replays(run, layer, device: torch.device) -> bool:
     tail = layer.tail
     if not (tail.vacant and tail.still >= WARM and tail.uniform and layer.body is None) or tail.static:
         return False
+    return on_device(run, device) and (tail.recorded is not None or alone())
+
+
+def extends(run, layer, device: torch.device) -> bool:
+    """Does a token come to a layer that holds less than all others, into room of which the device counts the entries?
+
+    The method leaves decoded tokens alone.
+    """
+    tail, step = layer.tail, run.step
+    if tail.recorded is None and not tail.outgrown:
+        return False
+    if not (tail.uniform and tail.holds_less(step.tokens - 1, step.longest - 1)) or tail.static or tail.vacant:
+        return False
+    return on_device(run, device) and (tail.recorded is not None or alone())
+
+
+def on_device(run, device: torch.device) -> bool:
+    """Can what is done on it be recorded?"""
     return device.type in DEVICES and device == run.cache.ends.device and not torch.is_grad_enabled()
 
 
 def replay(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """`work(*inputs)`, recorded if it was not yet. `work` leaves the layer's counts as it finds them."""
-    recorded, others = layer.tail.recorded, (run.cache.ends, run.cache.notes, run.prepared)
-    if recorded is None or not all(map(is_, others, recorded.others)):
-        step = run.step  # of its own, so that the graph does not read what another layer has worked out in this step
-        run.step = replace(step, shared={}, sums={}, starts={}, listed={}, view=None)
-        try:
-            recorded = layer.tail.recorded = Recorded(work, inputs, others, pool(run.cache, inputs[0].device))
-        finally:
-            run.step = step
-    return recorded(inputs)
+    """`work(*inputs)`, recorded if it was not yet. The layer's counts are left as they are."""
+    recorded = layer.tail.recorded
+    if recorded is None or not all(map(is_, watched(run), recorded.others)):
+        note(run, layer, work, inputs)
+    return layer.tail.recorded(inputs)
+
+
+def extend(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """`work(*inputs)`, which appends a token; with new room it is done step by step, and recorded for the next one."""
+    tail = layer.tail
+    if full := tail.outgrown:
+        tail.grow()
+    tail.static = True
+    try:
+        if full:
+            output = work(*inputs)
+            note(run, layer, work, inputs)
+        else:
+            output = replay(run, layer, work, inputs)
+            tail.count(1)
+    finally:
+        tail.static = False
+    return output
+
+
+def watched(run) -> tuple:
+    """What holds tensors that a graph reads, and is another object when these are."""
+    return run.cache.ends, run.cache.notes, run.prepared
+
+
+def note(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Record what is done with a token, without doing it."""
+    step, tail = run.step, layer.tail
+    # a step of its own, so that the graph does not read what another layer has worked out in this one
+    run.step = replace(step, shared={}, sums={}, starts={}, listed={}, view=None)
+    before = tail.each
+    try:
+        tail.recorded = Recorded(work, inputs, watched(run), pool(run.cache, inputs[0].device))
+    finally:
+        run.step = step
+        tail.count(before - tail.each)

@@ -41,8 +41,8 @@ class Report:
     def allocated_bytes(self) -> int:
         """Bytes of the storages that hold K and V: what is stored, and room for the next tokens.
 
-        After a prompt there is no room. It grows with the tokens decoded, to at most `kvlib.core.part.ROOM` tokens a
-        segment; methods that evict while decoding need one.
+        After a prompt there is no room. It grows with the tokens decoded, to at most `kvlib.core.part.most_room` tokens
+        a segment; methods that evict while decoding need one.
         """
         return storage_bytes(x for part in self._filled().parts() for x in part.fields.values())
 

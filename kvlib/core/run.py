@@ -40,10 +40,6 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.step.longest, run.chunks[module.layer_idx])
-    if run.step.decoding and run.idle and not packed.UNIFORM:
-        layer = run.cache.layers[module.layer_idx]
-        if layer.tail.dense and layer.body is None:
-            return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
 
     def work(query, key, value):
         view = run.store(module, query, key, value, scaling, dropout)
@@ -51,10 +47,13 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         run.settle(view)
         return output
 
-    if run.step.decoding and run.steady and not dropout:
-        layer = run.cache.layers[module.layer_idx]
-        if recorded.replays(run, layer, key.device):
-            return recorded.replay(run, layer, work, (query, key, value)), None
+    layer = run.cache.layers[module.layer_idx]
+    if run.step.decoding and run.idle and layer.tail.dense and layer.body is None and not packed.UNIFORM:
+        if recorded.extends(run, layer, key.device) and not dropout:
+            return recorded.extend(run, layer, work, (query, key, value)), None
+        return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
+    if run.step.decoding and run.steady and not dropout and recorded.replays(run, layer, key.device):
+        return recorded.replay(run, layer, work, (query, key, value)), None
     return work(query, key, value), None
 
 

@@ -1,7 +1,7 @@
 """One forward pass: which tokens it brings, and whether they are read or decoded."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -61,7 +61,7 @@ class Step:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row after this pass."""
-        return int(self.tokens.max())
+        return max(self.tokens.tolist())  # sooner than by an operation
 
     @cached_property
     def stored(self) -> torch.Tensor:
@@ -88,6 +88,12 @@ class Step:
         return self.decoding or self.question
 
 
+@lru_cache
+def one_each(batch: int) -> torch.Tensor:
+    """`(batch,)` on the CPU; the same for every step."""
+    return torch.ones(batch, dtype=torch.int64)
+
+
 def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
     """The pass of one token after a prompt.
 
@@ -103,7 +109,7 @@ def decode_step(cache: KVCache, batch: int, mask: torch.Tensor | None) -> Step:
         ends_prompt=False,
         seen=cache.seen + 1,
         positions=positions,
-        counts=torch.ones(batch, dtype=torch.int64),
+        counts=one_each(batch),
         tokens=cache.tokens + 1,
         prompt_tokens=cache.prompt_tokens,
         complete=True,
