@@ -280,23 +280,26 @@ def test_groups_of_tokens_are_entries():
     assert part.position_rectangle().flatten(2).tolist() == [[[*range(12)]], [[0, 1, 2, 3] + [-1] * 8]]
 
 
-def test_a_field_is_its_rectangle_wherever_memory_lies():
-    part = Part(2, 3, torch.device("cpu"))
-    for at in range(80):
-        chunk = {name: torch.randn(2, 3, 1, 4) for name in ("key", "value")}
-        part.append_one(chunk, torch.full((2, 1), at))
-        if at == 40:
-            part.select(torch.tensor([1, 0]))
-        if at == 60:
-            part.truncate(part.lengths - 3)
-        for name, flat in part.fields.items():
-            assert torch.equal(part.field(name), part.rectangle(flat))
-            assert part.field(name).shape[2] == part.width
-
-
-def test_memory_of_another_form_takes_the_place_of_a_field():
-    part = Part(1, 2, torch.device("cpu"))
-    for at in range(5):
-        part.append_one({"key": torch.randn(1, 2, 1, 4)}, torch.tensor([[at]]))
-    part.put(part.fields, "key", part.field("key").half())
-    assert part.field("key").dtype == torch.half
+def test_what_comes_with_one_more_is_the_rectangles_wherever_memory_lies():
+    part, twin = Part(2, 3, torch.device("cpu")), Part(2, 3, torch.device("cpu"))
+    for at in range(100):
+        key, value = torch.randn(2, 2, 3, 1, 4)
+        found = part.with_one(key, value, torch.full((2, 1), at))
+        twin.append_one({"key": key, "value": value}, torch.full((2, 1), at))
+        for name, rectangle in zip(("key", "value"), found, strict=True):
+            assert torch.equal(rectangle, part.rectangle(part.fields[name]))
+            assert torch.equal(rectangle, twin.rectangle(twin.fields[name]))
+        assert torch.equal(part.position_rectangle(), twin.position_rectangle())
+        assert torch.equal(part.ends, twin.ends) and torch.equal(part.ends, part.lengths)
+        for each in (part, twin):
+            each.intact = at != 70
+            if at == 40:
+                each.select(torch.tensor([1, 0]))
+            if at == 60:
+                each.truncate(each.lengths - 3)
+            if at == 80:
+                each.put(each.fields, "key", each.rectangle(each.fields["key"]).double().float())
+                each.put(each.fields, "value", each.rectangle(each.fields["value"]).double())
+            if at == 90:
+                each.put(each.fields, "value", each.rectangle(each.fields["value"]).float())
+    assert part.intact and part.lengths.tolist() == [[97] * 3] * 2

@@ -89,7 +89,7 @@ class Part:
 
     def _moved(self) -> None:
         """Some of the memory was allocated anew."""
-        self.still, self.recorded, self._laid = 0, None, {}
+        self.still, self.recorded, self._laid = 0, None, []
 
     # Reading
 
@@ -148,12 +148,6 @@ class Part:
             return self._slots(flat, 0, self._used)
         index, _ = self._plan(slots, self.extent, self.capacity)
         return take(flat, index.flatten()).view(*index.shape, *flat.shape[1:])
-
-    def field(self, name: str) -> torch.Tensor:
-        """`rectangle(fields[name])`, where room is laid out in one operation."""
-        if (laid := self._laid.get(name)) is None:
-            return self.rectangle(self.fields[name])
-        return laid.narrow(2, 0, self._used)
 
     def _whole(self, flat: torch.Tensor) -> torch.Tensor:
         """A flat tensor of equal segments as `(batch, kv_heads, capacity, ...)`."""
@@ -265,6 +259,19 @@ class Part:
         self._advance()
         self.count(1)
 
+    def with_one(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> tuple:
+        """`append_one` of a key and a value, of which alone equal segments consist, and the rectangles of all."""
+        coming = self._held - self._ahead
+        if coming >= 0 or torch.is_grad_enabled():
+            self.append_one({"key": key, "value": value}, positions)
+            return self.rectangle(self.fields["key"]), self.rectangle(self.fields["value"])
+        torch._foreach_copy_(self._coming[coming], (key, value))
+        self.intact = True
+        self._advance()
+        self.count(1)
+        keys, values = self._laid
+        return keys.narrow(2, 0, self._held), values.narrow(2, 0, self._held)
+
     def _add(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor, follows: bool) -> None:
         """One entry more for every segment, with `positions` `(batch, 1)` or, of groups, `(batch, 1, size)`."""
         if not len(self.positions) or any(x.requires_grad for x in chunk.values()):
@@ -306,7 +313,7 @@ class Part:
         self._slots(self.positions, self._held, room).copy_(coming[:, None])
         slots = (self._slots(flat, self._held, room).split(1, dim=2) for flat in self.fields.values())
         self._coming = list(zip(*slots, strict=True))
-        self._laid = {name: self._whole(flat) for name, flat in self.fields.items()}
+        self._laid = list(map(self._whole, self.fields.values()))
         self._ahead = self._held + room
 
     def _write_next(self, chunk: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,11 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.step.longest, run.chunks[module.layer_idx])
+    layer = run.cache.layers[module.layer_idx]
+    left_alone = run.step.decoding and run.idle and layer.tail.dense and layer.body is None and not packed.UNIFORM
+    extends = left_alone and recorded.extends(run, layer, key.device) and not dropout
+    if left_alone and not extends:
+        return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
 
     def work(query, key, value):
         view = run.store(module, query, key, value, scaling, dropout)
@@ -47,11 +52,8 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         run.settle(view)
         return output
 
-    layer = run.cache.layers[module.layer_idx]
-    if run.step.decoding and run.idle and layer.tail.dense and layer.body is None and not packed.UNIFORM:
-        if recorded.extends(run, layer, key.device) and not dropout:
-            return recorded.extend(run, layer, work, (query, key, value)), None
-        return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
+    if extends:
+        return recorded.extend(run, layer, work, (query, key, value)), None
     if run.step.decoding and run.steady and not dropout and recorded.replays(run, layer, key.device):
         return recorded.replay(run, layer, work, (query, key, value)), None
     return work(query, key, value), None
@@ -62,8 +64,7 @@ def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Te
 
     No view is opened, which would take as long as everything else here.
     """
-    tail.append_one({"key": key, "value": value}, step.positions)
-    key, value = tail.field("key"), tail.field("value")
+    key, value = tail.with_one(key, value, step.positions)
     return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
 
 
