@@ -41,7 +41,8 @@ def check(part: Part, lists: Lists) -> None:
     assert part.lengths.tolist() == [[len(head) for head in heads] for heads in lists.segments]
     flats = [part.fields["key"], part.fields["value"], part.positions, part.state["x"]]
     assert all(len(flat) == part.capacity.sum() for flat in flats)
-    assert bool((part.lengths <= part.capacity).all()) and bool((part.capacity <= part.lengths + most_room(part.width)).all())
+    assert bool((part.lengths <= part.capacity).all())
+    assert bool((part.capacity <= part.lengths + most_room(part.width)).all())
     held = part.lengths == part.lengths[0, 0], part.capacity == part.capacity[0, 0]
     assert part.uniform == all(bool(x.all()) for x in held)
     assert int((part.position_rectangle() >= 0).sum()) == int(part.lengths.sum())

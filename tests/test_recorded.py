@@ -207,7 +207,7 @@ def test_nothing_is_recorded_beside_threads_that_could_wait_for_the_device(graph
                 torch.cuda.synchronize()
 
     for method in methods:
-        kept, run = eagerly(model, method, steps=30)[1:]
+        kept = eagerly(model, method, steps=30)[1]
         with ThreadPoolExecutor(1) as threads:
             run_there, kept_there = threads.submit(decoded, model, method, steps=30).result()[:0:-1]
         assert not any(recordings(run_there)) and kept_there == kept

@@ -266,9 +266,9 @@ class Part:
             self.append_one({"key": key, "value": value}, positions)
             return self.rectangle(self.fields["key"]), self.rectangle(self.fields["value"])
         torch._foreach_copy_(self._coming[coming], (key, value))
-        self.intact = True
-        self._advance()
-        self.count(1)
+        if self._ends is not None:
+            self._ends.add_(1)
+        self.intact, self._lengths, self._held = True, None, self._held + 1
         keys, values = self._laid
         return keys.narrow(2, 0, self._held), values.narrow(2, 0, self._held)
 
@@ -372,6 +372,7 @@ class Part:
             return -1 if flat is self.positions else 0
 
         if self.uniform:
+
             def wider(flat):  # in one operation
                 beyond = [0, 0] * (flat.ndim - 1) + [0, room]
                 return F.pad(self.rectangle(flat), beyond, value=empty(flat)).flatten(0, 2)

@@ -15,7 +15,6 @@ where such a thread may run (`alone`). `kvlib.core.capture` records whole steps,
 """
 
 import gc
-
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,23 +93,21 @@ def pool(cache, device: torch.device):
     return next((recorded.graph.pool() for recorded in there if recorded), None)
 
 
-def replays(run, layer, device: torch.device) -> bool:
+def replays(run, layer, device: torch.device, dropout: float) -> bool:
     """Is the work of a decoded token in this layer what it was in the steps before?"""
     tail = layer.tail
-    if not (tail.vacant and tail.still >= WARM and tail.uniform and layer.body is None) or tail.static:
+    if not (tail.vacant and tail.still >= WARM and tail.uniform and layer.body is None) or tail.static or dropout:
         return False
     return on_device(run, device) and (tail.recorded is not None or alone())
 
 
-def extends(run, layer, device: torch.device) -> bool:
-    """Does a token come to a layer that holds less than all others, into room of which the device counts the entries?
+def extends(run, layer, device: torch.device, dropout: float) -> bool:
+    """Does a token that the method leaves alone go where it is recorded, or will be as the next room is made?
 
-    The method leaves decoded tokens alone.
+    The layer is uniform, and has room that was recorded or none. It has to hold less than all tokens before this one.
     """
     tail, step = layer.tail, run.step
-    if tail.recorded is None and not tail.outgrown:
-        return False
-    if not (tail.uniform and tail.holds_less(step.tokens - 1, step.longest - 1)) or tail.static or tail.vacant:
+    if dropout or not tail.holds_less(step.tokens - 1, step.longest - 1):
         return False
     return on_device(run, device) and (tail.recorded is not None or alone())
 

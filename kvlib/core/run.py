@@ -40,11 +40,12 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if run.step is None:
         raise RuntimeError("inside the block call the model itself, not model.model or model.forward")
     support.refuse(module, kwargs, run.step.longest, run.chunks[module.layer_idx])
-    layer = run.cache.layers[module.layer_idx]
-    left_alone = run.step.decoding and run.idle and layer.tail.dense and layer.body is None and not packed.UNIFORM
-    extends = left_alone and recorded.extends(run, layer, key.device) and not dropout
+    layer, decoding = run.cache.layers[module.layer_idx], run.step.decoding
+    tail = layer.tail
+    left_alone = decoding and run.idle and tail.dense and layer.body is None and not packed.UNIFORM
+    extends = left_alone and (tail.recorded or tail.outgrown) and recorded.extends(run, layer, key.device, dropout)
     if left_alone and not extends:
-        return pass_by(layer.tail, run.step, module, query, key, value, scaling, dropout), None
+        return pass_by(tail, run.step, module, query, key, value, scaling, dropout), None
 
     def work(query, key, value):
         view = run.store(module, query, key, value, scaling, dropout)
@@ -54,7 +55,7 @@ def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
     if extends:
         return recorded.extend(run, layer, work, (query, key, value)), None
-    if run.step.decoding and run.steady and not dropout and recorded.replays(run, layer, key.device):
+    if decoding and run.steady and recorded.replays(run, layer, key.device, dropout):
         return recorded.replay(run, layer, work, (query, key, value)), None
     return work(query, key, value), None
 
