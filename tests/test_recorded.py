@@ -341,6 +341,12 @@ def test_gradients_and_captured_steps_are_not_recorded(graphs):
         assert not any(recordings(run))
 
 
+@pytest.mark.parametrize("method", [STEADY[2], IDLE[0]], ids=label)
+def test_dropout_is_not_recorded(method, graphs):
+    model = tiny.build("llama-gqa", attention_dropout=0.5).train().to(DEVICE)
+    assert not any(recordings(decoded(model, method, steps=30)[2]))
+
+
 def test_what_is_recorded_counts_as_held(graphs):
     run = decoded(tiny.build("llama-gqa").to(DEVICE), kvlib.method("h2o", budget=0.4), steps=9)[2]
     for layer in run.cache.layers:

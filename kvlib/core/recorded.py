@@ -82,9 +82,9 @@ def record(work: Callable, pool, device: torch.device) -> tuple:
 
 
 def alone() -> bool:
-    """Is this the main thread, and are all others daemons?"""
+    """Are all other threads daemons? The main thread is none."""
     here = threading.current_thread()
-    return here is threading.main_thread() and all(x is here or x.daemon for x in threading.enumerate())
+    return all(thread is here or thread.daemon for thread in threading.enumerate())
 
 
 def pool(cache, device: torch.device):
