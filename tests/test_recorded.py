@@ -197,6 +197,31 @@ def test_a_cache_that_holds_everything_is_left_to_sdpa(method, graphs):
     assert not any(recordings(decoded(tiny.build("llama-gqa").to(DEVICE), method, steps=30)[2]))
 
 
+@pytest.mark.parametrize("method", IDLE, ids=label)
+def test_a_step_that_is_not_replayed_is_seen_by_later_ones(method, graphs):
+    model = tiny.build("llama-gqa", torch.float64).to(DEVICE).requires_grad_(False)
+    ids = tiny.tokens(2, 30).to(DEVICE)
+
+    def said() -> torch.Tensor:
+        with method(model) as run:
+            made, token = [], tiny.tokens(2, 1).to(DEVICE)
+            for step in range(60):
+                with torch.set_grad_enabled(step == 30):
+                    made.append(
+                        model(token if step else ids, past_key_values=run.cache if step else None).logits[:, -1]
+                    )
+                if step == 29:
+                    before = recordings(run)
+            assert run.cache.layers[0].tail.ends.tolist() == run.cache.layers[0].lengths.tolist()
+        return torch.stack(made).detach(), before
+
+    with unrecorded():
+        expected, none = said()
+    found, some = said()
+    assert all(some) and not any(none)
+    agree(found, expected)
+
+
 def test_nothing_is_recorded_beside_threads_that_could_wait_for_the_device(graphs):
     model, over = tiny.build("llama-gqa").to(DEVICE), threading.Event()
     methods = kvlib.method("h2o", budget=0.4), kvlib.method("snapkv", budget=0.4, window=4)
