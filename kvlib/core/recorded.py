@@ -23,6 +23,7 @@ from operator import is_
 import torch
 
 WARM = 3  # steps that have to find the same memory first: they compile kernels and bring numbers to the device
+SPARE = 2**30  # bytes that a device should have left for graphs
 DEVICES = {"cuda"}
 STEADY: set[type] = set()
 
@@ -63,6 +64,8 @@ def record(work: Callable, pool, device: torch.device) -> tuple:
 
     `torch.cuda.graph` would wait for the device first, collect garbage and give all spare memory back, for each layer.
     """
+    if pool is None and torch.cuda.mem_get_info(device)[0] < SPARE:
+        torch.cuda.empty_cache()  # graphs cannot work in memory that torch keeps for others
     graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
