@@ -33,10 +33,10 @@ from kvlib.methods import vatp
 from kvlib.methods.entropy import entropy
 
 
-def refused(check, message: str, *arguments) -> None:
+def refused(check, message: str, *arguments, **keywords) -> None:
     """The check says what is wrong."""
     with pytest.raises(AssertionError) as error:
-        check(*arguments)
+        check(*arguments, **keywords)
     assert message in str(error.value)
 
 
@@ -521,6 +521,9 @@ def per_query(attention, norms):
 def test_own_scores(texts, capsys):
     lesson_01.check_own_score(per_query, *texts)
     assert capsys.readouterr().out.startswith("a text: attention ")
+    lesson_01.check_own_score(lambda attention, norms: norms, *texts, solved=False)  # worse, and only printed
+    assert capsys.readouterr().out.startswith("a text: attention ")
+    refused(lesson_01.check_own_score, "shape (8, 128)", lambda attention, norms: attention[0], *texts, solved=False)
 
 
 @pytest.mark.parametrize(
@@ -1084,6 +1087,9 @@ def traced():
 def test_own_choices(traced, capsys):
     lesson_04.check_own_choice(lambda attention: attention.sum(0), traced)
     assert capsys.readouterr().out.startswith("a page: your set holds ")
+    lesson_04.check_own_choice(by_ranks, traced, solved=False)  # no better, on a model that may have nothing better
+    assert capsys.readouterr().out.startswith("a page: your set holds ")
+    refused(lesson_04.check_own_choice, "shape (6,)", lambda attention: attention.sum(1), traced, solved=False)
 
 
 def by_ranks(attention):

@@ -26,6 +26,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(paths.MODELS / "minilm", padding_side="left")
 
 
+@pytest.mark.parametrize(("depth", "expected"), [(4, (0, 2)), (9, (0, 2)), (10, (2, 4)), (16, (2, 6)), (32, (2, 13))])
+def test_every_model_has_two_selection_layers(depth, expected):
+    config = SimpleNamespace(num_hidden_layers=depth)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert selections.selection_layers(model, None) == expected
+
+
 @pytest.mark.parametrize("architecture", ["llama-mha", "llama-gqa"])
 @pytest.mark.parametrize("k", [6, 100])
 def test_a_trace_is_the_stock_models_attention_and_choices(architecture, k):

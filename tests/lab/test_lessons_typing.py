@@ -174,6 +174,8 @@ def test_other_numbers_of_eigenvalues():
     kept = spectra[..., :4] / spectra[..., :4].sum(-1, keepdim=True)
     (like, same), _ = typing_heads.two_typings(entropy(spectra, 4), -(kept * kept.log()).sum(-1))
     assert found.loc[("renormalised", 1 / 4)].tolist() == pytest.approx([like, same])
+    narrow = typing_heads.other_counts(spectra[..., :8], (1 / 16, 1 / 8))  # a sixteenth of 8 is no eigenvalue
+    assert narrow["k / d"].tolist() == [1 / 8, 1 / 8]
 
 
 def test_a_prompt_types_as_a_calibration():

@@ -13,6 +13,16 @@ from kvlib.lab.plotting import printed
 from kvlib.methods.tidaldecode import CALIBRATION, CHOICES, TidalDecode
 
 
+def selection_layers(model, calibrated: str | None) -> tuple[int, int]:
+    """The two selection layers of a lesson: those of a calibration for a common set, or the paper's at the same depth.
+
+    A model of fewer than ten layers has no second one at that depth. It takes layers 0 and 2, so that there is a second
+    choice to look at: nothing says that they are good ones.
+    """
+    found = TidalDecode(1, selection_layers=calibrated, heads="all").prepare(model)
+    return found if len(found) == 2 else (0, 2)
+
+
 @torch.no_grad()
 def trace(model, snapshot, tokens: list[int], budget: float | int) -> list[tuple[torch.Tensor, dict]]:
     """What each layer attends to and would choose, while full attention reads `tokens` one by one behind a prompt.

@@ -153,7 +153,7 @@ def other_counts(spectra: torch.Tensor, shares) -> pd.DataFrame:
     """Are heads of a layer ranked by other numbers of eigenvalues as by the number that UNComp counts?
 
     Args:
-        spectra: `(layers, heads, d)`. shares: of the d eigenvalues, how many count.
+        spectra: `(layers, heads, d)`. shares: of the d eigenvalues, how many count; left out where that is none.
 
     Returns:
         a row per share and kind, "as released" or "renormalised" (the eigenvalues that count are divided by their sum):
@@ -161,6 +161,7 @@ def other_counts(spectra: torch.Tensor, shares) -> pd.DataFrame:
     """
     d, rows = spectra.shape[-1], []
     usual = entropy(spectra, truncation(d))
+    shares = [share for share in shares if round(share * d) > 0]
     for share, (kind, renormalised) in product(shares, {"as released": False, "renormalised": True}.items()):
         (like, same), _ = two_typings(usual, entropy(spectra, round(share * d), renormalised))
         rows.append({"kind": kind, "k / d": share, "rank correlation": like, "same half": same})

@@ -98,11 +98,12 @@ def proportional(first, second) -> bool:
 
 
 @torch.no_grad()
-def check_own_score(function, model, texts, budget: float = 0.2) -> None:
+def check_own_score(function, model, texts, budget: float = 0.2, *, solved: bool = True) -> None:
     """`function(attention, norms)` loses less than attention on every text, and forcing 20 sinks does not help it.
 
     Args:
         texts: name -> `(snapshot of the whole text, attention, norms)`, the latter `(layers, kv_heads, n)`.
+        solved: whether a score that does so is known for this model; if not, the changes are only printed.
     """
     for name, (snapshot, attention, norms) in texts.items():
         before = attention.clone()
@@ -115,6 +116,7 @@ def check_own_score(function, model, texts, budget: float = 0.2) -> None:
         lost = damage(model, snapshot, scores, [budget]).groupby("score")["head"].mean() * 100
         plain, own, protected = (f"{lost[which]:.1f} %" for which in scores)
         message = f"{name}: the output changes by {own}, with 20 sinks forced by {protected}: your score needs them"
-        expect(lost["mine"] <= lost["forced"], message)
-        expect(lost["mine"] < lost["attention"], f"{name}: the output changes by {own}, with attention by {plain}")
+        if solved:
+            expect(lost["mine"] <= lost["forced"], message)
+            expect(lost["mine"] < lost["attention"], f"{name}: the output changes by {own}, with attention by {plain}")
         print(f"{name}: attention {plain}, your score {own}, your score with 20 sinks {protected}")

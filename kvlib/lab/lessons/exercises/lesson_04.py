@@ -114,11 +114,12 @@ def check_best_layers(function) -> None:
     print("best_layers is right")
 
 
-def check_own_choice(function, texts) -> None:
+def check_own_choice(function, texts, *, solved: bool = True) -> None:
     """`function(attention)`: a score per token whose best ones hold more attention of later layers than LessIsMore's.
 
     Args:
         texts: name -> (steps of `kvlib.lab.lessons.selections.trace`, the layer that chooses).
+        solved: whether a score that does so is known for this model; if not, what the two hold is only printed.
     """
     for name, (steps, layer) in texts.items():
         held = {"mine": 0.0, "theirs": 0.0}
@@ -137,5 +138,5 @@ def check_own_choice(function, texts) -> None:
                 held[which] += (attention[layer + 1 :] * kept).sum(-1).mean().item() / len(steps)
         mine, theirs = (f"{held[which]:.2%}" for which in held)
         message = f"{name}: your set holds {mine} of the later layers' attention, the one by ranks {theirs}"
-        expect(held["mine"] > held["theirs"], message)
+        expect(not solved or held["mine"] > held["theirs"], message)
         print(message)
