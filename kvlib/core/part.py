@@ -283,9 +283,10 @@ class Part:
             self._last = self._write_next(chunk, positions)
         else:
             self._last = None
-            if self._held == self._size:
+            grown = self._held == self._size
+            if grown:
                 self.grow()
-            if follows and self._held >= self._ahead:
+            if follows and (grown or self._held == self._ahead):  # not where rows move with every token, as beams do
                 self._lay_out(positions)
             for name, x in chunk.items():
                 self._slots(self.fields[name], self._held, 1).copy_(x)
