@@ -1,13 +1,10 @@
 """The GPU paths against their references: kernels in Triton's interpreter where there is no GPU (`conftest.py`)."""
 
 import pytest
-import tiny
 import torch
 
-import kvlib
 from kvlib import kernels
 from kvlib.core import attention, layout, part
-from kvlib.core.method import budgeted
 
 pytest.importorskip("triton")
 
@@ -153,54 +150,3 @@ def test_eviction_errors_equal_those_in_float64(new, slots, heads, kv_heads, dim
     value[:, :, 1:4] = value[:, :, :1]  # where one of them takes all attention, o - v is small
     exact = attention.eviction_errors(query.double(), key.double(), value.double())
     torch.testing.assert_close(attention.eviction_errors(query, key, value).double(), exact, rtol=1e-4, atol=1e-5)
-
-
-def outcome(model, method, device):
-    """Tokens and keep-sets of a left-padded batch."""
-    # no token twice: in the first layer its keys would have the same norm up to rounding, and knorm would toss a coin
-    orders = [torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
-    ids = torch.stack(orders)[:, :48].to(device)
-    mask = torch.ones_like(ids)
-    mask[0, :15] = 0
-    with method(model) as run:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    return out.tolist(), [run.kept(layer).tolist() for layer in range(len(run.cache.layers))]
-
-
-NEEDED = {
-    "uncomp_release": {"spread": 0.0},  # tiny models have no calibration
-    "anchorcoder": {"anchor": 7, "per": 2, "source": 0, "beyond": 0, "forced": False},
-    "kvsharer": {"pairs": ((1, 0),)},
-    "kivi": {"group": 4, "residual": 8},  # of the defaults these prompts have too few tokens
-    "think": {"window": 4, "recent": 5},
-    "cskv": {"recent": 4},
-    "corm": {"window": 4, "recent": 5},
-}
-
-
-def some(name):
-    budget = {"budget": 1.0 if name == "full" else 0.4} if name in budgeted() else {}
-    return kvlib.method(name, **budget, **NEEDED.get(name, {}))
-
-
-methods = pytest.mark.parametrize("method", [some(name) for name in sorted(kvlib.METHODS)], ids=lambda m: m.name)
-
-
-@on_gpu
-@methods
-def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(method):
-    model = tiny.build("llama-gqa", torch.float32)
-    expected = outcome(model, method, "cpu")
-    assert outcome(model.cuda(), method, "cuda") == expected
-
-
-@on_gpu
-@methods
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_a_model_spread_over_two_gpus(method):
-    accelerate = pytest.importorskip("accelerate")
-    model = tiny.build("llama-gqa", torch.float32)
-    expected = outcome(model, method, "cpu")
-    first = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0"], 0)
-    second = dict.fromkeys(["model.layers.1", "model.norm", "lm_head"], 1)
-    assert outcome(accelerate.dispatch_model(model, first | second), method, "cuda:0") == expected

@@ -117,7 +117,8 @@ class Run(Report):
     def __enter__(self) -> "Run":
         if self._hooks:
             raise RuntimeError("this run is already open on this model")
-        self.prepared = self.method.prepare(self.model)
+        with support.weights_in_place(self.modules):
+            self.prepared = self.method.prepare(self.model)
         self._blocks = Blocks.open(self)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),

@@ -1,6 +1,10 @@
 """Which models can be used, and where their parts are."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
+from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
@@ -51,6 +55,18 @@ def decoder_layers(model, modules) -> list:
     """The modules that contain the attention modules, in the same order."""
     parents = {id(child): parent for parent in model.modules() for child in parent.children()}
     return [parents[id(module)] for module in modules]
+
+
+@contextmanager
+def weights_in_place(modules) -> Iterator[None]:
+    """Within the block modules have their weights, where they compute with them.
+
+    Outside a module's own forward pass `accelerate` has weights on no device that it keeps in host memory or on a disk.
+    """
+    with ExitStack() as stack:
+        for part in (part for module in modules for part in module.modules()):
+            stack.enter_context(align_module_device(part))
+        yield
 
 
 def attention_chunk(module) -> int | None:

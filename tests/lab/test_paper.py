@@ -514,7 +514,8 @@ def test_generated_samples(task, small):
         assert 0.95 * length < used <= length
         same, other = (ruler.sample(task, length, number, small, text=ESSAYS) for number in (seed, seed + 1))
         assert made == same != other
-        counts = {answer: len(re.findall(rf"(?<![\w-]){answer}(?![\w-])", made.prompt)) for answer in made.answers}
+        text = made.prompt.split("Memorize")[-1] if task == "cwe" else made.prompt  # whose words are any words
+        counts = {x: len(re.findall(rf"(?<![\w-]){re.escape(x)}(?![\w-])", text)) for x in made.answers}
         assert len(counts) == len(made.answers) == expected(task)
         if task == "cwe":
             assert set(counts.values()) == {6}
@@ -542,9 +543,24 @@ def expected(task: str) -> int:
 def test_long_lists_repeat_their_words_more_often():
     for length, often, seldom in ((4095, 6, 1), (4096, 30, 3)):
         prompt, _, wanted = ruler.common_words(Random(0), 10, ruler.Wanted(0, length))
-        words = re.findall(r"\d+\. (\S+)", prompt.split("Below is")[-1])
+        words = re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", prompt.split("Below is")[-1])
         assert {words.count(word) for word in wanted} == {often}
         assert {words.count(word) for word in set(words) - set(wanted)} == {seldom}
+
+
+@pytest.mark.parametrize("task", GENERATED)
+def test_the_shortest_study_holds_a_sample_of_every_task(task, small):
+    made = ruler.sample(task, 4096, 0, small, text=ESSAYS)
+    assert 3900 < len(small(made.prompt + made.lead).input_ids) + made.max_new_tokens <= 4096
+
+
+def test_common_words_are_pairs_where_there_are_not_enough():
+    most = len(ruler.every_word()) - 50
+    for amount, joined in ((most, False), (most + 1, True)):
+        prompt, _, wanted = ruler.common_words(Random(0), amount, ruler.Wanted(0, 4096))
+        listed = re.findall(r"\d+\. (.+?)(?= \d+\. |\n)", prompt.split("Below is")[-1])
+        assert len({*listed}) == amount + 10 and {*wanted} < {*listed}
+        assert all("-" in word for word in listed) == joined
 
 
 def test_coded_words_fall_as_the_square_of_their_rank():

@@ -6,11 +6,11 @@ beginnings of answers and their tokens: `scripts/data/synthetic/constants.py`; h
 `scripts/eval/synthetic/constants.py`; greedy decoding: `scripts/config_models.sh`. The code is ours. "assigned" in the
 beginning of the answer of `vt` was misspelt before their commit 4a216f4, and in results from before it.
 
-Departures: keys are pairs of `kvlib.lab.tasks.words` instead of the package wonderwords, and so are the words of `cwe`,
-there single ones, so that no word lies inside another; all keys and values of a sample differ; sentences of essays end
-at a full stop instead of where nltk ends them; samples have seeds of their own, and each as much filling as fits, where
-one search is made for all samples of a task; the solved example of `vt` has a fixed number of lines (`SHOWN`); the one
-of `cwe` stands in the same turn of a chat as the question, there in a turn of its own.
+Departures: all keys and values of a sample differ, and so do all words of `cwe`, in its example too; if there are not
+enough, from about 128 Ki tokens on, they are pairs, there words of another list; sentences of essays end at a full
+stop instead of where nltk ends them; samples have seeds of their own, and each as much filling as fits, where one
+search is made for all samples of a task; the solved example of `vt` has a fixed number of lines (`SHOWN`); the one of
+`cwe` stands in the same turn of a chat as the question, there in a turn of its own.
 """
 
 import json
@@ -21,10 +21,12 @@ import string
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
+from wonderwords import RandomWord
+
 from kvlib.lab.evaluation.benchmarks.files import File, local
-from kvlib.lab.tasks.words import ADJECTIVES, NOUNS
 from kvlib.nearest import unknown
 
 ESSAYS = File("PaulGrahamEssays.json")
@@ -126,8 +128,19 @@ class Task:
     score: Callable[[str, Sequence[str]], float] = score
 
 
+@cache
+def vocabulary(category: str) -> list[str]:
+    """The adjectives, nouns or verbs of the package wonderwords."""
+    return sorted(RandomWord().filter(include_categories=[category]))
+
+
+@cache
+def every_word() -> list[str]:
+    return sorted({*vocabulary("noun"), *vocabulary("adjective"), *vocabulary("verb")})
+
+
 def pair(rng: random.Random) -> str:
-    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+    return f"{rng.choice(vocabulary('adjective'))}-{rng.choice(vocabulary('noun'))}"
 
 
 def distinct(draw: Callable[[random.Random], str], rng: random.Random, count: int) -> list[str]:
@@ -221,34 +234,35 @@ def variables(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str,
     return f"{shown}{lead} {' '.join(names)}\n\n{prompt}", asked, wanted  # two spaces, as published
 
 
-def numbered(words: Sequence[str]) -> str:
-    return " ".join(f"{place}. {word}" for place, word in enumerate(words, 1))
+def numbered(items: Sequence[str]) -> str:
+    return " ".join(f"{place}. {item}" for place, item in enumerate(items, 1))
 
 
-def listed(rng: random.Random, words: Sequence[str], often: int, seldom: int) -> tuple[str, list[str]]:
+def listed(rng: random.Random, items: Sequence[str], often: int, seldom: int) -> tuple[str, list[str]]:
     """A list in which the first ten words appear often."""
-    every = [*words[:10] * often, *words[10:] * seldom]
+    every = [*items[:10] * often, *items[10:] * seldom]
     rng.shuffle(every)
-    return COMMON[0].format(context=numbered(every)), list(words[:10])
+    return COMMON[0].format(context=numbered(every)), list(items[:10])
 
 
 def common_words(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
     """Ten common words among others, behind a short list that is solved."""
     size, shown_often, shown_seldom, often, seldom = (40, 10, 3, 30, 3) if given.length >= LONG else (20, 3, 1, 6, 1)
-    words = distinct(pair, rng, size + 10 + amount)
-    shown, names = listed(rng, words[:size], shown_often, shown_seldom)
-    prompt, wanted = listed(rng, words[size:], often, seldom)
+    count, known = size + 10 + amount, every_word()
+    drawn = rng.sample(known, count) if count <= len(known) else distinct(pair, rng, count)
+    shown, names = listed(rng, drawn[:size], shown_often, shown_seldom)
+    prompt, wanted = listed(rng, drawn[size:], often, seldom)
     return f"{shown}{COMMON[1]} {numbered(names)}\n{prompt}", COMMON[1], wanted
 
 
 def frequent_words(rng: random.Random, amount: int, given: Wanted) -> tuple[str, str, list[str]]:
     """Coded words whose frequencies fall as 1 / rank²; dots have the first rank."""
     coded = max(10, (given.length - FREQUENT_TOKENS) // 50) - 1  # as published, where the dots count too
-    words = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, coded)]
+    codes = ["...", *distinct(lambda r: "".join(r.choices(string.ascii_lowercase, k=6)), rng, coded)]
     share = math.pi**2 / 6  # zeta(ALPHA)
-    text = [word for rank, word in enumerate(words, 1) for _ in range(int(amount * rank**-ALPHA / share))]
+    text = [code for rank, code in enumerate(codes, 1) for _ in range(int(amount * rank**-ALPHA / share))]
     rng.shuffle(text)
-    return FREQUENT[0].format(context=" ".join(text)), FREQUENT[1], words[1:4]
+    return FREQUENT[0].format(context=" ".join(text)), FREQUENT[1], codes[1:4]
 
 
 def library(documents: Sequence[str], asked: Sequence[tuple[str, list[str], list[str], list[str]]]) -> dict:
