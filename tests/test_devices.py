@@ -1,13 +1,18 @@
 """A method keeps the same sets wherever a model's weights and layers are: on a GPU, on two devices, on the disk."""
 
+import copy
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import accelerate
 import pytest
 import tiny
 import torch
-from accelerate.hooks import attach_align_device_hook_on_blocks
 
 import kvlib
 from kvlib.core.method import budgeted
+from kvlib.core.residual import shorten
+from kvlib.core.step import Step
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -20,6 +25,7 @@ NEEDED = {
     "cskv": {"recent": 4},
     "corm": {"window": 4, "recent": 5},
 }
+ELSEWHERE = torch.device("meta")  # another device, which every machine has
 FIRST = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
 SECOND = ("model.layers.1", "model.norm", "lm_head")
 
@@ -64,6 +70,80 @@ def on_disk(model, folder):
     return model
 
 
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: int
+
+
+def one_step() -> Step:
+    counts = torch.tensor([3, 2])
+    return Step(0, True, 3, torch.tensor([[0, 1, 2], [-1, 0, 1]]), counts, counts, counts, complete=False)
+
+
+def test_layers_on_another_device_see_the_same_step_there():
+    step = one_step()
+    assert step.on(torch.device("cpu")) is step
+    there = step.on(ELSEWHERE)
+    assert there is step.on(ELSEWHERE) and there.positions.device == there.ends.device == ELSEWHERE
+    assert there.tokens is step.tokens and there.sums is step.sums and there.starts is step.starts
+    assert step.positions.device.type == "cpu" and step.ends.tolist() == [3, 2]
+
+
+def test_what_a_layer_leaves_comes_to_the_device_of_the_one_that_asks():
+    step, left = one_step(), torch.arange(2)
+    there = step.on(ELSEWHERE)
+    step.shared["slots"] = left
+    step.shared["several"] = (left, Pair(left, 7), [left], "word")
+    assert step.shared["slots"] is left and {**there.shared}.keys() == {"slots", "several"}
+    assert there.shared["slots"].device == ELSEWHERE and there.shared["slots"] is there.shared["slots"]
+    moved, pair, kept, word = there.shared["several"]
+    assert moved.device == pair.first.device == ELSEWHERE and (type(pair), pair.second) == (Pair, 7)
+    assert kept[0] is left and word == "word"
+    there.shared["lengths"] = left  # on the CPU on purpose: it was no tensor of the layer's device
+    assert step.shared["lengths"] is left and there.shared["lengths"] is left
+    del there.shared["slots"]
+    assert step.shared.get("slots") is None and len(step.shared) == 2
+
+
+def test_a_shortened_pass_is_shortened_on_all_devices():
+    step = one_step()
+    before, keep = step.on(ELSEWHERE), torch.tensor([[0, 2], [1, 2]])
+    run = SimpleNamespace(active=True, step=step, method=SimpleNamespace(before_layer=lambda run, layer: keep))
+    rotary = tuple(torch.zeros(1, 3, 4) for _ in range(2))
+    shorten(run, 1)(None, (torch.zeros(2, 3, 8),), {"position_embeddings": rotary})
+    assert before.positions.shape == (2, 3) and step.on(ELSEWHERE).positions.shape == (2, 2)
+
+
+def test_another_layers_entries_come_to_the_device_of_the_one_that_reads_them():
+    found = []
+
+    class Reading(kvlib.Method):
+        def attend(self, view):
+            if view.layer_idx:
+                far = copy.copy(view)
+                far.new_key = view.new_key.to(ELSEWHERE)  # as if this layer lay elsewhere
+                there = far.other(0)
+                found.append({x.device for x in (there.positions, there.key, there.value, *there.state.values())})
+                assert view.other(0).stored and not there.stored
+            return super().attend(view)
+
+        def observe(self, view):
+            view.remember("index", torch.zeros_like(view.new_key[..., 0]))
+
+    with Reading()(build()) as run, torch.no_grad():
+        run.model(tiny.tokens(2, 30))
+    assert found == [{ELSEWHERE}]
+
+
+def test_a_step_over_several_devices_is_not_captured():
+    with kvlib.method("snapkv", budget=0.4, window=4)(build()) as run, torch.no_grad():
+        run.model(tiny.tokens(2, 30))
+        tail = run.cache.layers[1].tail
+        tail.positions = tail.positions.to(ELSEWHERE)
+        with pytest.raises(ValueError, match="layers lie on cpu and meta: a graph is of one device"):
+            run.capture(4)
+
+
 @pytest.mark.parametrize("method", [m for m in EVERY if m.hooks("prepare")], ids=lambda m: m.name)
 def test_a_layer_on_the_disk(method, tmp_path):
     assert outcome(on_disk(build(), tmp_path), method) == outcome(build(), method)
@@ -90,9 +170,7 @@ def test_a_layer_whose_weights_wait_in_host_memory(method):
 @on_gpu
 @methods
 def test_a_layer_that_a_cpu_computes(method):
-    model, places = build(), {"": 0} | dict.fromkeys(FIRST, 0) | dict.fromkeys(SECOND, "cpu")
-    attach_align_device_hook_on_blocks(model, execution_device=places, offload=dict.fromkeys(places, False))
-    assert outcome(model, method, "cuda") == outcome(build(), method)
+    assert outcome(spread(0, "cpu", main_device="cpu"), method) == outcome(build(), method)
 
 
 @on_two

@@ -5,6 +5,7 @@ the same memory. So it does what a CUDA graph does, and python's numbers stay wh
 """
 
 import copy
+import gc
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,6 @@ class Replayed(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.pool = lambda: None
         self.calls, self.made, self.before = [], set(), {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -93,7 +93,7 @@ def graphs(monkeypatch):
     """The graphs that are recorded, without a GPU; kernels are left to torch, whose operations can be noted."""
     made = []
 
-    def record(work, pool, device):
+    def record(work, device, first):
         with Replayed() as graph:
             output = work()
         made.append(graph)
@@ -220,6 +220,47 @@ def test_a_step_that_is_not_replayed_is_seen_by_later_ones(method, graphs):
     found, some = said()
     assert all(some) and not any(none)
     agree(found, expected)
+
+
+def test_caches_that_decode_in_turn(graphs):
+    """Graphs of all caches work in the same memory."""
+    model = tiny.build("llama-gqa").to(DEVICE)
+    methods = (
+        kvlib.method("h2o", budget=0.4),
+        kvlib.method("vatp", budget=0.3, sinks=2),
+        IDLE[0],
+        kvlib.method("tova", budget=9),
+    )
+
+    @torch.no_grad()
+    def said():
+        caches, tokens = [None] * len(methods), [tiny.tokens(2, 30).to(DEVICE)] * len(methods)
+        made = [[] for _ in methods]
+        for _ in range(40):
+            for i, method in enumerate(methods):
+                with method(model) as run:
+                    output = model(tokens[i], past_key_values=caches[i], use_cache=True)
+                caches[i], tokens[i] = output.past_key_values, output.logits[:, -1:].argmax(-1)
+                made[i].append(output.logits[:, -1].clone())
+                there = all(layer.tail.recorded is not None for layer in run.cache.layers)
+        return torch.stack([torch.stack(x) for x in made]), there
+
+    with unrecorded():
+        expected, none = said()
+    found, some = said()
+    assert some and not none
+    agree(found, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", [STEADY[0], IDLE[0]], ids=lambda m: m.name)
+def test_caches_that_come_and_go_take_no_more_memory(method):
+    model, reserved = tiny.build("llama-gqa").to(DEVICE), []
+    for _ in range(6):
+        assert all(x is not None for x in recordings(decoded(model, method, steps=60)[2]))
+        gc.collect()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] == reserved[-1]
 
 
 def test_nothing_is_recorded_beside_threads_that_could_wait_for_the_device(graphs):

@@ -20,7 +20,8 @@ class CapturedStep:
         room: the most tokens that will be decoded here.
 
     Raises:
-        ValueError: if a layer has more than one part, or its slots are to stay in text order while tokens are evicted.
+        ValueError: if a layer has more than one part, or its slots are to stay in text order while tokens are evicted;
+            if layers lie on several devices.
         RuntimeError: if more than `room` tokens are asked for.
     """
 
@@ -34,6 +35,10 @@ class CapturedStep:
         for layer in self.cache.layers:
             if layer.body is not None:
                 raise ValueError(f"layer {layer.index} stores tokens in more than one form: its steps differ in shape")
+
+        devices = {str(tail.positions.device) for tail in self._tails()}
+        if len(devices) > 1:
+            raise ValueError(f"layers lie on {' and '.join(sorted(devices))}: a graph is of one device")
 
     def __enter__(self) -> "CapturedStep":
         return self

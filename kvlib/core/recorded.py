@@ -26,6 +26,10 @@ WARM = 3  # steps that have to find the same memory first: they compile kernels 
 SPARE = 2**30  # bytes that a device should have left for graphs
 DEVICES = {"cuda"}
 STEADY: set[type] = set()
+# By device and stream: the stream that records, for each new one brings workspaces, and the first graph. All others
+# work in the memory of that one, one after the other. It is kept, for caches come and go, and what belonged to graphs
+# that are gone is nobody else's until all spare memory is given back.
+FIRST: dict[tuple, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]] = {}
 
 
 def steady(*methods: type) -> None:
@@ -42,12 +46,13 @@ class Recorded:
 
     Args:
         others: what holds the tensors that it reads beside the layer's own; while these are the same, so are those.
+        first: no layer of the cache is recorded yet.
     """
 
-    def __init__(self, work: Callable, inputs: tuple[torch.Tensor, ...], others: tuple, pool):
+    def __init__(self, work: Callable, inputs: tuple[torch.Tensor, ...], others: tuple, first: bool):
         self.others = others
         self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-        self.graph, self.output = record(lambda: work(*self.inputs), pool, inputs[0].device)
+        self.graph, self.output = record(lambda: work(*self.inputs), inputs[0].device, first)
 
     def __call__(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The output, which the next call overwrites."""
@@ -59,21 +64,22 @@ class Recorded:
         return type(None), ()  # a copy of the cache has memory of its own
 
 
-def record(work: Callable, pool, device: torch.device) -> tuple:
+def record(work: Callable, device: torch.device, first: bool) -> tuple:
     """A graph of the kernels that `work()` launches on a device, none of which runs, and what it returns.
 
     `torch.cuda.graph` would wait for the device first, collect garbage and give all spare memory back, for each layer.
     """
-    if pool is None and torch.cuda.mem_get_info(device)[0] < SPARE:
+    if first and torch.cuda.mem_get_info(device)[0] < SPARE:
         torch.cuda.empty_cache()  # graphs cannot work in memory that torch keeps for others
+    place = device, torch.cuda.current_stream(device).cuda_stream
     graph, collecting = torch.cuda.CUDAGraph(), gc.isenabled()
-    stream = torch.cuda.Stream(device)
+    stream, earlier = FIRST[place] if place in FIRST else (torch.cuda.Stream(device), None)
     stream.wait_stream(torch.cuda.current_stream(device))
     gc.disable()  # a graph among the garbage must not be freed now
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             # daemons may ask for memory meanwhile, as those do that bring data to the device
-            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            graph.capture_begin(*([earlier.pool()] if earlier else []), capture_error_mode="thread_local")
             try:
                 output = work()
             finally:
@@ -81,6 +87,7 @@ def record(work: Callable, pool, device: torch.device) -> tuple:
     finally:
         if collecting:
             gc.enable()
+    FIRST.setdefault(place, (stream, graph))
     return graph, output
 
 
@@ -88,12 +95,6 @@ def alone() -> bool:
     """Are all other threads daemons? The main thread is none."""
     here = threading.current_thread()
     return all(thread is here or thread.daemon for thread in threading.enumerate())
-
-
-def pool(cache, device: torch.device):
-    """Memory in which graphs of other layers work already, one after the other; None: there are none."""
-    there = (layer.tail.recorded for layer in cache.layers if layer.tail.positions.device == device)
-    return next((recorded.graph.pool() for recorded in there if recorded), None)
 
 
 def replays(run, layer, device: torch.device, dropout: float) -> bool:
@@ -155,10 +156,11 @@ def note(run, layer, work: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
     """Record what is done with a token, without doing it."""
     step, tail = run.step, layer.tail
     # a step of its own, so that the graph does not read what another layer has worked out in this one
-    run.step = replace(step, shared={}, sums={}, starts={}, listed={}, view=None)
+    run.step = replace(step, shared=None, sums={}, starts={}, listed={}, view=None, copies={})
     before = tail.each
     try:
-        tail.recorded = Recorded(work, inputs, watched(run), pool(run.cache, inputs[0].device))
+        first = not any(other.tail.recorded for other in run.cache.layers)
+        tail.recorded = Recorded(work, inputs, watched(run), first)
     finally:
         run.step = step
         tail.count(before - tail.each)

@@ -17,13 +17,13 @@ def shorten(run, layer_idx: int):
             step.stored = step.positions.to(step.stored.dtype)
             step.counts = (step.positions >= 0).sum(1).cpu()
             step.complete = bool((step.counts == keep.shape[1]).all())
-            step.columns = keep if step.columns is None else step.columns.gather(1, keep)
+            step.columns = keep if step.columns is None else step.columns.to(keep.device).gather(1, keep)
+            step.copies = {}
         if step.columns is not None:
             kwargs["position_ids"] = step.positions.clamp(min=0)
-            rotary = kwargs["position_embeddings"]
-            index = step.columns[..., None]
+            rotary, index = kwargs["position_embeddings"], step.columns[..., None]
             kwargs["position_embeddings"] = tuple(
-                x.expand(len(index), -1, -1).gather(1, index.expand(-1, -1, x.shape[-1])) for x in rotary
+                x.expand(len(index), -1, -1).gather(1, index.to(x.device).expand(-1, -1, x.shape[-1])) for x in rotary
             )
         return (hidden, *args[1:]), kwargs
 

@@ -65,7 +65,7 @@ def pass_by(tail, step, module, query, key, value, scaling, dropout) -> torch.Te
 
     No view is opened, which would take as long as everything else here.
     """
-    key, value = tail.with_one(key, value, step.positions)
+    key, value = tail.with_one(key, value, step.on(key.device).positions)
     return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)[0]
 
 
@@ -474,9 +474,10 @@ class Run(Report):
             layer.token_bytes = sum(x.shape[-1] * x.element_size() for x in (key, value))
         elif not step.decoding or method.text_order:
             layer.tail.restore_order()
-        chunk = method.encode(self, layer, key, value, step.positions.to(key.device))
+        here = step.on(key.device)
+        chunk = method.encode(self, layer, key, value, here.positions)
         one = step.complete and key.shape[2] == 1
-        layer.append(chunk, step.stored.to(key.device), None if one else step.counts, key.shape[1])
+        layer.append(chunk, here.stored, None if one else step.counts, key.shape[1])
         layer.reads = None
         step.view = View(self, layer, module, query, key, value, scaling, dropout)
         return step.view

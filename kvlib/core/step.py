@@ -1,6 +1,7 @@
 """One forward pass: which tokens it brings, and whether they are read or decoded."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -11,6 +12,51 @@ RIGHT_PADDING = (
     "padding after a real token: pad on the left (tokenizer.padding_side = 'left'); "
     "in a later turn of a batch all rows need new tokens of the same number"
 )
+
+
+class Shared(MutableMapping):
+    """What a method carries from layer to layer, by name, on the device of the layer that asks.
+
+    Tensors, also in tuples, that lay on the device of the layer which left them come along; others stay, such as
+    lengths on the CPU.
+    """
+
+    def __init__(self, device: torch.device, left: dict | None = None):
+        self.device, self._left = device, {} if left is None else left
+
+    def on(self, device: torch.device) -> "Shared":
+        """The same for layers on another device."""
+        return Shared(device, self._left)
+
+    def __getitem__(self, name):
+        value, device, copies = self._left[name]
+        if device == self.device:
+            return value
+        if self.device not in copies:
+            copies[self.device] = brought(value, device, self.device)
+        return copies[self.device]
+
+    def __setitem__(self, name, value) -> None:
+        self._left[name] = value, self.device, {}
+
+    def __delitem__(self, name) -> None:
+        del self._left[name]
+
+    def __iter__(self) -> Iterator:
+        return iter(self._left)
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+
+def brought(value, there: torch.device, here: torch.device):
+    """`value` with the tensors in it that are there on the device `here`."""
+    if torch.is_tensor(value):
+        return value.to(here) if value.device == there else value
+    if isinstance(value, tuple):
+        parts = [brought(part, there, here) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 @dataclass
@@ -31,12 +77,13 @@ class Step:
         probing: the tokens of this pass will be forgotten (`Run.probe`). rereading: they have been here before
             (`Run.reread`).
         columns: `(batch, kept)` columns still in the residual stream if `before_layer` has shortened it, else None.
-        shared: free space for what a method carries from layer to layer. Slots of one layer mean nothing in another
-            unless both store the same tokens in the same order; positions do.
+        shared: free space for what a method carries from layer to layer (`Shared`). Slots of one layer mean nothing in
+            another unless both store the same tokens in the same order; positions do.
         sums: what was already summed over queries, by (function, layers of queries and keys, last queries).
         starts: where the last tokens of each row begin, by their number.
         listed: bytes that a list of slots names, `(batch,)`, by (list, bytes of an entry): layers share lists.
         view: the latest layer's view.
+        copies: what layers on other devices see, by device.
     """
 
     index: int
@@ -52,11 +99,24 @@ class Step:
     probing: bool = False
     rereading: bool = False
     columns: torch.Tensor | None = None
-    shared: dict = field(default_factory=dict)
+    shared: Shared | None = None
     sums: dict = field(default_factory=dict)
     starts: dict = field(default_factory=dict)
     listed: dict = field(default_factory=dict)
     view: "object | None" = None
+    copies: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.shared is None:
+            self.shared = Shared(self.positions.device)
+
+    def on(self, device: torch.device) -> "Step":
+        """This pass as layers on a device see it: the same, but for where positions lie."""
+        if device == self.positions.device:
+            return self
+        if device not in self.copies:
+            self.copies[device] = replace(self, positions=self.positions.to(device), shared=self.shared.on(device))
+        return self.copies[device]
 
     @cached_property
     def longest(self) -> int:

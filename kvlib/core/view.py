@@ -29,7 +29,7 @@ class View:
         layer, layer_idx: the layer that stores what is seen here.
         intact: nothing has been evicted since the latest tokens were added.
         whole, slots: of a gathered view the one it was made from, and the slots of that; else None.
-        stored: keys, values and positions are not others than those of the layer, or of `whole`.
+        stored: keys, values and positions are not others than those of the layer, or of `whole`, where these lie.
         uniform: slots have no gaps and no padding, and the queries are those of the last slots.
         weighing: something was evicted, and scores of this decode step are made of attention weights, from which, or
             together with which, attention is computed then.
@@ -40,7 +40,7 @@ class View:
     """
 
     def __init__(self, run, layer: Layer, module, query, key, value, scaling, dropout):
-        self.run, self.module, self.step = run, module, run.step
+        self.run, self.module, self.step = run, module, run.step.on(key.device)
         self.new_key, self.new_value = key, value
         self.query, self.scaling, self.dropout = query, scaling, dropout
         self.tokens, self.prompt_tokens = run.step.tokens, run.step.prompt_tokens
@@ -52,7 +52,7 @@ class View:
         self.weighing = run.method.weighs and run.step.decoding and self.incomplete
 
     def _open(self, layer: Layer) -> None:
-        self.layer, self.layer_idx, self.stored = layer, layer.index, True
+        self.layer, self.layer_idx, self.stored = layer, layer.index, layer.tail.positions.device == self.device
         self.waiting, self.lse = layer.queries, None
         self.intact = layer.tail.intact  # False in `other` once that layer has evicted: the new tokens may be gone
         dense = layer.tail.dense and (layer.body is None or layer.body.dense)
@@ -69,7 +69,7 @@ class View:
 
     @cached_property
     def query_positions(self) -> torch.Tensor:
-        return self.step.positions.to(self.device)
+        return self.step.positions
 
     # What is stored
 
@@ -81,12 +81,12 @@ class View:
     def positions(self) -> torch.Tensor:
         if self.slots is not None:
             return self._listed(self.whole.positions).where(self.slots >= 0, -1)
-        return self.layer.position_rectangle()
+        return self.layer.position_rectangle().to(self.device)
 
     @cached_property
     def state(self) -> dict[str, torch.Tensor]:
         tail = self.layer.tail
-        return {name: tail.rectangle(flat) for name, flat in tail.state.items()}
+        return {name: tail.rectangle(flat).to(self.device) for name, flat in tail.state.items()}
 
     def accumulate(self, name: str, values: torch.Tensor) -> None:
         """Add `values` `(batch, kv_heads, slots, ...)` to `state[name]`, which begins at 0."""
@@ -105,9 +105,11 @@ class View:
         if self.slots is not None:
             return self._listed(self.whole.key), self._listed(self.whole.value)
         if self.layer.body is None:
-            return self.run.method.decode(self, self.layer.tail)
-        pairs = [self.run.method.decode(self, part) for part in self.layer.parts]
-        return tuple(torch.cat(x, dim=2) for x in zip(*pairs))
+            pair = self.run.method.decode(self, self.layer.tail)
+        else:
+            pairs = [self.run.method.decode(self, part) for part in self.layer.parts]
+            pair = tuple(torch.cat(x, dim=2) for x in zip(*pairs))
+        return pair if pair[0].device == self.device else tuple(x.to(self.device) for x in pair)
 
     @cached_property
     def key(self) -> torch.Tensor:
@@ -154,7 +156,7 @@ class View:
     # Other views
 
     def other(self, layer_idx: int) -> "View":
-        """This view with what another layer stores, which has already run in this pass."""
+        """This view with what another layer stores, which has already run in this pass, maybe on another device."""
         view = self._anew("lengths", "key", "value", "positions", "state", "arrived", "weights", "_decoded")
         view.whole = view.slots = None
         view._open(self.run.cache.layers[layer_idx])
@@ -267,7 +269,7 @@ class View:
                 uniform = query.shape[2] <= self.query.shape[2]
             else:
                 uniform = False
-                start = (self.step.ends - self.on_device(last)).to(positions.device)[:, None]
+                start = (self.step.ends - self.on_device(last))[:, None]
                 positions = positions.where(positions >= start, -1)
         where = (None, None) if uniform else (positions, self.positions)
         stored = (self.key, self.value) if values else (self.key,)

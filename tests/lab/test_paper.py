@@ -68,7 +68,8 @@ def checkpoint(tmp_path_factory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bytewise.train_from_iterator([Path(ruler.__file__).read_text()], trainer)
+    texts = [*ruler.ONE_NEEDLE, *ruler.NEEDLES, *ruler.DOCUMENTS, *ruler.FREQUENT, *ruler.VARIABLES]
+    bytewise.train_from_iterator([*texts, (MADE_UP / "book.txt").read_text()], trainer)
     bytewise.post_processor = processors.TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token=SPECIAL[0], eos_token=SPECIAL[1])
     tokenizer.chat_template = TEMPLATE

@@ -21,7 +21,7 @@ import string
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 from wonderwords import RandomWord
@@ -171,9 +171,15 @@ def read_essays() -> str:
     return json.loads(local(ESSAYS, ESSAYS_FROM))["text"]
 
 
+@lru_cache(maxsize=1)
+def words_of(essays: str) -> list[str]:
+    """Half a million, which each of some thirty tries of a sample needs."""
+    return essays.split()
+
+
 def essay_sentences(essays: str, words: int) -> list[str]:
     """The first words of the essays, again from the beginning where they end, cut into sentences."""
-    text = essays.split()
+    text = words_of(essays)
     taken = (text * math.ceil(words / len(text)))[:words]
     return re.split(r"(?<=[.!?]) ", " ".join(taken))
 
