@@ -1,6 +1,8 @@
 """A method keeps the same sets wherever a model's weights and layers are: on a GPU, on two devices, on the disk."""
 
 import copy
+from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 
 import kvlib
 from kvlib.core.method import budgeted
+from kvlib.core.part import Part
 from kvlib.core.residual import shorten
 from kvlib.core.step import Step
 
@@ -100,9 +103,34 @@ def test_what_a_layer_leaves_comes_to_the_device_of_the_one_that_asks():
     assert moved.device == pair.first.device == ELSEWHERE and (type(pair), pair.second) == (Pair, 7)
     assert kept[0] is left and word == "word"
     there.shared["lengths"] = left  # on the CPU on purpose: it was no tensor of the layer's device
-    assert step.shared["lengths"] is left and there.shared["lengths"] is left
+    assert all(each.shared["lengths"] is left for each in (step, there, step.on(torch.device("meta", 1))))
     del there.shared["slots"]
     assert step.shared.get("slots") is None and len(step.shared) == 2
+
+
+def test_a_layer_asks_for_the_step_of_its_device(monkeypatch):
+    made, seen = [], []
+
+    def on(step, device):
+        made.append(replace(step, positions=step.positions.clone()))
+        return made[-1]
+
+    def with_one(part, key, value, positions):
+        seen.append(positions is made[-1].positions)
+        return append(part, key, value, positions)
+
+    class Looking(kvlib.Method):
+        def observe(self, view):
+            seen.append(view.step is made[-1] and view.query_positions is made[-1].positions)
+
+    append = Part.with_one
+    monkeypatch.setattr(Step, "on", on)
+    monkeypatch.setattr(Part, "with_one", with_one)
+    for method in (Looking(), kvlib.method("full")):  # one has views, the other leaves decoded tokens alone
+        with method(build()) as run, torch.no_grad():
+            run.model(tiny.tokens(2, 9))
+            run.model(tiny.tokens(2, 1), past_key_values=run.cache)
+    assert len(seen) == 6 and all(seen)
 
 
 def test_a_shortened_pass_is_shortened_on_all_devices():
@@ -133,6 +161,70 @@ def test_another_layers_entries_come_to_the_device_of_the_one_that_reads_them():
     with Reading()(build()) as run, torch.no_grad():
         run.model(tiny.tokens(2, 30))
     assert found == [{ELSEWHERE}]
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """The tensors whose device is the current one: Triton launches there."""
+    inside = []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    return inside
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(current, monkeypatch):
+    pytest.importorskip("triton")
+    from kvlib.kernels import decode, newest, rows, weakest
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launched.append((self.name, *map(id, current)))
+
+    launched = []
+    for module, name in (
+        (decode, "_split"),
+        (decode, "_combine"),
+        (newest, "_write"),
+        (rows, "_take"),
+        (weakest, "_retire"),
+    ):
+        monkeypatch.setattr(module, name, Kernel(name))
+    flat, at, counts = torch.zeros(6, 4), torch.zeros(6, dtype=torch.int32), torch.tensor([[3]])
+    query, new, starts = torch.zeros(1, 2, 4), torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    rows.take(flat, counts[0])
+    weakest.retire(score := torch.zeros(1, 1, 3), at, 6)
+    newest.write({"key": flat, "value": flat}, at, {"key": new, "value": new}, counts, starts, counts, None)
+    decode.attend(query, flat, flat, starts, counts, 3)
+    expected = {"_take": flat, "_retire": score, "_write": at, "_split": query, "_combine": query}
+    assert launched == [(name, id(tensor)) for name, tensor in expected.items()]
+
+
+def test_sums_over_queries_are_made_on_their_device(current):
+    found = []
+
+    def sums(query, key, *more):
+        found.append([x is query for x in current])
+        return key[:, :, None, :, 0]
+
+    class Summing(kvlib.Method):
+        window = 2
+
+        def observe(self, view):
+            view.over_queries(sums)
+            view.over_queries(sums, last=2)
+
+    with Summing()(build()) as run, torch.no_grad():
+        run.model(tiny.tokens(2, 9))
+    assert found == [[True]] * 4
 
 
 def test_a_step_over_several_devices_is_not_captured():

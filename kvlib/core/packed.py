@@ -81,17 +81,16 @@ def attended(view, scoring: bool):
     if view.attended is None or (scoring and view.attended.logits is None):
         tail = view.layer.tail
         scales = (tail.fields["key_scale"], tail.fields["value_scale"]) if coded(view) else None
-        with torch.cuda.device_of(view.query):  # of a large model's layers each may have another
-            view.attended = decode.attend(
-                view.query[:, :, 0],
-                *(tail.fields["key"], tail.fields["value"], tail.starts, tail.ends, tail.width),
-                slots=view.slots,
-                positions=tail.positions if tail.vacant else None,
-                scales=scales,
-                scaling=view.scaling,
-                scoring=scoring,
-                tiling=decode.CODED if scales else decode.TILING,
-            )
+        view.attended = decode.attend(
+            view.query[:, :, 0],
+            *(tail.fields["key"], tail.fields["value"], tail.starts, tail.ends, tail.width),
+            slots=view.slots,
+            positions=tail.positions if tail.vacant else None,
+            scales=scales,
+            scaling=view.scaling,
+            scoring=scoring,
+            tiling=decode.CODED if scales else decode.TILING,
+        )
     return view.attended
 
 

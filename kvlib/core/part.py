@@ -334,8 +334,7 @@ class Part:
 
             if newest.serves(self.fields, chunk, positions):
                 hole = self.hole if self.vacant else None
-                with torch.cuda.device_of(self.positions):
-                    return newest.write(self.fields, self.positions, chunk, positions, self.starts, self.ends, hole)
+                return newest.write(self.fields, self.positions, chunk, positions, self.starts, self.ends, hole)
         index = self.hole if self.vacant else self._flat(self.ends)
         for name, x in chunk.items():
             self.fields[name].index_copy_(0, index, x.flatten(0, 2))

@@ -275,7 +275,8 @@ class View:
         stored = (self.key, self.value) if values else (self.key,)
         known = self.lse is not None and self.as_stored and uniform
         more = {"lse": self.lse[:, :, -query.shape[2] :] if known else None} if norms else {}
-        sums = function(query, *stored, *where, self.scaling, **more)
+        with torch.cuda.device_of(query):  # where Triton launches
+            sums = function(query, *stored, *where, self.scaling, **more)
         if kept:
             self.step.sums[place] = sums.clone()
         return sums

@@ -1,5 +1,8 @@
 """Optional GPU paths, for CUDA builds of torch, which bring Triton. Each names the reference it must agree with.
 
+Triton launches on the current device, whatever it is given, and the layers of a large model may lie on several: each
+path makes its tensors' device the current one, but for column sums, whose caller does (`View.over_queries`).
+
 Attributes:
     decoding: does `kvlib.kernels.decode` read packed segments and lists of slots where a decoded token would otherwise
         attend to copies of them (`kvlib.core.packed`), and `kvlib.kernels.newest` write to them? None: on a CUDA GPU

@@ -201,16 +201,17 @@ def attend(
     logits = torch.empty(batch, heads, most, **new) if scoring else None
     output, lse = torch.empty_like(query, memory_format=torch.contiguous_format), torch.empty(batch, heads, **new)
     pad = max(16, triton.next_power_of_2(dim))
-    _split[units, splits](
-        *(x.contiguous() for x in (query, key, value, starts, lengths)),
-        *(slots, positions, *(scales or (None, None)), partial, norms, logits),
-        (dim**-0.5 if scaling is None else scaling) / math.log(2),
-        *(most, chunk, group),
-        *(shared, max(LEAST_ROWS, triton.next_power_of_2(shared)), dim, pad, tiling.block),
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
-    _combine[(batch * heads,)](partial, norms, output, lse, splits, dim, pad, PARTS)
+    with torch.cuda.device_of(query):
+        _split[units, splits](
+            *(x.contiguous() for x in (query, key, value, starts, lengths)),
+            *(slots, positions, *(scales or (None, None)), partial, norms, logits),
+            (dim**-0.5 if scaling is None else scaling) / math.log(2),
+            *(most, chunk, group),
+            *(shared, max(LEAST_ROWS, triton.next_power_of_2(shared)), dim, pad, tiling.block),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+        )
+        _combine[(batch * heads,)](partial, norms, output, lse, splits, dim, pad, PARTS)
     return Attended(output, lse, logits)
 
 

@@ -61,12 +61,13 @@ def write(
         Where they are in the flat tensors, `(batch x kv_heads,)` int64.
     """
     dim, index = fields["key"].shape[1], torch.empty(starts.numel(), dtype=torch.int64, device=starts.device)
-    _write[(starts.numel(),)](
-        *(fields["key"], fields["value"], positions),
-        *(x.contiguous() for x in (chunk["key"], chunk["value"], new_positions)),
-        *(starts, ends, hole, index, starts.shape[1], dim, triton.next_power_of_2(dim)),
-        num_warps=1,  # an end is read by all threads before one of them writes it
-    )
+    with torch.cuda.device_of(positions):
+        _write[(starts.numel(),)](
+            *(fields["key"], fields["value"], positions),
+            *(x.contiguous() for x in (chunk["key"], chunk["value"], new_positions)),
+            *(starts, ends, hole, index, starts.shape[1], dim, triton.next_power_of_2(dim)),
+            num_warps=1,  # an end is read by all threads before one of them writes it
+        )
     return index
 
 

@@ -28,5 +28,6 @@ def take(source: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     pad = triton.next_power_of_2(dim)
     block = max(1, ENTRIES // pad)
     if target.numel():
-        _take[(triton.cdiv(len(index), block),)](source, index, target, len(index), dim, pad, block)
+        with torch.cuda.device_of(source):
+            _take[(triton.cdiv(len(index), block),)](source, index, target, len(index), dim, pad, block)
     return target

@@ -49,5 +49,6 @@ def retire(score: torch.Tensor, positions: torch.Tensor, size: int, index: torch
     batch, heads, slots = score.shape
     if index is None:
         index = torch.empty(batch * heads, dtype=torch.int64, device=score.device)
-    _retire[(batch * heads,)](score, positions, index, heads, slots, size, *score.stride(), BLOCK)
+    with torch.cuda.device_of(score):
+        _retire[(batch * heads,)](score, positions, index, heads, slots, size, *score.stride(), BLOCK)
     return index

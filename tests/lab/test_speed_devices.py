@@ -46,11 +46,11 @@ def test_other_sets_are_counted(tmp_path, monkeypatch):
     assert 0 < int(rows["h2o"]["equal_sets"]) < int(rows["h2o"]["sets"]) and int(rows["h2o"]["blocks_equal"]) < 3
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
-def test_layers_are_dealt_out_in_order(family, monkeypatch):
+@pytest.mark.parametrize("build", [lambda: kvlib.load()[0], lambda: tiny.build("qwen3", torch.float32)])
+def test_layers_are_dealt_out_in_order(build, monkeypatch):
     found = {}
     monkeypatch.setattr(accelerate, "dispatch_model", lambda model, where, **more: found.update(where, **more))
-    model = tiny.build(family, torch.float32)
+    model = build()
     devices.spread(model, ["cuda:0", "cuda:1"])
     assert found.pop("main_device") == "cuda:0" and found.pop("force_hooks")
     layers = [found[f"model.layers.{i}"] for i in range(model.config.num_hidden_layers)]
