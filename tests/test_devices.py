@@ -43,15 +43,19 @@ methods = pytest.mark.parametrize("method", EVERY, ids=lambda m: m.name)
 
 
 def outcome(model, method, device="cpu"):
-    """Tokens and keep-sets of a left-padded batch."""
+    """Tokens and keep-sets of a left-padded batch after two turns, and what two beams write."""
     # no token twice: in the first layer its keys would have the same norm up to rounding, and knorm would toss a coin
     orders = [torch.randperm(model.config.vocab_size, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
-    ids = torch.stack(orders)[:, :48].to(device)
-    mask = torch.ones_like(ids)
+    ids = torch.stack(orders).to(device)
+    first, mask = ids[:, :48], torch.ones_like(ids[:, :48])
     mask[0, :15] = 0
     with method(model) as run:
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    return out.tolist(), [run.kept(layer).tolist() for layer in range(len(run.cache.layers))]
+        beams = model.generate(first, attention_mask=mask, max_new_tokens=4, do_sample=False, num_beams=2)
+        said = model.generate(first, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        turns = torch.cat([said, ids[:, 48:53]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(turns[:, 48:])], dim=1)
+        more = model.generate(turns, attention_mask=mask, past_key_values=run.cache, max_new_tokens=4, do_sample=False)
+    return beams.tolist(), more.tolist(), [run.kept(layer).tolist() for layer in range(len(run.cache.layers))]
 
 
 def build():
