@@ -12,6 +12,7 @@ import tiny
 import torch
 
 import kvlib
+from kvlib.core import support
 from kvlib.core.method import budgeted
 from kvlib.core.part import Part
 from kvlib.core.residual import shorten
@@ -243,6 +244,28 @@ def test_a_step_over_several_devices_is_not_captured():
 @pytest.mark.parametrize("method", [m for m in EVERY if m.hooks("prepare")], ids=lambda m: m.name)
 def test_a_layer_on_the_disk(method, tmp_path):
     assert outcome(on_disk(build(), tmp_path), method) == outcome(build(), method)
+
+
+@pytest.mark.parametrize("name", ["uncomp", "tidaldecode", "snapkv", "lorc"])
+def test_weights_are_brought_to_methods_that_read_them(name, tmp_path, monkeypatch):
+    """All layers' attention may not fit at once where a model does not."""
+    brought, weights_in_place = [], support.weights_in_place
+    monkeypatch.setattr(support, "weights_in_place", lambda modules: brought.append(name) or weights_in_place(modules))
+    for model, needed in ((on_disk(build(), tmp_path), ["lorc"]), (build(), [])):
+        brought.clear()
+        outcome(model, some(name))
+        assert brought == [x for x in needed if x == name]
+        assert name != "lorc" or all(p.is_meta == bool(needed) for p in model.model.layers[1].self_attn.parameters())
+
+
+def test_what_a_method_refuses_is_refused(tmp_path):
+    class Refusing(kvlib.Method):
+        def prepare(self, model):
+            raise RuntimeError("not today")
+
+    for model in (build(), on_disk(build(), tmp_path)):
+        with pytest.raises(RuntimeError, match="not today"), Refusing()(model):
+            pass
 
 
 @pytest.mark.parametrize("name", ["cskv", "eigen_attention"])

@@ -10,6 +10,7 @@ import math
 import threading
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -117,8 +118,7 @@ class Run(Report):
     def __enter__(self) -> "Run":
         if self._hooks:
             raise RuntimeError("this run is already open on this model")
-        with support.weights_in_place(self.modules):
-            self.prepared = self.method.prepare(self.model)
+        self.prepared = self._prepare()
         self._blocks = Blocks.open(self)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -129,6 +129,24 @@ class Run(Report):
                 hook = shorten(self, module.layer_idx)
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         return self
+
+    def _prepare(self):
+        """What the method makes of the model.
+
+        Weights that wait in host memory or on a disk are brought if it has met some of them, and not before: those of
+        all layers may not fit at once.
+        """
+        offloaded = any(x.is_meta for module in self.modules for x in module.parameters())
+        try:
+            prepared = self.method.prepare(self.model)
+        except RuntimeError:  # values were asked for that are not there
+            if not offloaded:
+                raise
+        else:
+            if not (offloaded and any(torch.is_tensor(x) and x.is_meta for x in tree_leaves(prepared))):
+                return prepared
+        with support.weights_in_place(self.modules):
+            return self.method.prepare(self.model)
 
     def __exit__(self, *exception) -> None:
         self._blocks.close(self)
